@@ -1,0 +1,181 @@
+"""The values every stage speaks in: recipes, facts, matches and refusals.
+
+A match *proves* a :class:`DecayedAttention`; a kernel *computes* one. Everything a rewrite puts into
+a graph is described by an :data:`Expr`, a recipe over values that already exist in the Dynamo graph.
+This module imports neither Triton nor any other part of the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+# ----------------------------------------------------------------------------------------------------------- recipes
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """A value of the Dynamo graph: what ``node`` holds right after it ran."""
+
+    node: fx.Node
+
+
+@dataclass(frozen=True, eq=False)
+class Const:
+    """A small tensor of known numbers (fp32 unless said otherwise), created on the device of ``like``."""
+
+    values: Any  # nested tuples of float
+    like: Expr
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Size:
+    """The length of ``dim`` of a graph value, for shapes that are symbolic."""
+
+    of: Value
+    dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """``op(*args, **kwargs)``; an argument is an Expr, a plain value, or a list of those."""
+
+    op: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """Output ``index`` of the fused operator on ``fact``: 0 is o ``[B,H,N,Dv]``, 1 the final state ``[B,H,Dk,Dv]``.
+
+    Two Attends of the same (identical) fact share one operator call.
+    """
+
+    fact: DecayedAttention
+    index: Literal[0, 1]
+
+
+Expr = Value | Const | Size | Call | Attend
+
+
+def children(expr: Expr) -> Iterator[Expr]:
+    """The recipes directly inside ``expr``."""
+
+    def walk(arg: Any) -> Iterator[Expr]:
+        if isinstance(arg, Value | Const | Size | Call | Attend):
+            yield arg
+        elif isinstance(arg, list | tuple):
+            for item in arg:
+                yield from walk(item)
+
+    if isinstance(expr, Call):
+        yield from walk(expr.args)
+        yield from walk(list(expr.kwargs.values()))
+    elif isinstance(expr, Attend):
+        fact = expr.fact
+        yield from (e for e in (fact.q, fact.k, fact.v, fact.log_decay, fact.initial_state) if e is not None)
+    elif isinstance(expr, Const):
+        yield expr.like
+    elif isinstance(expr, Size):
+        yield expr.of
+
+
+# ------------------------------------------------------------------------------------------------------- assumptions
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """Something that is true of an input tensor now and is checked again before every call that relies on it.
+
+    ``node`` is the placeholder of the Dynamo graph; ``holds(tensor)`` re-verifies the property on new values.
+    """
+
+    node: fx.Node
+    kind: Literal["values", "positive"]
+    text: str
+    holds: Callable[[torch.Tensor], bool] = field(compare=False)
+
+
+# -------------------------------------------------------------------------------------------------------------- facts
+
+Formulation = Literal["parallel", "chunkwise", "recurrent"]
+
+
+@dataclass(frozen=True, eq=False)
+class DecayedAttention:
+    """One decayed causal linear attention.
+
+    ``S_t = exp(g_t) S_{t-1} + k_t^T v_t``, ``o_t = scale * q_t S_t`` (Lightning Attention-2, arXiv 2401.04658, eq. 6-9),
+    every field a recipe over the Dynamo graph.
+
+    q, k: ``[B,Hq|Hk,N,Dk]``; v: ``[B,Hv,N,Dv]`` (fewer heads than H must divide it); log_decay: fp32 ``[H]`` or ``[B,H,N]``,
+    natural log; initial_state: ``[B,H,Dk,Dv]`` or None. ``dtype`` is the dtype q, k, v are handed over in and o comes
+    back in.
+    """
+
+    q: Expr
+    k: Expr
+    v: Expr
+    log_decay: Expr
+    scale: float
+    initial_state: Expr | None
+    batch: int | torch.SymInt
+    heads: int | torch.SymInt
+    length: int | torch.SymInt
+    dk: int
+    dv: int
+    dtype: torch.dtype
+    decay_per_token: bool
+    formulation: Formulation
+    decay_source: str
+    proof: str = ""
+    assumptions: tuple[Assumption, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """``target``'s value is, provably, ``replacement``.
+
+    ``replacement`` has exactly the shape of ``target``; the rewrite makes dtype and strides equal. Uses of ``target`` at or
+    before node ``after`` (a mutation of it) keep the old value; None means all uses are replaced.
+    """
+
+    target: fx.Node
+    replacement: Expr
+    facts: tuple[DecayedAttention, ...]
+    after: fx.Node | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@dataclass(frozen=True, eq=False)
+class Refusal:
+    """Why something that looked like a decayed attention stays as it was. A value, never an exception.
+
+    ``stage``: lift, match, legality, validate, select or rewrite. ``obligation``: a short stable id such as
+    ``causal-range`` (see docs/how-matching-works.md). ``progress`` ranks near misses: the furthest one is shown first.
+    """
+
+    stage: str
+    obligation: str
+    node: fx.Node | None
+    expected: str
+    found: str
+    hint: str = ""
+    progress: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What the lift and the match found in one Dynamo graph."""
+
+    matches: tuple[Match, ...]
+    refusals: tuple[Refusal, ...]
+    seconds: dict[str, float]

@@ -1,0 +1,294 @@
+"""Merging the terms of a sum: adjacent ranges of one index with the same weight are one range.
+
+This one rule turns an unrolled chunk loop, a batched chunk form and a per-token recurrence into the same value, whose
+size does not depend on the number of chunks. The index may be bound (a sum that grows) or free (pieces of a ``cat``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .affine import Aff, Number
+from .normal import Algebra
+from .term import Access, Exponent, Mono, Term
+
+MAX_UNMERGED = 64
+
+
+class TooManyTerms(Exception):
+    """A sum that does not merge grows without bound: it is better left opaque."""
+
+
+def merge_sum(algebra: Algebra, terms: Iterable[Term], shape: tuple[Aff, ...], limit: int = MAX_UNMERGED) -> tuple[Term, ...]:
+    """The normal form of a sum of (un-normalised) terms of a tensor of this shape.
+
+    Raises:
+        TooManyTerms: more than ``limit`` terms remain.
+    """
+    done: list[Term] = []
+    for raw in terms:
+        new = algebra.normalise(raw, shape)
+        while new is not None:
+            for n in range(len(done) - 1, -1, -1):
+                old = done[n]
+                if old.signature == new.signature and (merged := _merge(algebra, old, new, shape)) is not None:
+                    del done[n]
+                    new = algebra.normalise(merged, shape)
+                    break
+            else:
+                done.append(new)
+                if len(done) > limit:
+                    raise TooManyTerms
+                break
+    return tuple(done)
+
+
+def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
+    if a.guards == b.guards and a.body == b.body:
+        return a.but(coef=a.coef + b.coef)
+    if a.coef != b.coef and abs(a.coef - b.coef) > 1e-9 * abs(a.coef):
+        return None
+    if a.body == b.body and (out := _adjacent(algebra, a, b, shape)) is not None:
+        return out
+    return (
+        _extend(algebra, a, b, shape) or _extend(algebra, b, a, shape) or _line(algebra, a, b) or _free_line(algebra, a, b)
+    )
+
+
+def _own(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> list[Aff]:
+    """Guards of ``a`` that ``b`` neither has nor implies on its own region."""
+    extra = a.guards - b.guards
+    if not extra:
+        return []
+    ranges = algebra.ranges(shape, b.guards)
+    return [g for g in extra if not algebra.implied(g, b.guards, ranges)]
+
+
+def _ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> tuple[Aff, Aff] | None:
+    """The range of ``var`` in this term; a free dimension without guards has its whole extent."""
+    bounds = algebra.bounds(var, term.guards)
+    low, high = bounds.low, bounds.high
+    if var >= 0:
+        size = shape[var]
+        simple_low = [x for x in low if not x.terms or all(v >= 100 for v, _ in x.terms)]
+        simple_high = [x for x in high if not x.terms or all(v >= 100 for v, _ in x.terms)]
+        low, high = simple_low or [Aff.lit(0)], simple_high or [size - 1]
+    return (low[0], high[0]) if len(low) == 1 and len(high) == 1 else None
+
+
+def _adjacent(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
+    """Equal bodies on ranges [l1, u1] and [u1 + 1, u2] of one index."""
+    differ = {v for g in a.guards ^ b.guards for v, _ in g.terms if v < 100}
+    for var in sorted(differ):
+        for first, second in ((a, b), (b, a)):
+            r1, r2 = _ends(algebra, first, var, shape), _ends(algebra, second, var, shape)
+            if r1 is None or r2 is None or r1[1] + 1 != r2[0]:
+                continue
+            joined = _join(algebra, first, second, var, r1, r2, shape)
+            if joined is not None:
+                return joined
+    return None
+
+
+def _join(
+    algebra: Algebra,
+    first: Term,
+    second: Term,
+    var: int,
+    r1: tuple[Aff, Aff],
+    r2: tuple[Aff, Aff],
+    shape: tuple[Aff, ...],
+) -> Term | None:
+    x = Aff.var(var)
+    end1, start2 = algebra.space.guard(r1[1] - x), algebra.space.guard(x - r2[0])
+    rest1, rest2 = first.but(guards=first.guards - {end1}), second.but(guards=second.guards - {start2})
+    # Every other guard must hold on both sides: then the union is the range [l1, u2] under all of them.
+    low, high = algebra.space.guard(x - r1[0]), algebra.space.guard(r2[1] - x)
+    own1 = [g for g in _own(algebra, rest1, second, shape) if g not in (low, high)]
+    own2 = [g for g in _own(algebra, rest2, first, shape) if g not in (low, high)]
+    if own1 or own2:
+        return None
+    guards = (rest1.guards | rest2.guards | {low, high}) - {end1, start2}
+    ranges = algebra.ranges(shape, {g for g in guards if not g.coef(var)})
+    for lo, hi in (r1, r2):
+        if algebra.space.lower(hi - lo + 1, ranges) < 0 and not algebra.implied(hi - lo + 1, guards, ranges):
+            return None
+    return first.but(guards=guards)
+
+
+def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) -> Term | None:
+    """A ranged term and a point next to the range, equal to what the ranged term is there."""
+    space = algebra.space
+    fixed = _points(point)
+    for var in sorted({v for g in ranged.guards for v, _ in g.terms if v < 100}):
+        ends = _ends(algebra, ranged, var, shape)
+        if ends is None or (var >= 0 and (var not in fixed or not all(v >= 100 for e in ends for v, _ in e.terms))):
+            continue
+        x = Aff.var(var)
+        for at, stretched in ((ends[1] + 1, (ends[0], ends[1] + 1)), (ends[0] - 1, (ends[0] - 1, ends[1]))):
+            if var in fixed and fixed[var] != at:
+                continue
+            drop = {space.guard(x - ends[0]), space.guard(ends[1] - x)}
+            rest = ranged.but(guards=ranged.guards - drop)
+            moved = rest.sub(space, {var: at})
+            if var >= 0:
+                moved = moved.but(guards=moved.guards | {x - at, at - x})
+            there = algebra.normalise(moved, shape)
+            if there is None or there.body != point.body:
+                continue
+            if there.guards != point.guards and (
+                _own(algebra, there, point, shape) or _own(algebra, point, there, shape)
+            ):
+                continue
+            if algebra.space.lower(ends[1] - ends[0] + 1, algebra.ranges(shape, point.guards)) < 0:
+                continue
+            return rest.but(guards=rest.guards | {space.guard(x - stretched[0]), space.guard(stretched[1] - x)})
+    return None
+
+
+def _points(term: Term) -> dict[int, Aff]:
+    """Free dimensions that the guards pin to one place."""
+    out: dict[int, Aff] = {}
+    for g in term.guards:
+        if len(g.terms) >= 1 and -g in term.guards:
+            for v, c in g.terms:
+                if 0 <= v < 100 and c == 1:
+                    out[v] = -g.without(v)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------- line fits
+
+
+def _line(algebra: Algebra, a: Term, b: Term) -> Term | None:
+    """Two single tokens of one sum: every index moves by a constant from ``a`` to ``b``, so both lie on a line.
+
+    The fit is exact at both points, so an unlucky one costs a merge, never the truth. Numeric coefficients are not
+    fitted: alternating signs would become a slope.
+    """
+    if a.guards != b.guards or a.body == b.body or not a.accs:
+        return None
+    t = min((v for f in a.affs() for v, _ in f.terms), default=0)
+    t = min(t, 0) - 1
+    fitted = _fit(algebra, a, b, t)
+    if fitted is None:
+        return None
+    accs, exp = fitted
+    if not any(i.coef(t) for _, idx in accs for i in idx):
+        return None
+    return Term(a.coef, a.poly, accs, exp, a.guards | {Aff.var(t), -Aff.var(t) + 1})
+
+
+def _free_line(algebra: Algebra, a: Term, b: Term) -> Term | None:
+    """Pieces at two neighbouring positions of a free dimension."""
+    at_a, at_b = _points(a), _points(b)
+    for var in sorted(at_a):
+        if var not in at_b:
+            continue
+        step = at_b[var] - at_a[var]
+        if step == Aff.lit(-1):
+            return _free_line(algebra, b, a)
+        if step != Aff.lit(1):
+            continue
+        x = Aff.var(var)
+        along = x - at_a[var]
+        rest_a = a.guards - {x - at_a[var], at_a[var] - x}
+        rest_b = b.guards - {x - at_b[var], at_b[var] - x}
+        guards = _fit_guards(algebra, rest_a, rest_b, along)
+        if guards is None or a.poly != b.poly:
+            continue
+        fitted = _fit(algebra, a, b, -999_999)
+        if fitted is None:
+            continue
+        moved = Term(a.coef, a.poly, *fitted, guards).sub(algebra.space, {-999_999: along})
+        return moved.but(guards=moved.guards | {x - at_a[var], at_b[var] - x})
+    return None
+
+
+def _fit_guards(algebra: Algebra, a: frozenset[Aff], b: frozenset[Aff], along: Aff) -> set[Aff] | None:
+    left = {g.terms: g.const for g in a}
+    right = {g.terms: g.const for g in b}
+    if left.keys() != right.keys() or len(left) != len(a) or len(right) != len(b):
+        return None
+    return {algebra.space.guard(Aff(ts, c) + along * (right[ts] - c)) for ts, c in left.items()}
+
+
+def _fit(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[tuple[Access, ...], Exponent] | None:
+    if a.poly != b.poly:
+        return None
+    accs = []
+    for x, y in zip(a.accs, b.accs, strict=True):
+        fitted = _fit_access(x, y, t)
+        if fitted is None:
+            return None
+        accs.append(fitted)
+    exp = _fit_exponent(a.exp, b.exp, t)
+    return None if exp is None else (tuple(accs), exp)
+
+
+def _fit_access(x: Access, y: Access, t: int) -> Access | None:
+    idx = []
+    for p, q in zip(x[1], y[1], strict=True):
+        step = q - p
+        if not step.is_const:
+            return None
+        idx.append(p + Aff(((t, step.const),)) if step.const else p)
+    return (x[0], tuple(idx))
+
+
+def _fit_exponent(a: Exponent, b: Exponent, t: int) -> Exponent | None:
+    lin: list[tuple[Mono, Aff]] = []
+    left, right = dict(a.lin), dict(b.lin)
+    for mono in left.keys() | right.keys():
+        p, q = left.get(mono, Aff()), right.get(mono, Aff())
+        step = q - p
+        if not step.is_const:
+            return None
+        lin.append((mono, p + Aff.var(t) * step.const if step.const else p))
+    sums = _fit_sums(a.sums, b.sums, t)
+    return None if sums is None else Exponent.of(lin, sums)
+
+
+Sums = tuple[tuple[tuple[Mono, Aff], Number], ...]
+
+
+def _fit_sums(a: Sums, b: Sums, t: int) -> list[tuple[tuple[Mono, Aff], Number]] | None:
+    """Pairs +-P positions of both sides; a vanished pair P(u) - P(u) or a dropped P(0) is put back first."""
+    groups: dict[Mono, tuple[dict[Number, list[Aff]], dict[Number, list[Aff]]]] = {}
+    for side, sums in enumerate((a, b)):
+        for (mono, pos), c in sums:
+            groups.setdefault(mono, ({}, {}))[side].setdefault(c, []).append(pos)
+    out: list[tuple[tuple[Mono, Aff], Number]] = []
+    for mono, (left, right) in groups.items():
+        if not _restore(left, right) or not _restore(right, left):
+            return None
+        if left.keys() != right.keys():
+            return None
+        for c in left:
+            ps, qs = sorted(left[c]), sorted(right[c])
+            if len(ps) != len(qs):
+                return None
+            for p, q in zip(ps, qs, strict=True):
+                step = q - p
+                if not step.is_const:
+                    return None
+                out.append(((mono, p + Aff.var(t) * step.const if step.const else p), c))
+    return out
+
+
+def _restore(mine: dict[Number, list[Aff]], theirs: dict[Number, list[Aff]]) -> bool:
+    """Gives ``mine`` the P terms that cancelled there but not in ``theirs``."""
+    for c, positions in list(theirs.items()):
+        have = len(mine.get(c, ()))
+        if have >= len(positions):
+            continue
+        if len(positions) - have > 1:
+            return False
+        if len(mine.get(-c, ())) < len(theirs.get(-c, ())):
+            # the pair P(u) - P(u): u is the other side's end, which does not move
+            u = theirs[1 if 1 in theirs else c][0]
+            mine.setdefault(c, []).append(u)
+            mine.setdefault(-c, []).append(u)
+        else:
+            mine.setdefault(c, []).append(Aff())
+    return True

@@ -1,0 +1,399 @@
+"""Normalisation of one term: guards, ranges and the names of bound indices, until nothing changes.
+
+The rules are sound on their own: each returns a term with the same value at every index. Their ids (R1, R2, ...) are
+the ones used in docs/how-matching-works.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from .affine import FIRST_DIV, INF, TAU, ZERO, Aff, Range, Space, box
+from .term import Access, Exponent, Guards, Mono, Term
+
+ROUNDS = 8
+
+
+class Bounds(NamedTuple):
+    """The guards that bound one variable from below (var >= low) and above (var <= high)."""
+
+    low: list[Aff]
+    high: list[Aff]
+    other: bool  # some guard holds the variable in another way
+
+
+class Algebra:
+    """The space of one analysis and the shapes of its leaves: what the rules need to know."""
+
+    def __init__(self) -> None:
+        self.space = Space()
+        self.leaf_shapes: dict[int, tuple[Aff, ...]] = {}
+
+    # ------------------------------------------------------------------------------------------------------- boxes
+
+    def ranges(self, shape: Iterable[Aff], guards: Iterable[Aff] = ()) -> dict[int, Range]:
+        """The box of the free dimensions, tightened by the guards that speak of one free dimension alone."""
+        out = box(shape)
+        for g in guards:
+            free = [(v, c) for v, c in g.terms if v < 100]
+            if len(free) != 1 or free[0][0] < 0 or any(v >= FIRST_DIV for v, _ in g.terms):
+                continue
+            v, c = free[0]
+            if v not in out:
+                continue
+            low, high = out[v]
+            rest = g.without(v)
+            if c == 1 and self.space.lower(-rest - low, {}) >= 0:
+                out[v] = (-rest, high)
+            elif c == -1 and self.space.lower(high - rest, {}) >= 0:
+                out[v] = (low, rest)
+        return out
+
+    def bounds(self, var: int, guards: Iterable[Aff]) -> Bounds:
+        low: list[Aff] = []
+        high: list[Aff] = []
+        other = False
+        for g in guards:
+            c = g.coef(var)
+            if c == 1:
+                low.append(-g.without(var))
+            elif c == -1:
+                high.append(g.without(var))
+            elif c or any(v >= FIRST_DIV and var in self.space.vars(Aff.var(v)) for v, _ in g.terms):
+                other = True
+        return Bounds(low, high, other)
+
+    def feasible(self, guards: Iterable[Aff], ranges: Mapping[int, Range]) -> bool:
+        """False only where the guards provably exclude each other on the box."""
+        gs = list(guards)
+        for n, g in enumerate(gs):
+            if self.space.upper(g, ranges) < 0:
+                return False
+            if any(self.space.upper(g + h, ranges) < 0 for h in gs[:n]):
+                return False
+        return True
+
+    def implied(self, g: Aff, guards: Iterable[Aff], ranges: Mapping[int, Range]) -> bool:
+        """True where ``g >= 0`` follows from the box and one of the guards."""
+        return self.space.lower(g, ranges) >= 0 or any(self.space.lower(g - h, ranges) >= 0 for h in guards)
+
+    def prune(self, guards: Iterable[Aff], shape: tuple[Aff, ...]) -> Guards | None:
+        """R1 for guards over free dimensions: drop what the box or another guard implies; None where impossible."""
+        kept = {self.space.guard(g) for g in guards}
+        ranges = box(shape)
+        if not self.feasible(kept, ranges):
+            return None
+        for g in sorted(kept):
+            if self.implied(g, kept - {g}, ranges):
+                kept.discard(g)
+        return frozenset(kept)
+
+    # ------------------------------------------------------------------------------------------------- normalisation
+
+    def normalise(self, term: Term, shape: tuple[Aff, ...]) -> Term | None:
+        """The normal form of ``term`` as part of a tensor of this shape; None if it is zero everywhere."""
+        if term.coef == 0:
+            return None
+        if not term.guards and not any(v < 0 for a in term.affs() for v, _ in a.terms):
+            return self._canonical_names(self._settle(term, box(shape)))
+        for _ in range(ROUNDS):
+            before = term
+            pruned = self._prune_guards(term, shape)
+            if pruned is None:
+                return None
+            term = self._collapse_points(pruned)
+            term = self._count_unused(term, shape)
+            term = self._mixed_radix(term)
+            term = self._settle(term, self._term_ranges(term, shape))
+            if term == before:
+                break
+        return self._canonical_names(self._origins(term))
+
+    def _term_ranges(self, term: Term, shape: tuple[Aff, ...]) -> dict[int, Range]:
+        ranges = self.ranges(shape, term.guards)
+        for var in term.bound(self.space):
+            b = self.bounds(var, term.guards)
+            if b.low and b.high:
+                ranges[var] = (b.low[0], b.high[0])
+        return ranges
+
+    def _settle(self, term: Term, ranges: Mapping[int, Range]) -> Term:
+        """Floor divisions that the box decides, and exponents in their canonical reading."""
+        space = self.space
+        if any(v >= FIRST_DIV for a in term.affs() for v, _ in a.terms) and not self._cyclic(ranges):
+
+            def mono(m: Mono) -> Mono:
+                return tuple(sorted((leaf, tuple(space.settle(i, ranges) for i in idx)) for leaf, idx in m))
+
+            term = Term(
+                term.coef,
+                space.settle(term.poly, ranges),
+                tuple((leaf, tuple(space.settle(i, ranges) for i in idx)) for leaf, idx in term.accs),
+                Exponent.of(
+                    ((mono(m), space.settle(f, ranges)) for m, f in term.exp.lin),
+                    (((mono(m), space.settle(p, ranges)), c) for (m, p), c in term.exp.sums),
+                ),
+                (space.guard(space.settle(g, self.ranges_without_guards(ranges))) for g in term.guards),
+            )
+        if any(f.is_const and m for m, f in term.exp.lin):
+            term = term.but(exp=self._telescope(term.exp))
+        return term
+
+    @staticmethod
+    def ranges_without_guards(ranges: Mapping[int, Range]) -> dict[int, Range]:
+        """Only constant ranges: a guard must not be simplified by the range it itself defines."""
+        return {v: r for v, r in ranges.items() if r[0] == ZERO and v >= 0}
+
+    @staticmethod
+    def _cyclic(ranges: Mapping[int, Range]) -> bool:
+        bound = {v for v in ranges if v < 0}
+        return any(v in bound for var in bound for end in ranges[var] for v, _ in end.terms)
+
+    def _telescope(self, exp: Exponent) -> Exponent:
+        """A fixed token of a long dimension, g[.., 5, ..], is P(6) - P(5): products over tokens then telescope."""
+        lin: list[tuple[Mono, Aff]] = []
+        sums = list(exp.sums)
+        for mono, f in exp.lin:
+            found = self._token_of(mono) if f.is_const else None
+            if found is None:
+                lin.append((mono, f))
+                continue
+            running, pos = found
+            sums.append(((running, pos + 1), f.const))
+            sums.append(((running, pos), -f.const))
+        return Exponent.of(lin, sums)
+
+    def _token_of(self, mono: Mono) -> tuple[Mono, Aff] | None:
+        pos: Aff | None = None
+        out: list[Access] = []
+        for leaf, idx in mono:
+            shape = self.leaf_shapes[leaf]
+            fixed = [
+                (shape[d].const if shape[d].is_const else INF, -d)
+                for d, i in enumerate(idx)
+                if all(v >= 1000 and v < FIRST_DIV for v, _ in i.terms) and (not shape[d].is_const or shape[d].const > 1)
+            ]
+            if not fixed:
+                out.append((leaf, idx))
+                continue
+            d = -max(fixed)[1]
+            if pos is None:
+                pos = idx[d]
+            out.append((leaf, (*idx[:d], Aff.var(TAU) + (idx[d] - pos), *idx[d + 1 :])))
+        return None if pos is None else (tuple(sorted(out)), pos)
+
+    def _prune_guards(self, term: Term, shape: tuple[Aff, ...]) -> Term | None:
+        """R1: drop guards that the box or another guard implies; None if the guards exclude each other."""
+        guards = {self.space.guard(g) for g in term.guards}
+        for g in [g for g in guards if g.is_const]:
+            if g.const < 0:
+                return None
+            guards.discard(g)
+        ranges = self.ranges(shape, guards)
+        plain = box(shape)
+        if not self.feasible(guards, ranges):
+            return None
+        for g in sorted(guards):
+            others = guards - {g}
+            speaks_of_bound = any(v < 0 for v in self.space.vars(g))
+            if speaks_of_bound:
+                if any(self.space.lower(g - h, ranges) >= 0 for h in others if self._same_side(g, h)):
+                    guards.discard(g)
+            elif self.implied(g, others, plain):
+                guards.discard(g)
+        return term if guards == term.guards else term.but(guards=guards)
+
+    def _same_side(self, g: Aff, h: Aff) -> bool:
+        return all(v >= 0 for v in self.space.vars(g - h))
+
+    def _collapse_points(self, term: Term) -> Term:
+        """R2: an index whose range is one point is that point. A free dimension keeps its two guards."""
+        for var in sorted(self._guarded(term)):
+            b = self.bounds(var, term.guards)
+            point = next((lo for lo in b.low for hi in b.high if lo == hi), None)
+            if point is None or var in self.space.vars(point):
+                continue
+            mapping = {var: point}
+            if var < 0:
+                term = term.sub(self.space, mapping)
+            elif all(v >= 100 for v in self.space.vars(point)):
+                keep = {g for g in term.guards if g.coef(var) and g.without(var) in (-point, point)}
+                moved = term.but(guards=term.guards - keep).sub(self.space, mapping)
+                term = moved.but(guards=moved.guards | keep)
+        return term
+
+    @staticmethod
+    def _guarded(term: Term) -> set[int]:
+        return {v for g in term.guards for v, _ in g.terms if v < 100}
+
+    def _count_unused(self, term: Term, shape: tuple[Aff, ...]) -> Term:
+        """A bound index that only its range mentions counts: it multiplies by the length of the range."""
+        used: set[int] = set()
+        for aff in term.but(guards=()).affs():
+            used |= self.space.vars(aff)
+        for var in sorted(term.bound(self.space) - used):
+            b = self.bounds(var, term.guards)
+            if b.other or len(b.low) != 1 or len(b.high) != 1 or not term.poly.is_const:
+                continue
+            length = b.high[0] - b.low[0] + 1
+            if any(v < 0 for v in self.space.vars(length)):
+                continue
+            rest = [g for g in term.guards if not g.coef(var)]
+            if self.space.lower(length, self.ranges(shape, rest)) < 0:
+                rest.append(length - 1)
+            term = term.but(poly=length, guards=rest)
+        return term
+
+    def _mixed_radix(self, term: Term) -> Term:
+        """R3: b1, b2 that occur only as m*b1 + b2, b2 running over exactly m values, are one index.
+
+        R3b: b2 in [m*b1 + r, m*b1 + r + m - 1] with b1 nowhere else is one index over the union of the windows.
+        """
+        bound = sorted(term.bound(self.space))
+        for b2 in bound:
+            r2 = self.bounds(b2, term.guards)
+            if r2.other or len(r2.low) != 1 or len(r2.high) != 1:
+                continue
+            length = r2.high[0] - r2.low[0] + 1
+            if not length.is_const or length.const < 1:
+                continue
+            m = int(length.const)
+            for b1 in bound:
+                if b1 == b2:
+                    continue
+                merged = self._windows(term, b1, b2, m, r2) or self._digits(term, b1, b2, m, r2)
+                if merged is not None:
+                    return merged
+        return term
+
+    def _range_of(self, var: int, guards: Iterable[Aff]) -> tuple[Aff, Aff] | None:
+        b = self.bounds(var, guards)
+        return None if b.other or len(b.low) != 1 or len(b.high) != 1 else (b.low[0], b.high[0])
+
+    def _windows(self, term: Term, b1: int, b2: int, m: int, r2: Bounds) -> Term | None:
+        low = r2.low[0]
+        if low.coef(b1) != m or m == 1:
+            return None
+        own = {g for g in term.guards if g.coef(b2)}
+        rest = term.guards - own
+        range1 = self._range_of(b1, rest)
+        used = set().union(*(self.space.vars(a) for a in term.but(guards=[]).affs()), set())
+        if range1 is None or b1 in used:
+            return None
+        base = low.without(b1)
+        if b2 in self.space.vars(range1[0] - range1[1]):
+            return None
+        guards = [g for g in rest if not g.coef(b1)]
+        guards.append(Aff.var(b2) - base - range1[0] * m)
+        guards.append(base + range1[1] * m + (m - 1) - Aff.var(b2))
+        return term.but(guards=guards)
+
+    def _digits(self, term: Term, b1: int, b2: int, m: int, r2: Bounds) -> Term | None:
+        low2 = r2.low[0]
+        if m == 1 or not low2.is_const:
+            return None
+        own = {g for g in term.guards if g.coef(b2)}
+        rest = term.guards - own
+        range1 = self._range_of(b1, rest)
+        if range1 is None or b2 in self.space.vars(range1[0]) | self.space.vars(range1[1]):
+            return None
+        if any(g.coef(b1) and (g.coef(b1) not in (1, -1)) for g in rest):
+            return None
+        for aff in term.but(guards=()).affs():
+            for v, _ in aff.terms:
+                if v >= FIRST_DIV and not self.space.vars(Aff.var(v)).isdisjoint((b1, b2)):
+                    return None
+            if aff.coef(b1) != aff.coef(b2) * m:
+                return None
+        guards = [g for g in rest if not g.coef(b1)]
+        guards.append(Aff.var(b2) - range1[0] * m - low2)
+        guards.append(range1[1] * m + (m - 1) + low2 - Aff.var(b2))
+        moved = term.but(guards=()).sub(self.space, {b1: ZERO})
+        return moved.but(guards=guards)
+
+    # ---------------------------------------------------------------------------------------------- canonical naming
+
+    def _sort_key(self, access: Access) -> tuple:
+        def key(aff: Aff) -> tuple:
+            bound = tuple(sorted(abs(c) for v, c in aff.terms if v < 0))
+            free = tuple((v, c) for v, c in aff.terms if v >= 0)
+            return (bound, () if bound else free, 0 if bound else aff.const)
+
+        return (access[0], tuple(key(a) for a in access[1]))
+
+    def _origins(self, term: Term) -> Term:
+        """R4: the first access that holds a bound index alone (with coefficient 1 or -1) becomes that index."""
+        done: set[int] = set()
+        for access in sorted(term.accs, key=self._sort_key):
+            for aff in access[1]:
+                term = self._origin(term, aff, done)
+        for mono, f in term.exp.lin:
+            for aff in (*[i for _, idx in mono for i in idx], f):
+                term = self._origin(term, aff, done)
+        for (mono, pos), _ in term.exp.sums:
+            for aff in (*[i for _, idx in mono for i in idx], pos):
+                term = self._origin(term, aff, done)
+        return term
+
+    def _origin(self, term: Term, aff: Aff, done: set[int]) -> Term:
+        bound = [(v, c) for v, c in aff.terms if v < 0]
+        if len(bound) != 1 or abs(bound[0][1]) != 1:
+            return term
+        v, c = bound[0]
+        if v in done or any(w >= FIRST_DIV and v in self.space.vars(Aff.var(w)) for w, _ in aff.terms):
+            return term
+        done.add(v)
+        rest = aff.without(v)
+        if c == 1 and not rest.terms and not rest.const:
+            return term
+        return term.sub(self.space, {v: (Aff.var(v) - rest) * int(c)})
+
+    def _canonical_names(self, term: Term) -> Term:
+        """Bound indices named -1, -2, ... by first occurrence, accesses sorted: equality becomes a comparison."""
+        order: list[int] = []
+
+        def visit(aff: Aff) -> None:
+            for v, _ in sorted(aff.terms, key=lambda t: (abs(t[1]), -t[0])):
+                inner = self.space.vars(Aff.var(v)) if v >= FIRST_DIV else (v,)
+                order.extend(w for w in inner if w < 0 and w not in order)
+
+        accs = sorted(term.accs, key=self._sort_key)
+        for _, idx in accs:
+            for aff in idx:
+                visit(aff)
+        for aff in term.exp.affs():
+            visit(aff)
+        visit(term.poly)
+        for g in sorted(term.guards, key=lambda g: (len(g.terms), tuple(abs(c) for _, c in g.terms), abs(g.const))):
+            visit(g)
+        if order:
+            names = {v: Aff.var(-(n + 1)) for n, v in enumerate(order)}
+            if any(names[v] != Aff.var(v) for v in order):
+                term = term.sub(self.space, names)
+        return term.but(accs=tuple(sorted(term.accs)))
+
+    # ------------------------------------------------------------------------------------------------ small services
+
+    def product(self, a: Term, b: Term) -> Term | None:
+        """``a * b`` with the bound indices of ``b`` renamed apart; None if both carry an index-valued factor."""
+        if not a.poly.is_const and not b.poly.is_const:
+            return None
+        if math.isinf(a.coef) or math.isinf(b.coef):
+            return None
+        b = self.apart(b, a)
+        return Term(
+            a.coef * b.coef,
+            b.poly if a.poly.is_const else a.poly,
+            tuple(sorted(a.accs + b.accs)),
+            a.exp + b.exp,
+            a.guards | b.guards,
+        )
+
+    def apart(self, b: Term, a: Term) -> Term:
+        bound_b = b.bound(self.space)
+        if not bound_b:
+            return b
+        start = min(a.bound(self.space) | bound_b) - 1
+        return b.sub(self.space, {v: Aff.var(start - n) for n, v in enumerate(sorted(bound_b, reverse=True))})

@@ -1,0 +1,258 @@
+"""The normal form: what a tensor *is*, as a sum of guarded, exponentially weighted products of leaf accesses.
+
+    term = coef * poly(idx) * prod leaf[affine(idx)] * exp(exponent)   on guards, 0 elsewhere, summed over bound indices
+
+The value of a tensor is a list of *cases*: disjoint, covering regions of its index space, each with its own sum of
+terms. Contractions live in one case (their guards sit in the terms); masks and log-space values keep several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .affine import FIRST_DIV, ONE, TAU, Aff, Number, Space
+
+Access = tuple[int, tuple[Aff, ...]]
+"""(leaf id, one index per leaf dimension)."""
+
+Mono = tuple[Access, ...]
+"""A product of leaf accesses, sorted. In a prefix sum the running position is the variable TAU."""
+
+
+class Exponent:
+    """``sum mono * aff  +  sum coef * P_mono(pos)`` where ``P_mono(x) = sum_{t < x} mono(t)``.
+
+    ``lin`` holds fixed decays (g[h] * (i - j)), ``sums`` holds per-token ones (P(i+1) - P(j+1)). The empty mono is 1.
+    """
+
+    __slots__ = ("_hash", "lin", "sums")
+
+    def __init__(self, lin: tuple[tuple[Mono, Aff], ...] = (), sums: tuple[tuple[tuple[Mono, Aff], Number], ...] = ()):
+        self.lin = lin
+        self.sums = sums
+        self._hash = hash((lin, sums))
+
+    @staticmethod
+    def of(lin: Iterable[tuple[Mono, Aff]], sums: Iterable[tuple[tuple[Mono, Aff], Number]]) -> Exponent:
+        a: dict[Mono, Aff] = {}
+        for mono, aff in lin:
+            a[mono] = a[mono] + aff if mono in a else aff
+        b: dict[tuple[Mono, Aff], Number] = {}
+        for key, c in sums:
+            b[key] = b.get(key, 0) + c
+        return Exponent(
+            tuple(sorted((m, f) for m, f in a.items() if f.terms or f.const)),
+            tuple(sorted((k, c) for k, c in b.items() if abs(c) > 1e-12 and (k[1].terms or k[1].const))),
+        )
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Exponent) and self.lin == other.lin and self.sums == other.sums
+
+    def __bool__(self) -> bool:
+        return bool(self.lin or self.sums)
+
+    def __lt__(self, other: Exponent) -> bool:
+        return (self.lin, self.sums) < (other.lin, other.sums)
+
+    def __add__(self, other: Exponent) -> Exponent:
+        if not other:
+            return self
+        if not self:
+            return other
+        return Exponent.of((*self.lin, *other.lin), (*self.sums, *other.sums))
+
+    def __mul__(self, k: Number) -> Exponent:
+        return Exponent.of(((m, f * k) for m, f in self.lin), ((key, c * k) for key, c in self.sums))
+
+    def __sub__(self, other: Exponent) -> Exponent:
+        return self + other * -1
+
+    def sub(self, space: Space, mapping: Mapping[int, Aff]) -> Exponent:
+        if not self:
+            return self
+        return Exponent.of(
+            ((sub_mono(space, m, mapping), space.sub(f, mapping)) for m, f in self.lin),
+            (((sub_mono(space, m, mapping), space.sub(p, mapping)), c) for (m, p), c in self.sums),
+        )
+
+    def affs(self) -> Iterable[Aff]:
+        """Every affine form mentioned, those inside monomials included."""
+        for mono, f in self.lin:
+            yield f
+            for _, idx in mono:
+                yield from idx
+        for (mono, pos), _ in self.sums:
+            yield pos
+            for _, idx in mono:
+                yield from idx
+
+    def __repr__(self) -> str:
+        parts = [f"{show_mono(m)}*({f})" for m, f in self.lin]
+        parts += [f"{'+' if c == 1 else '-' if c == -1 else f'{c}*'}P[{show_mono(m)}]({p})" for (m, p), c in self.sums]
+        return " ".join(parts)
+
+
+def sub_access(space: Space, access: Access, mapping: Mapping[int, Aff]) -> Access:
+    return (access[0], tuple(space.sub(a, mapping) for a in access[1]))
+
+
+def sub_mono(space: Space, mono: Mono, mapping: Mapping[int, Aff]) -> Mono:
+    return tuple(sorted(sub_access(space, a, mapping) for a in mono))
+
+
+def show_mono(mono: Mono) -> str:
+    return "*".join(f"L{leaf}[{','.join(map(str, idx))}]" for leaf, idx in mono) or "1"
+
+
+NO_EXPONENT = Exponent()
+
+
+class Term:
+    """One guarded, weighted product; see the module docstring. Immutable and hashed."""
+
+    __slots__ = ("_hash", "accs", "coef", "exp", "guards", "poly")
+
+    def __init__(
+        self,
+        coef: float = 1.0,
+        poly: Aff = ONE,
+        accs: tuple[Access, ...] = (),
+        exp: Exponent = NO_EXPONENT,
+        guards: Iterable[Aff] = (),
+    ):
+        if poly.is_const and poly.const != 1:
+            coef, poly = coef * poly.const, ONE
+        self.coef = float(coef)
+        self.poly = poly
+        self.accs = accs
+        self.exp = exp
+        self.guards: frozenset[Aff] = frozenset(guards)
+        self._hash = hash((self.coef, poly, accs, exp, self.guards))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Term)
+            and self._hash == other._hash
+            and self.coef == other.coef
+            and self.body == other.body
+            and self.guards == other.guards
+        )
+
+    @property
+    def body(self) -> tuple[Aff, tuple[Access, ...], Exponent]:
+        """Everything but the coefficient and the guards."""
+        return (self.poly, self.accs, self.exp)
+
+    @property
+    def signature(self) -> tuple[int, ...]:
+        return tuple(a[0] for a in self.accs)
+
+    def but(self, **changes: Any) -> Term:
+        fields = {"coef": self.coef, "poly": self.poly, "accs": self.accs, "exp": self.exp, "guards": self.guards}
+        fields.update(changes)
+        return Term(**fields)
+
+    def affs(self) -> Iterable[Aff]:
+        yield self.poly
+        for _, idx in self.accs:
+            yield from idx
+        yield from self.exp.affs()
+        yield from self.guards
+
+    def vars(self, space: Space) -> set[int]:
+        out: set[int] = set()
+        for aff in self.affs():
+            for v, _ in aff.terms:
+                if v >= FIRST_DIV:
+                    out |= space.vars(aff)
+                else:
+                    out.add(v)
+        out.discard(TAU)
+        return out
+
+    def bound(self, space: Space) -> set[int]:
+        return {v for v in self.vars(space) if v < 0}
+
+    def sub(self, space: Space, mapping: Mapping[int, Aff]) -> Term:
+        if not mapping:
+            return self
+        return Term(
+            self.coef,
+            space.sub(self.poly, mapping),
+            tuple(sub_access(space, a, mapping) for a in self.accs),
+            self.exp.sub(space, mapping),
+            (space.sub(g, mapping) for g in self.guards),
+        )
+
+    def __repr__(self) -> str:
+        parts = [f"{self.coef:g}"]
+        if self.poly != ONE:
+            parts.append(f"({self.poly})")
+        parts += [show_mono((a,)) for a in self.accs]
+        if self.exp:
+            parts.append(f"exp({self.exp})")
+        return " ".join(parts) + (f" on {sorted(self.guards)}" if self.guards else "")
+
+
+Guards = frozenset[Aff]
+NO_GUARDS: Guards = frozenset()
+
+
+@dataclass(frozen=True)
+class Case:
+    """The value on the region where all ``guards`` (over free dimensions only) hold."""
+
+    guards: Guards
+    terms: tuple[Term, ...]
+
+
+@dataclass(frozen=True)
+class Val:
+    """The value of one tensor.
+
+    ``alt`` is a second reading of the same tensor as a plain access of one leaf: a product of two plain tensors can be
+    looked into (q k^T) or taken as it is (a projection), and only the consumer knows which is wanted.
+    """
+
+    shape: tuple[Aff, ...]
+    cases: tuple[Case, ...]
+    alt: Term | None = None
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of a single-case value."""
+        assert len(self.cases) == 1, "value has several cases"
+        return self.cases[0].terms
+
+    @property
+    def single(self) -> bool:
+        return len(self.cases) == 1
+
+    @property
+    def one(self) -> Term | None:
+        """The only term of the only case, if that is what the value is."""
+        return self.cases[0].terms[0] if self.single and len(self.cases[0].terms) == 1 else None
+
+    def with_terms(self, f: Callable[[Term], Term]) -> Val:
+        return replace(
+            self,
+            cases=tuple(Case(c.guards, tuple(f(t) for t in c.terms)) for c in self.cases),
+            alt=None if self.alt is None else f(self.alt),
+        )
+
+
+def value(shape: Iterable[Aff], terms: Iterable[Term], alt: Term | None = None) -> Val:
+    """A single-case value."""
+    return Val(tuple(shape), (Case(NO_GUARDS, tuple(terms)),), alt)
+
+
+def constant(shape: Iterable[Aff], c: float) -> Val:
+    return value(shape, (Term(c),) if c != 0 else ())

@@ -23,33 +23,46 @@ TAU = 500
 FIRST_SYMBOL = 1_000
 FIRST_DIV = 1_000_000
 INF = math.inf
+TINY = 1e-12  # a float coefficient below this is what is left of a cancellation
 
 
-def quantise(x: Number) -> Number:
-    """Floats rounded to 10 significant digits, so that values computed two ways compare equal; ints unchanged."""
-    if isinstance(x, int):
+def _number(x: Number) -> Number:
+    """Whole floats as ints."""
+    return int(x) if isinstance(x, float) and x.is_integer() and abs(x) < 2**53 else x
+
+
+def _const(x: Number) -> Number:
+    return 0 if abs(x) <= TINY else _number(x)
+
+
+def _rounded(x: Number) -> Number:
+    """Nine significant digits: two exponents computed in different orders are the same exponent."""
+    if isinstance(x, int) or not math.isfinite(x):
         return x
-    if x == 0 or not math.isfinite(x):
-        return x
-    if x.is_integer() and abs(x) < 2**53:
-        return int(x)
-    digits = 9 - math.floor(math.log10(abs(x)))
-    return round(x, digits)
+    return round(x, 8 - math.floor(math.log10(abs(x))))
 
 
 class Aff:
-    """An immutable affine form; ``terms`` is sorted by variable and holds no zero coefficient."""
+    """An immutable affine form; ``terms`` is sorted by variable and holds no zero coefficient.
 
-    __slots__ = ("_hash", "const", "terms")
+    Float coefficients keep their full precision and are compared to nine significant digits: an exponent that is equal
+    to nine digits gives a weight that is equal to far below float32's rounding.
+    """
+
+    __slots__ = ("_hash", "_key", "const", "terms")
 
     def __init__(self, terms: tuple[tuple[int, Number], ...] = (), const: Number = 0):
         self.terms = terms
         self.const = const
-        self._hash = hash((terms, const))
+        if type(const) is int and all(type(c) is int for _, c in terms):
+            self._key = (terms, const)
+        else:
+            self._key = (tuple((v, _rounded(c)) for v, c in terms), _rounded(const))
+        self._hash = hash(self._key)
 
     @staticmethod
     def of(coefs: Mapping[int, Number], const: Number = 0) -> Aff:
-        return Aff(tuple(sorted((v, quantise(c)) for v, c in coefs.items() if abs(c) > 1e-14)), quantise(const))
+        return Aff(tuple(sorted((v, _number(c)) for v, c in coefs.items() if abs(c) > TINY)), _const(const))
 
     @staticmethod
     def var(v: int) -> Aff:
@@ -57,22 +70,22 @@ class Aff:
 
     @staticmethod
     def lit(c: Number) -> Aff:
-        return Aff((), quantise(c))
+        return Aff((), _const(c))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Aff) and self.const == other.const and self.terms == other.terms
+        return isinstance(other, Aff) and self._hash == other._hash and self._key == other._key
 
     def __lt__(self, other: Aff) -> bool:
-        return (self.terms, self.const) < (other.terms, other.const)
+        return self._key < other._key
 
     def __add__(self, other: Aff | Number) -> Aff:
         if not isinstance(other, Aff):
-            return Aff(self.terms, quantise(self.const + other)) if other else self
+            return Aff(self.terms, _const(self.const + other)) if other else self
         if not other.terms:
-            return Aff(self.terms, quantise(self.const + other.const)) if other.const else self
+            return Aff(self.terms, _const(self.const + other.const)) if other.const else self
         coefs = dict(self.terms)
         for v, c in other.terms:
             coefs[v] = coefs.get(v, 0) + c
@@ -89,7 +102,7 @@ class Aff:
             return self
         if k == 0:
             return ZERO
-        return Aff(tuple((v, quantise(c * k)) for v, c in self.terms), quantise(self.const * k))
+        return Aff(tuple((v, _number(c * k)) for v, c in self.terms), _const(self.const * k))
 
     def coef(self, var: int) -> Number:
         for v, c in self.terms:

@@ -51,7 +51,10 @@ def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term |
     if a.body == b.body and (out := _adjacent(algebra, a, b, shape)) is not None:
         return out
     return (
-        _extend(algebra, a, b, shape) or _extend(algebra, b, a, shape) or _line(algebra, a, b) or _free_line(algebra, a, b)
+        _extend(algebra, a, b, shape)
+        or _extend(algebra, b, a, shape)
+        or _line(algebra, a, b)
+        or _free_line(algebra, a, b, shape)
     )
 
 
@@ -119,7 +122,7 @@ def _join(
 def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) -> Term | None:
     """A ranged term and a point next to the range, equal to what the ranged term is there."""
     space = algebra.space
-    fixed = _points(point)
+    fixed = _points(algebra, point, shape)
     for var in sorted({v for g in ranged.guards for v, _ in g.terms if v < 100}):
         ends = _ends(algebra, ranged, var, shape)
         if ends is None or (var >= 0 and (var not in fixed or not all(v >= 100 for e in ends for v, _ in e.terms))):
@@ -146,15 +149,9 @@ def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...])
     return None
 
 
-def _points(term: Term) -> dict[int, Aff]:
-    """Free dimensions that the guards pin to one place."""
-    out: dict[int, Aff] = {}
-    for g in term.guards:
-        if len(g.terms) >= 1 and -g in term.guards:
-            for v, c in g.terms:
-                if 0 <= v < 100 and c == 1:
-                    out[v] = -g.without(v)
-    return out
+def _points(algebra: Algebra, term: Term, shape: tuple[Aff, ...]) -> dict[int, Aff]:
+    """Free dimensions that the guards, with the box, pin to one place."""
+    return {v: low for v, (low, high) in algebra.ranges(shape, term.guards).items() if low == high}
 
 
 # --------------------------------------------------------------------------------------------------------- line fits
@@ -179,15 +176,15 @@ def _line(algebra: Algebra, a: Term, b: Term) -> Term | None:
     return Term(a.coef, a.poly, accs, exp, a.guards | {Aff.var(t), -Aff.var(t) + 1})
 
 
-def _free_line(algebra: Algebra, a: Term, b: Term) -> Term | None:
+def _free_line(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
     """Pieces at two neighbouring positions of a free dimension."""
-    at_a, at_b = _points(a), _points(b)
+    at_a, at_b = _points(algebra, a, shape), _points(algebra, b, shape)
     for var in sorted(at_a):
         if var not in at_b:
             continue
         step = at_b[var] - at_a[var]
         if step == Aff.lit(-1):
-            return _free_line(algebra, b, a)
+            return _free_line(algebra, b, a, shape)
         if step != Aff.lit(1):
             continue
         x = Aff.var(var)

@@ -96,6 +96,7 @@ class Algebra:
         """The normal form of ``term`` as part of a tensor of this shape; None if it is zero everywhere."""
         if term.coef == 0:
             return None
+        term = self._unit_coefficient(term)
         if not term.guards and not any(v < 0 for a in term.affs() for v, _ in a.terms):
             return self._canonical_names(self._settle(term, box(shape)))
         for _ in range(ROUNDS):
@@ -103,13 +104,22 @@ class Algebra:
             pruned = self._prune_guards(term, shape)
             if pruned is None:
                 return None
-            term = self._collapse_points(pruned)
+            term = self._collapse_points(pruned, shape)
             term = self._count_unused(term, shape)
             term = self._mixed_radix(term)
             term = self._settle(term, self._term_ranges(term, shape))
             if term == before:
                 break
         return self._canonical_names(self._origins(term))
+
+    @staticmethod
+    def _unit_coefficient(term: Term) -> Term:
+        """The size of the coefficient of a product belongs to its weight: 0.9 * S and exp(log 0.9) * S are one form."""
+        size = abs(term.coef)
+        if size == 1 or len(term.accs) < 2 or math.isinf(size):
+            return term
+        log = Exponent.of([((), Aff.lit(math.log(size)))], ())
+        return term.but(coef=math.copysign(1.0, term.coef), exp=term.exp + log)
 
     def _term_ranges(self, term: Term, shape: tuple[Aff, ...]) -> dict[int, Range]:
         ranges = self.ranges(shape, term.guards)
@@ -208,11 +218,14 @@ class Algebra:
     def _same_side(self, g: Aff, h: Aff) -> bool:
         return all(v >= 0 for v in self.space.vars(g - h))
 
-    def _collapse_points(self, term: Term) -> Term:
-        """R2: an index whose range is one point is that point. A free dimension keeps its two guards."""
+    def _collapse_points(self, term: Term, shape: tuple[Aff, ...]) -> Term:
+        """R2: an index whose range is one point is that point. A free dimension keeps the guards that pin it."""
         for var in sorted(self._guarded(term)):
             b = self.bounds(var, term.guards)
-            point = next((lo for lo in b.low for hi in b.high if lo == hi), None)
+            low, high = b.low, b.high
+            if var >= 0:
+                low, high = [*low, ZERO], [*high, shape[var] - 1]
+            point = next((lo for lo in low for hi in high if lo == hi), None)
             if point is None or var in self.space.vars(point):
                 continue
             mapping = {var: point}

@@ -1,0 +1,75 @@
+"""Transfer rules: one function per ATen operation, from the values of its arguments to the value of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..affine import Aff
+from ..engine import Engine, GiveUp
+from ..term import Val
+
+
+@dataclass
+class Op:
+    """One executed operation: tensor arguments as values, everything else as it was passed."""
+
+    engine: Engine
+    func: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    out: Any
+    dtypes: list[torch.dtype | None]
+
+    def arg(self, n: int, name: str, default: Any = None) -> Any:
+        return self.args[n] if n < len(self.args) else self.kwargs.get(name, default)
+
+    @property
+    def shape(self) -> tuple[Aff, ...]:
+        return self.engine.shape(self.out)
+
+    def tensor(self, n: int) -> Val:
+        """Tensor argument ``n``, broadcast to the result."""
+        v = self.args[n]
+        if not isinstance(v, Val):
+            raise GiveUp("a number where a tensor was expected")
+        return self.engine.broadcast(v, self.shape)
+
+    def dim(self, d: int, rank: int) -> int:
+        return d % rank if rank else 0
+
+
+Rule = Callable[[Op], Val | list[Val]]
+RULES: dict[Any, Rule] = {}
+
+
+def rule(*packets: Any) -> Callable[[Rule], Rule]:
+    """Registers a function as the transfer rule of these operator packets."""
+
+    def register(f: Rule) -> Rule:
+        for p in packets:
+            RULES[p] = f
+        return f
+
+    return register
+
+
+def transfer(op: Op) -> Val | list[Val]:
+    """The value of an operation's result.
+
+    Raises:
+        GiveUp: no rule looks into it; the result is an opaque leaf.
+    """
+    packet = op.func.overloadpacket
+    found = RULES.get(packet)
+    if found is not None:
+        return found(op)
+    if torch.Tag.pointwise in op.func.tags and isinstance(op.out, torch.Tensor):
+        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    raise GiveUp(f"{packet} has no transfer rule")
+
+
+from . import arith, contract, masks, scatter, views  # noqa: E402, F401  (they register their rules)

@@ -1,0 +1,220 @@
+"""The abstract interpreter: what each tensor of a Dynamo graph is, as a normal form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from ..capture import Capture, ViewStep
+
+from .engine import Engine, GiveUp
+from .leaves import Opaque
+from .term import Val
+from .transfer import Op, transfer
+from .transfer.scatter import written, written_at
+from .transfer.views import reorder, slice_bounds, view_map
+
+aten = torch.ops.aten
+
+MAX_BAKED = 65_536
+
+
+@dataclass
+class Fact:
+    """What is known of one Dynamo value."""
+
+    node: fx.Node
+    value: Val
+    tensor: torch.Tensor
+    compute: torch.dtype
+    """The widest format the sums inside it were computed in."""
+
+
+@dataclass
+class Interpreter:
+    """Implements :class:`lacompile.passes.capture.Observer` over the normal form."""
+
+    engine: Engine = field(default_factory=Engine)
+    facts: dict[fx.Node, Fact] = field(default_factory=dict)
+    demanded: list[fx.Node] = field(default_factory=list)
+    give_ups: dict[fx.Node, str] = field(default_factory=dict)
+    buffers: dict[int, tuple[fx.Node, torch.Tensor]] = field(default_factory=dict)
+    capture: Capture | None = None
+    _gave_up: str | None = None
+
+    def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
+        self.capture = Capture(gm, self)
+        self.capture.run(example_inputs)
+
+    # ------------------------------------------------------------------------------------------------------ observer
+
+    def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Val:
+        if node.op == "get_attr" and isinstance(real, torch.Tensor) and real.numel() <= MAX_BAKED:
+            return self._numbers(tensor, real)
+        differentiable = isinstance(real, torch.Tensor) and real.requires_grad
+        val = self.engine.leaf(tensor, Opaque(node, node.name), differentiable=differentiable)
+        return self._noted(node, val, tensor, real)
+
+    def _noted(self, node: fx.Node, val: Val, tensor: torch.Tensor, real: Any) -> Val:
+        if isinstance(real, torch.Tensor) and not real.requires_grad and _is_static(node, real):
+            (term,) = val.terms
+            self.buffers[term.accs[0][0]] = (node, real)
+        return val
+
+    def _numbers(self, tensor: torch.Tensor, real: torch.Tensor) -> Val:
+        try:
+            return self.engine.table_value(real.detach().to("cpu", torch.float64).numpy(), self.engine.shape(tensor))
+        except GiveUp:
+            return self.engine.leaf(tensor, Opaque(None, "constant"))
+
+    def unknown(self, tensor: torch.Tensor, why: str) -> Val:
+        constant = getattr(tensor, "constant", None)
+        if isinstance(constant, torch.Tensor) and constant.numel() <= MAX_BAKED:
+            return self._numbers(tensor, constant)
+        if type(tensor) is torch.Tensor and tensor.numel() <= MAX_BAKED and tensor.device.type == "cpu":
+            return self._numbers(tensor, tensor)
+        self._gave_up = why
+        return self.engine.leaf(tensor, Opaque(None, why))
+
+    def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
+        op = Op(self.engine, func, args, kwargs, out, dtypes)
+        try:
+            return transfer(op)
+        except GiveUp as reason:
+            return self._give_up(op, str(reason))
+        except AssertionError as broken:
+            return self._give_up(op, f"internal: {broken}")
+
+    def _give_up(self, op: Op, reason: str) -> Any:
+        vals = [v for v in tree_leaves((op.args, op.kwargs)) if isinstance(v, Val)]
+        if isinstance(op.out, torch.Tensor) and not vals and torch.Tag.nondeterministic_seeded not in op.func.tags:
+            folded = self._run_factory(op)
+            if folded is not None:
+                return folded
+        if any(self.engine.structured(v) for v in vals):
+            self._gave_up = reason
+        inputs = tuple({a[0] for v in vals for c in v.cases for t in c.terms for a in t.accs})
+
+        def fresh(t: Any) -> Any:
+            if not isinstance(t, torch.Tensor):
+                return None
+            return self.engine.leaf(t, Opaque(None, op.func.overloadpacket.__name__, inputs))
+
+        return fresh(op.out) if isinstance(op.out, torch.Tensor) else [fresh(t) for t in op.out or ()]
+
+    def _run_factory(self, op: Op) -> Val | None:
+        """A tensor made from numbers alone (linspace, logspace): make it and take its numbers."""
+        if not all(isinstance(n, int) for n in op.out.shape) or op.out.numel() > MAX_BAKED:
+            return None
+        try:
+            with torch._C._DisableTorchDispatch():
+                real = op.func(*op.args, **{k: v for k, v in op.kwargs.items() if k != "device"})
+            return self._numbers(op.out, real)
+        except Exception:  # a factory that cannot run here stays unknown
+            return None
+
+    def write(self, base: Val, view: ViewStep, new: Val, tensor: torch.Tensor) -> Val:
+        try:
+            return self._written(base, view, new)
+        except GiveUp as reason:
+            return self.unknown(tensor, f"written through a view: {reason}")
+
+    def _written(self, base: Val, view: ViewStep, new: Val) -> Val:
+        packet, engine = view.func.overloadpacket, self.engine
+        op = Op(engine, view.func, [base, *view.args[1:]], view.kwargs, view.out, [None] * len(view.args))
+        rank = len(base.shape)
+        if packet is aten.select:
+            at = engine.aff(view.args[2])
+            at = at + base.shape[view.args[1] % rank] if at.is_const and at.const < 0 else at
+            return written_at(engine, base, new, view.args[1] % rank, at)
+        if packet is aten.slice:
+            d = op.arg(1, "dim", 0) % rank
+            start, _, step = slice_bounds(op, base.shape[d])
+            if step != 1:
+                raise GiveUp("a strided write")
+            return written(engine, base, new, d, start, new.shape[d])
+        if packet in (aten.alias, aten.detach):
+            return new
+        if packet in (aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze):
+            return engine.index(new, view_map(engine, new.shape, base.shape), base.shape)
+        if packet in (aten.permute, aten.transpose, aten.t):
+            order = _order_of(op, rank)
+            return reorder(engine, new, [order.index(d) for d in range(rank)])
+        raise GiveUp(f"a write through {packet}")
+
+    def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:
+        if node.op == "output":
+            self._demand(node)
+            return []
+        gave_up, self._gave_up = self._gave_up, None
+        if gave_up is not None:
+            self.give_ups[node] = gave_up
+            self._demand(node)
+        out = []
+        single = len(outputs) == 1
+        for tensor, val in outputs:
+            val = self._rooted(node, val, tensor) if single else val
+            out.append(val)
+            if single:
+                self.facts[node] = Fact(node, val, tensor, self._compute(node, tensor))
+        return out
+
+    # -------------------------------------------------------------------------------------------------------- details
+
+    def _demand(self, node: fx.Node) -> None:
+        for arg in node.all_input_nodes:
+            fact = self.facts.get(arg)
+            if fact is not None and arg not in self.demanded and self.engine.contracts(fact.value):
+                self.demanded.append(arg)
+
+    def _rooted(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
+        """A leaf born inside this node becomes the node's own value, so that a rewrite can refer to it."""
+        for t in (val.alt, val.one):
+            if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or not t.poly.is_const:
+                continue
+            leaf, idx = t.accs[0]
+            kind = self.engine.leaves[leaf].kind
+            if not isinstance(kind, Opaque) or kind.node is not None:
+                continue
+            shape = self.engine.shape(tensor)
+            if idx == self.engine.own_index(self.engine.leaf_shapes[leaf]) and shape == self.engine.leaf_shapes[leaf]:
+                kind.node = node
+                return val
+            fresh = self.engine.leaf(tensor, Opaque(node, kind.label, kind.of))
+            return Val(val.shape, val.cases, fresh.one) if t is val.alt else fresh
+        return val
+
+    def _compute(self, node: fx.Node, tensor: torch.Tensor) -> torch.dtype:
+        """The widest float format on the way from plain data to this value."""
+        out = tensor.dtype
+        for arg in node.all_input_nodes:
+            fact = self.facts.get(arg)
+            if fact is not None and fact.compute.is_floating_point and self.engine.contracts(fact.value):
+                out = torch.promote_types(out, fact.compute) if out.is_floating_point else fact.compute
+        return out
+
+
+def _order_of(op: Op, rank: int) -> list[int]:
+    if op.func.overloadpacket is aten.permute:
+        return [d % rank for d in op.args[1]]
+    if op.func.overloadpacket is aten.t:
+        return list(reversed(range(rank)))
+    order = list(range(rank))
+    a, b = op.args[1] % rank, op.args[2] % rank
+    order[a], order[b] = order[b], order[a]
+    return order
+
+
+def _is_static(node: fx.Node, real: torch.Tensor) -> bool:
+    """A tensor that belongs to a module (a buffer), not an argument of the call."""
+    arg = node.meta.get("grapharg")
+    source = getattr(arg, "source", None)
+    name = source.name if source is not None else ""
+    name = name() if callable(name) else name
+    return "_buffers" in name or getattr(real, "_dynamo_static_input_type", None) is not None
+
+

@@ -1,0 +1,184 @@
+"""Leaves: the tensors that the normal form speaks about but does not look into.
+
+Three kinds. An *opaque* leaf is a value of the Dynamo graph. A *symbol* is a pointwise function of other leaves,
+f(x)[idx] = f(x[idx]), interned, so that the same function of a sliced tensor in every step of a loop is one leaf and
+not many. A *table* is a small tensor of known numbers. *Extended* is a leaf continued by zeros beyond its ends.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from .affine import Aff
+from .term import Access
+
+aten = torch.ops.aten
+
+MAX_SYMBOL_INDICES = 24
+
+
+@dataclass
+class Opaque:
+    """``node`` is None while the Dynamo node that yields the value has not been assigned (or never will be)."""
+
+    node: fx.Node | None
+    label: str
+    of: tuple[int, ...] = ()
+    """The leaves this value was computed from, for naming a culprit in a refusal."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A child of a symbol: leaf ``leaf`` at the next ``rank`` indices of the symbol's access, cast to ``dtype``."""
+
+    leaf: int
+    rank: int
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Symbol:
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    values: bytes
+    shape: tuple[int, ...]
+
+    @property
+    def array(self) -> np.ndarray:
+        return np.frombuffer(self.values, dtype=np.float64).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Extended:
+    of: int
+
+
+Interval = tuple[float, float]
+ANY: Interval = (-math.inf, math.inf)
+
+# Open or closed makes no difference for the one question asked: is the value positive (low > 0, or low == 0 and open)?
+RANGE_OF: dict[Any, Interval] = {
+    aten.sigmoid: (5e-324, 1.0),
+    aten.exp: (5e-324, math.inf),
+    aten.exp2: (5e-324, math.inf),
+    aten.softplus: (5e-324, math.inf),
+    aten.log_sigmoid_forward: (-math.inf, 0.0),
+    aten.relu: (0.0, math.inf),
+    aten.abs: (0.0, math.inf),
+    aten.square: (0.0, math.inf),
+    aten.tanh: (-1.0, 1.0),
+    aten.cos: (-1.0, 1.0),
+    aten.sin: (-1.0, 1.0),
+}
+
+
+@dataclass
+class Leaf:
+    kind: Opaque | Symbol | Table | Extended
+    shape: tuple[Aff, ...]
+    dtype: torch.dtype
+    interval: Interval = ANY
+    values: torch.Tensor | None = None
+    """Known values of a buffer; using them adds an assumption."""
+    differentiable: bool = False
+
+
+class Leaves:
+    """The leaf table of one analysis."""
+
+    def __init__(self, shapes: dict[int, tuple[Aff, ...]]) -> None:
+        self._all: list[Leaf] = []
+        self._interned: dict[Any, int] = {}
+        self._shapes = shapes
+
+    def __getitem__(self, leaf: int) -> Leaf:
+        return self._all[leaf]
+
+    def add(self, leaf: Leaf) -> int:
+        self._all.append(leaf)
+        self._shapes[len(self._all) - 1] = leaf.shape
+        return len(self._all) - 1
+
+    def intern(self, key: Any, leaf: Leaf) -> int:
+        if key not in self._interned:
+            self._interned[key] = self.add(leaf)
+        return self._interned[key]
+
+    def table(self, values: np.ndarray, shape: tuple[Aff, ...]) -> int:
+        array = np.ascontiguousarray(values, dtype=np.float64)
+        kind = Table(array.tobytes(), array.shape)
+        interval = (float(array.min()), float(array.max())) if array.size else ANY
+        return self.intern(kind, Leaf(kind, shape, torch.float32, interval))
+
+    def extended(self, of: int) -> int:
+        inner = self[of]
+        if isinstance(inner.kind, Extended):
+            return of
+        low, high = inner.interval
+        interval = (min(low, 0.0), max(high, 0.0))
+        return self.intern(Extended(of), Leaf(Extended(of), inner.shape, inner.dtype, interval))
+
+    def symbol(self, op: Any, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Access | None:
+        """The access of ``op(*args)`` where an argument is an ``(Access, dtype it is used in)`` pair or a literal.
+
+        None if the access would hold more than MAX_SYMBOL_INDICES indices.
+        """
+        idx: list[Aff] = []
+        spec: list[Any] = []
+        shape: list[Aff] = []
+        intervals: list[Interval] = []
+        for arg in args:
+            if isinstance(arg, tuple):
+                (leaf, where), used = arg
+                native = self[leaf].dtype
+                spec.append(Argument(leaf, len(where), used if used != native and used is not None else None))
+                idx.extend(where)
+                shape.extend(self[leaf].shape)
+                intervals.append(self[leaf].interval)
+            else:
+                spec.append(arg)
+                if isinstance(arg, int | float) and not isinstance(arg, bool):
+                    intervals.append((float(arg), float(arg)))
+        if len(idx) > MAX_SYMBOL_INDICES:
+            return None
+        kind = Symbol(op, tuple(spec), tuple(sorted(kwargs.items())))
+        interval = interval_of(op, intervals)
+        key = (kind, dtype)
+        leaf = self.intern(key, Leaf(kind, tuple(shape), dtype, interval))
+        return (leaf, tuple(idx))
+
+    def known_zero_outside(self, leaf: int) -> bool:
+        return isinstance(self[leaf].kind, Extended)
+
+
+def interval_of(op: Any, args: list[Interval]) -> Interval:
+    """An interval that the results of ``op`` stay in, given those of its arguments."""
+    packet = getattr(op, "overloadpacket", op)
+    if packet in RANGE_OF:
+        return RANGE_OF[packet]
+    if packet == aten.mul and len(args) == 2:
+        ends = [x * y for x in args[0] for y in args[1] if not (math.isinf(x) and y == 0 or math.isinf(y) and x == 0)]
+        if all(low >= 0 for low, _ in args):
+            return (args[0][0] * args[1][0], math.inf if math.inf in (*args[0], *args[1]) else max(ends))
+        return (min(ends), max(ends)) if len(ends) == 4 else ANY
+    if packet == aten.add and len(args) == 2:
+        return (args[0][0] + args[1][0], args[0][1] + args[1][1])
+    if packet == aten.neg and args:
+        return (-args[0][1], -args[0][0])
+    if packet == aten.log and args and args[0][0] >= 0:
+        low, high = args[0]
+        return (math.log(low) if low > 0 else -math.inf, math.log(high) if 0 < high < math.inf else math.inf)
+    if packet == aten.reciprocal and args and args[0][0] > 0:
+        return (0.0 if math.isinf(args[0][1]) else 1 / args[0][1], 1 / max(args[0][0], 1e-300))
+    return ANY

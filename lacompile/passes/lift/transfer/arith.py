@@ -1,0 +1,159 @@
+"""Sums, products and casts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from ..affine import box
+from ..engine import Engine, GiveUp
+from ..term import Term, Val, constant
+from . import Op, rule
+
+aten = torch.ops.aten
+
+# Integers up to this size are exact in the format; an index computed in it beyond that is not the index.
+EXACT_UP_TO = {torch.bfloat16: 2**8, torch.float16: 2**11, torch.float32: 2**24}
+
+
+def operand(op: Op, n: int) -> Val:
+    x = op.args[n]
+    if isinstance(x, Val):
+        return op.engine.broadcast(x, op.shape)
+    if isinstance(x, int | float):
+        return constant(op.shape, float(x))
+    raise GiveUp("an operand that is neither a tensor nor a number")
+
+
+def exact_index(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
+    """Refuses index arithmetic in a format that cannot hold the indices."""
+    limit = EXACT_UP_TO.get(dtype)
+    if limit is not None:
+        ranges = box(v.shape)
+        for c in v.cases:
+            for t in c.terms:
+                if t.poly.is_const or t.accs or t.exp or not float(t.coef).is_integer():
+                    continue
+                ends = (engine.space.lower(t.poly, ranges), engine.space.upper(t.poly, ranges))
+                if max(abs(e) for e in ends) * abs(t.coef) > limit and dtype != torch.float32:
+                    raise GiveUp(f"positions computed in {dtype}, which cannot hold them exactly")
+    return v
+
+
+@rule(aten._to_copy, aten.to, aten._conj, aten.type_as)
+def cast(op: Op) -> Val:
+    v: Val = op.args[0]
+    source, target = op.dtypes[0], op.out.dtype
+    if source is not None and source.is_floating_point and not target.is_floating_point:
+        return op.engine.pointwise(aten._to_copy.default, [v], {"dtype": target}, op.out)
+    return exact_index(op.engine, v, target)
+
+
+@rule(aten.add)
+def add(op: Op) -> Val:
+    return added(op, operand(op, 0), operand(op, 1), float(op.arg(2, "alpha", 1)))
+
+
+def added(op: Op, a: Val, b: Val, alpha: float = 1.0) -> Val:
+    return exact_index(op.engine, op.engine.add(a, op.engine.scale(b, alpha), op.out), op.out.dtype)
+
+
+@rule(aten.sub)
+def sub(op: Op) -> Val:
+    return added(op, operand(op, 0), operand(op, 1), -float(op.arg(2, "alpha", 1)))
+
+
+@rule(aten.rsub)
+def rsub(op: Op) -> Val:
+    return added(op, operand(op, 1), operand(op, 0), -float(op.arg(2, "alpha", 1)))
+
+
+@rule(aten.neg)
+def neg(op: Op) -> Val:
+    return op.engine.scale(op.args[0], -1.0)
+
+
+@rule(aten.mul)
+def mul(op: Op) -> Val:
+    a, b = operand(op, 0), operand(op, 1)
+    if any(d is torch.bool for d in op.dtypes if d) and op.out.dtype is torch.bool:
+        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    return exact_index(op.engine, op.engine.multiply(a, b), op.out.dtype)
+
+
+@rule(aten.div)
+def div(op: Op) -> Val:
+    mode = op.kwargs.get("rounding_mode")
+    a, b = operand(op, 0), operand(op, 1)
+    divisor = number(b)
+    if mode is not None:
+        return floor_divided(op, a, divisor, mode)
+    if divisor is not None:
+        if divisor == 0:
+            raise GiveUp("division by zero")
+        return op.engine.scale(a, 1.0 / divisor)
+    inverse = op.engine.pointwise(aten.reciprocal.default, [b], {}, op.out)
+    return op.engine.multiply(a, inverse)
+
+
+@rule(aten.floor_divide)
+def floor_divide(op: Op) -> Val:
+    return floor_divided(op, operand(op, 0), number(operand(op, 1)), "floor")
+
+
+@rule(aten.remainder)
+def remainder(op: Op) -> Val:
+    a, m = operand(op, 0), number(operand(op, 1))
+    whole = floor_divided(op, a, m, "floor")
+    assert m is not None
+    return op.engine.add(a, op.engine.scale(whole, -m), op.out)
+
+
+def number(v: Val) -> float | None:
+    """The number a constant value is, else None."""
+    if not v.single or len(v.terms) > 1:
+        return None
+    if not v.terms:
+        return 0.0
+    t = v.terms[0]
+    return t.coef if not t.accs and not t.exp and not t.guards and t.poly.is_const else None
+
+
+def floor_divided(op: Op, a: Val, divisor: float | None, mode: str) -> Val:
+    t = a.one
+    if (
+        mode != "floor"
+        or divisor is None
+        or divisor <= 0
+        or not float(divisor).is_integer()
+        or t is None
+        or t.accs
+        or t.exp
+        or t.guards
+        or not float(t.coef).is_integer()
+    ):
+        raise GiveUp("a rounded division")
+    poly = t.poly * int(t.coef)
+    return Val(a.shape, (type(a.cases[0])(a.cases[0].guards, (Term(1.0, op.engine.space.floordiv(poly, int(divisor), box(a.shape))),)),))
+
+
+@rule(aten.reciprocal)
+def reciprocal(op: Op) -> Val:
+    c = number(op.args[0])
+    if c:
+        return constant(op.shape, 1.0 / c)
+    t = op.args[0].one
+    if t is not None and not t.accs and t.exp and not t.guards and t.poly.is_const:
+        return Val(op.shape, (type(op.args[0].cases[0])(frozenset(), (t.but(coef=1 / t.coef, exp=t.exp * -1),)),))
+    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+
+
+@rule(aten.square)
+def square(op: Op) -> Val:
+    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+
+
+def finite(x: Any) -> bool:
+    return isinstance(x, int | float) and math.isfinite(x)

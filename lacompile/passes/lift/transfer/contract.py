@@ -1,0 +1,186 @@
+"""Contractions: matrix products, sums and prefix sums, all of them products with a summed index."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..affine import ONE, ZERO, Aff
+from ..engine import MAX_FACTORS, MAX_TERMS, Engine, GiveUp
+from ..leaves import Opaque
+from ..term import Term, Val
+from . import Op, rule
+from .arith import added, operand
+from .masks import exponential
+
+aten = torch.ops.aten
+
+FRESH = -1_000_000
+
+
+@rule(aten.bmm)
+def bmm(op: Op) -> Val:
+    return product_sum(op, op.args[0], op.args[1], {0: 0, 1: 1}, {0: 0, 2: 2}, 2, 1)
+
+
+@rule(aten.mm)
+def mm(op: Op) -> Val:
+    return product_sum(op, op.args[0], op.args[1], {0: 0}, {1: 1}, 1, 0)
+
+
+@rule(aten.mv)
+def mv(op: Op) -> Val:
+    return product_sum(op, op.args[0], op.args[1], {0: 0}, {}, 1, 0)
+
+
+@rule(aten.dot)
+def dot(op: Op) -> Val:
+    return product_sum(op, op.args[0], op.args[1], {}, {}, 0, 0)
+
+
+@rule(aten.baddbmm)
+def baddbmm(op: Op) -> Val:
+    beta, alpha = op.kwargs.get("beta", 1), op.kwargs.get("alpha", 1)
+    prod = product_sum(op, op.args[1], op.args[2], {0: 0, 1: 1}, {0: 0, 2: 2}, 2, 1)
+    return added(op, op.engine.scale(operand(op, 0), float(beta)), op.engine.scale(prod, float(alpha)))
+
+
+def product_sum(
+    op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int, int], sum_a: int, sum_b: int
+) -> Val:
+    """sum over one index of a * b; ``keep`` maps the other dimensions to those of the result."""
+    engine, shape = op.engine, op.shape
+    length = a.shape[sum_a]
+    bound = ZERO if length == ONE else Aff.var(FRESH)
+    left = _over(engine, _operand(engine, a), keep_a, sum_a, bound)
+    right = _over(engine, _operand(engine, b), keep_b, sum_b, bound)
+    if len(left) * len(right) > MAX_TERMS * 4:
+        raise GiveUp("a product of long sums")
+    ranges = () if length == ONE else (Aff.var(FRESH), length - 1 - Aff.var(FRESH))
+    terms = list(_products(engine, left, right, ranges))
+    plain = all(engine.plain_term(t) for t in (*left, *right))
+    alt = engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket))).one if plain and terms else None
+    return engine.sum_of(shape, terms, alt, MAX_TERMS)
+
+
+def _operand(engine: Engine, v: Val) -> Val:
+    return engine.flat(engine.pick(v))
+
+
+def _over(engine: Engine, v: Val, keep: dict[int, int], summed: int, bound: Aff) -> list[Term]:
+    # Bound indices of the operand move far away first, so that the fresh one is not captured.
+    mapping = {d: Aff.var(n) for d, n in keep.items() if d != n and v.shape[d] != ONE}
+    if v.shape[summed] != ONE:
+        mapping[summed] = bound
+    return [t.sub(engine.space, mapping) for t in v.terms]
+
+
+def _products(engine: Engine, left: Sequence[Term], right: Sequence[Term], ranges: Iterable[Aff]) -> Iterable[Term]:
+    ranges = tuple(ranges)
+    for x in left:
+        for y in right:
+            if math.isinf(x.coef) or math.isinf(y.coef) or not (x.poly.is_const or y.poly.is_const):
+                raise GiveUp("a contraction of a mask in log space")
+            shared = {FRESH}
+            own = {v for v in y.bound(engine.space) if v not in shared}
+            taken = x.bound(engine.space) | own | shared
+            start = min(v for v in taken if v not in shared) - 1 if len(taken) > 1 else -1
+            if start <= FRESH:
+                raise GiveUp("too many bound indices")
+            y2 = y.sub(engine.space, {v: Aff.var(start - n) for n, v in enumerate(sorted(own, reverse=True))})
+            if len(x.accs) + len(y2.accs) > MAX_FACTORS:
+                raise GiveUp("a product of too many factors")
+            yield Term(
+                x.coef * y2.coef,
+                y2.poly if x.poly.is_const else x.poly,
+                tuple(sorted(x.accs + y2.accs)),
+                x.exp + y2.exp,
+                {*x.guards, *y2.guards, *ranges},
+            )
+
+
+@rule(aten.sum, aten.mean)
+def total(op: Op) -> Val:
+    v: Val = op.args[0]
+    rank = len(v.shape)
+    dims = op.arg(1, "dim", None)
+    dims = list(range(rank)) if dims is None or dims == [] else [dims] if isinstance(dims, int) else list(dims)
+    dims = sorted(op.dim(d, rank) for d in dims)
+    keepdim = bool(op.arg(2, "keepdim", False))
+    if op.func.overloadpacket is aten.mean:
+        count = math.prod(op.engine.length(v.shape[d]) for d in dims)
+        return op.engine.scale(summed(op, v, dims, keepdim), 1.0 / count)
+    return summed(op, v, dims, keepdim)
+
+
+def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
+    engine = op.engine
+    if v.alt is not None and not engine.structured(v):
+        raise GiveUp("a reduction of a projection")
+    flat = engine.flat(v)
+    if engine.plain(flat) and all(len(t.accs) < 2 for t in flat.terms) and any(t.accs for t in flat.terms):
+        # A reduction of one tensor: a leaf for every purpose but a prefix total of log-decays.
+        alt = engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket))).one
+    else:
+        alt = None
+    if engine.plain(flat) and any(len(t.accs) >= 2 for t in flat.terms):
+        alt = engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket))).one
+    mapping: dict[int, Aff] = {}
+    guards: list[Aff] = []
+    kept = 0
+    for d in range(len(v.shape)):
+        if d in dims:
+            if v.shape[d] != ONE:
+                b = Aff.var(FRESH - d)
+                mapping[d] = b
+                guards += [b, v.shape[d] - 1 - b]
+            kept += keepdim
+            continue
+        if kept != d and v.shape[d] != ONE:
+            mapping[d] = Aff.var(kept)
+        kept += 1
+    terms = []
+    for t in flat.terms:
+        moved = t.sub(engine.space, mapping)
+        terms.append(moved.but(guards=moved.guards | set(guards)))
+    return engine.sum_of(op.shape, terms, alt)
+
+
+@rule(aten.cumsum)
+def cumsum(op: Op) -> Val:
+    engine = op.engine
+    v = engine.flat(op.args[0])
+    if v.alt is not None:
+        v = engine.pick(v)
+    d = op.dim(op.args[1], len(v.shape))
+    if v.shape[d] == ONE:
+        return v
+    b = Aff.var(FRESH)
+    terms = []
+    for t in v.terms:
+        moved = t.sub(engine.space, {d: b})
+        terms.append(moved.but(guards=moved.guards | {b, Aff.var(d) - b}))
+    return engine.sum_of(v.shape, terms)
+
+
+@rule(aten.cumprod)
+def cumprod(op: Op) -> Val:
+    """A running product of positive factors is the exponential of a running sum of logarithms."""
+    engine = op.engine
+    v: Val = op.args[0]
+    d = op.dim(op.args[1], len(v.shape))
+    t = engine.pick(v).one
+    if t is None or t.guards or t.exp.sums or not t.poly.is_const or t.coef <= 0:
+        raise GiveUp("a running product of something that is not one positive factor")
+    if v.shape[d] == ONE:
+        return v
+    logs = [Term(1.0, f, mono) for mono, f in t.exp.lin]
+    logs += [Term(1.0, accs=(engine.log_access(a),)) for a in t.accs]
+    if t.coef != 1:
+        logs.append(Term(math.log(t.coef)))
+    b = Aff.var(FRESH)
+    run = [x.sub(engine.space, {d: b}) for x in logs]
+    running = engine.sum_of(v.shape, (x.but(guards={b, Aff.var(d) - b}) for x in run))
+    return exponential(op, running, 1.0)

@@ -1,0 +1,474 @@
+"""Masks and weights: comparisons, selections, exponentials, logarithms, factories of indices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..affine import ONE, TAU, ZERO, Aff, box
+from ..engine import Engine, GiveUp
+from ..leaves import Table
+from ..term import NO_GUARDS, Case, Exponent, Guards, Mono, Term, Val, constant, value
+from . import Op, rule
+from .arith import exact_index, number, operand
+
+aten = torch.ops.aten
+
+# ------------------------------------------------------------------------------------------------------- factories
+
+
+@rule(aten.arange)
+def arange(op: Op) -> Val:
+    plain = [a for a in op.args if not isinstance(a, torch.dtype)]
+    start, step = (plain[0], plain[2] if len(plain) > 2 else 1) if len(plain) > 1 else (0, 1)
+    if isinstance(start, float) or isinstance(step, float):
+        if not (float(start).is_integer() and float(step).is_integer()):
+            raise GiveUp("a fractional range")
+        start, step = int(start), int(step)
+    if not isinstance(step, int):
+        raise GiveUp("a symbolic step")
+    poly = (ZERO if op.shape[0] == ONE else Aff.var(0)) * step + op.engine.aff(start)
+    return exact_index(op.engine, value(op.shape, [Term(1.0, poly)]), op.out.dtype)
+
+
+@rule(aten.zeros, aten.zeros_like, aten.new_zeros, aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided)
+@rule(aten.new_empty_strided, aten.empty_permuted)
+def zeros(op: Op) -> Val:
+    """What an uninitialised tensor holds is nobody's promise, so zero is as good a reading as any."""
+    return constant(op.shape, 0.0)
+
+
+@rule(aten.ones, aten.ones_like, aten.new_ones)
+def ones(op: Op) -> Val:
+    return constant(op.shape, 1.0)
+
+
+@rule(aten.full, aten.full_like, aten.new_full, aten.scalar_tensor)
+def full(op: Op) -> Val:
+    fill = op.arg(0 if op.func.overloadpacket is aten.scalar_tensor else 2 if op.func.overloadpacket is aten.new_full else 1, "fill_value")
+    if isinstance(fill, bool | int | float):
+        return constant(op.shape, float(fill))
+    raise GiveUp("a fill value that is not a number")
+
+
+@rule(aten.eye)
+def eye(op: Op) -> Val:
+    d = Aff.var(0) - Aff.var(1)
+    return op.engine.sum_of(op.shape, [Term(guards=(d, -d))])
+
+
+# ------------------------------------------------------------------------------------------------------ comparisons
+
+STRICT = {aten.gt: (1, -1), aten.lt: (-1, -1), aten.ge: (1, 0), aten.le: (-1, 0)}
+
+
+@rule(aten.ge, aten.gt, aten.le, aten.lt)
+def compare(op: Op) -> Val:
+    sign, shift = STRICT[op.func.overloadpacket]
+    a, b = operand(op, 0), operand(op, 1)
+    difference = _index_difference(op.engine, a, b)
+    if difference is None:
+        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    return _truth(op.engine, op.shape, [difference * sign + shift])
+
+
+@rule(aten.eq)
+def equal(op: Op) -> Val:
+    difference = _index_difference(op.engine, operand(op, 0), operand(op, 1))
+    if difference is None:
+        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    return _truth(op.engine, op.shape, [difference, -difference])
+
+
+@rule(aten.ne)
+def not_equal(op: Op) -> Val:
+    difference = _index_difference(op.engine, operand(op, 0), operand(op, 1))
+    if difference is None:
+        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    inside = _truth(op.engine, op.shape, [difference, -difference])
+    return op.engine.zip_cases([inside], lambda g: () if g[0] else (Term(1.0),))
+
+
+def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:
+    """``a - b`` as an integer affine form whose sign is that of the difference; None if it is not one."""
+    if not a.single or not b.single or len(a.terms) > 4 or len(b.terms) > 4:
+        return None
+    total = ZERO
+    factor: tuple[Any, ...] | None = None
+    for sign, v in ((1, a), (-1, b)):
+        for t in v.terms:
+            if t.exp or t.guards or any(x < 0 for x in engine.space.vars(t.poly)) or math.isinf(t.coef):
+                return None
+            if factor is not None and factor != t.accs:
+                return None
+            factor = t.accs
+            total = total + t.poly * (t.coef * sign)
+    if factor:
+        # slope[h] * (i - j): the sign of the leaf decides which way the comparison goes.
+        low, high = engine.leaves[factor[0][0]].interval
+        if len(factor) != 1 or total.const and False or not (low > 0 or high < 0):
+            return None
+        total = total if low > 0 else -total
+        scale = min((abs(c) for _, c in total.terms), default=1.0)
+        total = total * (1.0 / scale)
+        if total.const:
+            return None
+    if not all(isinstance(c, int) for _, c in total.terms):
+        return None
+    if not isinstance(total.const, int):
+        # i - j >= 0.5 over integers is i - j >= 1
+        total = Aff(total.terms, math.floor(total.const)) if total.terms else total
+        if not isinstance(total.const, int):
+            return Aff.lit(1 if total.const > 0 else -1)
+    return total
+
+
+def _truth(engine: Engine, shape: tuple[Aff, ...], guards: Iterable[Aff]) -> Val:
+    """1 where all guards hold, 0 elsewhere, as cases."""
+    cases: list[Case] = []
+    held: Guards = NO_GUARDS
+    for g in guards:
+        outside = engine.prune(held | {-g - 1}, shape)
+        if outside is not None:
+            cases.append(Case(outside, ()))
+        held = held | {g}
+    inside = engine.prune(held, shape)
+    if inside is not None:
+        cases.insert(0, Case(inside, (Term(1.0),)))
+    return engine.join_cases(Val(shape, tuple(cases)))
+
+
+# ------------------------------------------------------------------------------------------------------- selections
+
+
+def _known_condition(engine: Engine, cond: Val) -> Val | None:
+    """A condition as disjoint constant cases; None if it depends on data."""
+    if not engine.index_only(cond):
+        return None
+    cases = engine.split(cond)
+    out = []
+    for c in cases:
+        total = 0.0
+        for t in c.terms:
+            if t.accs or t.exp or not t.poly.is_const or t.guards:
+                return None
+            total += t.coef
+        out.append(Case(c.guards, (Term(1.0),) if total else ()))
+    return engine.join_cases(Val(cond.shape, tuple(out)))
+
+
+def choose(op: Op, cond: Val, yes: Val, no: Val) -> Val:
+    engine = op.engine
+    known = _known_condition(engine, cond)
+    if known is None:
+        return _choose_by_data(op, cond, yes, no)
+    if engine.contracts(yes) or engine.contracts(no):
+        if not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
+            opposite = engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))
+            return engine.add(engine.multiply(yes, known), engine.multiply(no, opposite), op.out)
+    return engine.zip_cases([known, yes, no], lambda g: g[1] if g[0] else g[2])
+
+
+def _choose_by_data(op: Op, cond: Val, yes: Val, no: Val) -> Val:
+    zero = number(no) == 0
+    if (zero or number(yes) == 0) and not any(
+        math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms
+    ):
+        kept = yes if zero else no
+        as_number = cond if zero else op.engine.pointwise(aten.logical_not.default, [cond], {}, op.out)
+        if op.engine.structured(kept) or kept.alt is not None:
+            return op.engine.multiply(kept, as_number)
+    return op.engine.pointwise(aten.where.self, [cond, yes, no], {}, op.out)
+
+
+@rule(aten.where)
+def where(op: Op) -> Val:
+    if len(op.args) < 3:
+        raise GiveUp("where without values")
+    return choose(op, operand(op, 0), operand(op, 1), operand(op, 2))
+
+
+@rule(aten.masked_fill)
+def masked_fill(op: Op) -> Val:
+    return choose(op, operand(op, 1), operand(op, 2), operand(op, 0))
+
+
+@rule(aten.tril)
+def tril(op: Op) -> Val:
+    return _triangle(op, Aff.var(len(op.shape) - 2) - Aff.var(len(op.shape) - 1) + int(op.arg(1, "diagonal", 0)))
+
+
+@rule(aten.triu)
+def triu(op: Op) -> Val:
+    return _triangle(op, Aff.var(len(op.shape) - 1) - Aff.var(len(op.shape) - 2) - int(op.arg(1, "diagonal", 0)))
+
+
+def _triangle(op: Op, guard: Aff) -> Val:
+    v, shape = op.args[0], op.shape
+    guard = op.engine.space.sub(guard, {d: ZERO for d in range(len(shape)) if shape[d] == ONE})
+    if op.engine.contracts(v) and v.single:
+        return op.engine.sum_of(shape, (t.but(guards=t.guards | {guard}) for t in v.terms))
+    mask = _truth(op.engine, shape, [guard])
+    return op.engine.zip_cases([mask, v], lambda g: g[1] if g[0] else ())
+
+
+@rule(aten.logical_and, aten.bitwise_and, aten.__and__)
+def both(op: Op) -> Val:
+    return _logic(op, lambda a, b: bool(a) and bool(b))
+
+
+@rule(aten.logical_or, aten.bitwise_or, aten.__or__)
+def either(op: Op) -> Val:
+    return _logic(op, lambda a, b: bool(a) or bool(b))
+
+
+def _logic(op: Op, f: Any) -> Val:
+    a, b = operand(op, 0), operand(op, 1)
+    x, y = _known_condition(op.engine, a), _known_condition(op.engine, b)
+    if op.out.dtype is not torch.bool or x is None or y is None:
+        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    return op.engine.zip_cases([x, y], lambda g: (Term(1.0),) if f(g[0], g[1]) else ())
+
+
+@rule(aten.logical_not, aten.bitwise_not)
+def negate(op: Op) -> Val:
+    known = _known_condition(op.engine, op.args[0]) if op.out.dtype is torch.bool else None
+    if known is None:
+        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    return op.engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))
+
+
+# ------------------------------------------------------------------------------------------- piecewise index functions
+
+
+def _piecewise(op: Op, v: Val, pick: Any) -> Val | None:
+    """``pick(term, sign)`` on the two sides of ``v >= 0`` where ``v`` is index-valued (or a signed leaf times one)."""
+    t = v.one
+    if t is None or t.poly.is_const or t.exp or t.guards:
+        return None
+    difference = _index_difference(op.engine, v, constant(v.shape, 0.0))
+    if difference is None:
+        return None
+    mask = _truth(op.engine, v.shape, [difference])
+    return op.engine.zip_cases([mask, v], lambda g: pick(g[1], bool(g[0])))
+
+
+@rule(aten.abs)
+def absolute(op: Op) -> Val:
+    out = _piecewise(op, op.args[0], lambda ts, up: ts if up else tuple(t.but(coef=-t.coef) for t in ts))
+    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out) if out is None else out
+
+
+@rule(aten.relu)
+def relu(op: Op) -> Val:
+    out = _piecewise(op, op.args[0], lambda ts, up: ts if up else ())
+    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out) if out is None else out
+
+
+@rule(aten.clamp, aten.clamp_min, aten.clamp_max, aten.maximum, aten.minimum)
+def clamp(op: Op) -> Val:
+    v: Val = operand(op, 0)
+    packet = op.func.overloadpacket
+    low = op.arg(1, "min") if packet in (aten.clamp, aten.clamp_min, aten.maximum) else None
+    high = op.arg(2, "max") if packet is aten.clamp else op.arg(1, "max") if packet in (aten.clamp_max, aten.minimum) else None
+    if not all(t.poly.is_const for c in v.cases for t in c.terms) or any(math.isinf(t.coef) for c in v.cases for t in c.terms):
+        for bound, keep_above in ((low, True), (high, False)):
+            if bound is None:
+                continue
+            limit = op.engine.broadcast(bound, op.shape) if isinstance(bound, Val) else constant(op.shape, float(bound))
+            v = _clamped(op, v, limit, keep_above)
+        return v
+    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+
+
+def _clamped(op: Op, v: Val, limit: Val, keep_above: bool) -> Val:
+    engine = op.engine
+    cases: list[Case] = []
+    for c in v.cases:
+        piece = value(v.shape, c.terms)
+        if len(c.terms) == 1 and math.isinf(c.terms[0].coef):
+            cases.append(Case(c.guards, c.terms if (c.terms[0].coef > 0) == keep_above else limit.terms))
+            continue
+        difference = _index_difference(engine, piece, limit)
+        if difference is None:
+            raise GiveUp("a clamped value that is not an index")
+        keep = difference if keep_above else -difference
+        for guard, terms in ((keep, c.terms), (-keep - 1, limit.terms)):
+            inside = engine.prune(c.guards | {guard}, v.shape)
+            if inside is not None:
+                cases.append(Case(inside, terms))
+    return engine.join_cases(Val(v.shape, tuple(cases)))
+
+
+@rule(aten.nan_to_num)
+def nan_to_num(op: Op) -> Val:
+    """After an exponential of a log-affine value there is neither nan nor inf, so this is the identity."""
+    v: Val = op.args[0]
+    masked = any(not isinstance(op.engine.leaves[leaf].kind, Table) for c in v.cases for t in c.terms for leaf, _ in t.accs)
+    if masked or not any(t.exp for c in v.cases for t in c.terms):
+        if any(math.isinf(t.coef) for c in v.cases for t in c.terms) or masked:
+            return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    return v
+
+
+# ------------------------------------------------------------------------------------------- exponentials, logarithms
+
+
+@rule(aten.exp)
+def exp(op: Op) -> Val:
+    return exponential(op, op.args[0], 1.0)
+
+
+@rule(aten.exp2)
+def exp2(op: Op) -> Val:
+    return exponential(op, op.args[0], math.log(2.0))
+
+
+def exponential(op: Op, v: Val, factor: float) -> Val:
+    """exp(factor * v): a weight where v is log-affine, a function symbol where it is plain data."""
+    engine = op.engine
+    v = engine.pick(v)
+    if v.single and len(v.terms) == 1 and engine.plain_term(v.terms[0]) and len(v.terms[0].accs) > 2:
+        return engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    if v.single and len(v.terms) > 1 and engine.plain(v) and not engine.index_only(v):
+        return engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    cases: list[Case] = []
+    for c in engine.split(v):
+        cases.extend(_exp_case(engine, c, factor, v.shape))
+    return engine.join_cases(Val(v.shape, tuple(cases)))
+
+
+def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> list[Case]:
+    if any(math.isinf(t.coef) for t in c.terms):
+        if all(t.coef < 0 for t in c.terms if math.isinf(t.coef)) and factor > 0:
+            return [Case(c.guards, ())]
+        raise GiveUp("exp(+inf)")
+    lin: list[tuple[Mono, Aff]] = []
+    sums: list[tuple[tuple[Mono, Aff], float]] = []
+    splits: list[Aff] = []
+    for t in c.terms:
+        bound = t.bound(engine.space)
+        if t.exp:
+            raise GiveUp("exp of an exponential")
+        if not bound:
+            if t.guards:
+                raise GiveUp("a guarded exponent")
+            lin.append((t.accs, t.poly * (t.coef * factor)))
+            continue
+        mono, low, high = _prefix_sum(engine, t, bound)
+        sums.append(((mono, high + 1), t.coef * factor))
+        sums.append(((mono, low), -t.coef * factor))
+        ranges = engine.ranges(shape, c.guards)
+        nonempty = high - low + 1
+        if engine.space.lower(nonempty, ranges) < 0 and not engine.implied(nonempty, c.guards, ranges):
+            splits.append(engine.space.guard(nonempty))
+    if splits:
+        # Where a range is empty its sum is 0, not P(u+1) - P(l): the two regions are separate cases.
+        out: list[Case] = []
+        guard = splits[0]
+        inside = engine.prune(c.guards | {guard}, shape)
+        outside = engine.prune(c.guards | {-guard - 1}, shape)
+        if inside is not None:
+            out.extend(_exp_case(engine, Case(inside, c.terms), factor, shape))
+        if outside is not None:
+            kept = tuple(t for t in c.terms if not _is_empty(engine, t, outside, shape))
+            if len(kept) == len(c.terms):
+                raise GiveUp("a prefix sum over a range that may be empty")
+            out.extend(_exp_case(engine, Case(outside, kept), factor, shape))
+        return out
+    term = engine.normalise(Term(1.0, exp=Exponent.of(lin, sums)), shape)
+    return [Case(c.guards, () if term is None else (term,))]
+
+
+def _is_empty(engine: Engine, t: Term, guards: Guards, shape: tuple[Aff, ...]) -> bool:
+    bound = t.bound(engine.space)
+    if not bound:
+        return False
+    _, low, high = _prefix_sum(engine, t, bound)
+    ranges = engine.ranges(shape, guards)
+    return engine.implied(low - high - 1, guards, ranges)
+
+
+def _prefix_sum(engine: Engine, t: Term, bound: set[int]) -> tuple[Mono, Aff, Aff]:
+    """A sum over one index of one leaf (times factors without it), as the monomial and the range of positions."""
+    if len(bound) != 1 or not t.poly.is_const:
+        raise GiveUp("exp of a contraction")
+    (b,) = bound
+    ends = engine.bounds(b, t.guards)
+    if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or len(t.guards) != 2:
+        raise GiveUp("exp of a sum over more than one range")
+    holders = [(leaf, idx) for leaf, idx in t.accs if any(b in engine.space.vars(a) for a in idx)]
+    mine = [frozenset(v for a in idx for v in engine.space.vars(a)) for _, idx in holders]
+    if not holders or not any(all(m <= n for m in mine) for n in mine):
+        raise GiveUp("exp of a contraction")
+    where = [a for a in holders[0][1] if b in engine.space.vars(a)]
+    if len(where) != 1 or where[0].coef(b) != 1:
+        raise GiveUp("a prefix sum that does not step by one")
+    offset = where[0].without(b)
+    shifted = t.sub(engine.space, {b: Aff.var(TAU) - offset})
+    return shifted.accs, ends.low[0] + offset, ends.high[0] + offset
+
+
+@rule(aten.log)
+def log(op: Op) -> Val:
+    v: Val = op.args[0]
+    if not any(t.exp for c in v.cases for t in c.terms) or any(len(c.terms) > 1 for c in v.cases):
+        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    cases = []
+    for c in v.cases:
+        if not c.terms:
+            cases.append(Case(c.guards, (Term(-math.inf),)))
+            continue
+        (t,) = c.terms
+        if t.accs or t.guards or t.coef <= 0 or not t.poly.is_const:
+            return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+        terms = [Term(1.0, f, mono) for mono, f in t.exp.lin]
+        for (mono, pos), coef in t.exp.sums:
+            b = Aff.var(-1)
+            summed = Term(coef, accs=mono).sub(op.engine.space, {TAU: b})
+            terms.append(summed.but(guards={b, pos - 1 - b}))
+        if t.coef != 1:
+            terms.append(Term(math.log(t.coef)))
+        cases.append(Case(c.guards, op.engine._terms(terms, v.shape)))
+    return Val(v.shape, tuple(cases))
+
+
+@rule(aten.pow)
+def power(op: Op) -> Val:
+    engine = op.engine
+    a, b = operand(op, 0), operand(op, 1)
+    exponent = number(b)
+    if exponent is not None and not any(t.exp for c in a.cases for t in c.terms):
+        if exponent == 1:
+            return a
+        if exponent == 0:
+            return constant(op.shape, 1.0)
+        return engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    base = number(a)
+    if base is not None:
+        if base <= 0:
+            raise GiveUp("a power of a number that is not positive")
+        if engine.contracts(b) or (not engine.index_only(b) and engine.plain(b) and len(b.terms) != 1):
+            return engine.pointwise(op.func, op.args, op.kwargs, op.out)
+        return exponential(op, b, math.log(base))
+    logarithm = _log_base(op, a)
+    return exponential(op, engine.multiply(logarithm, b), 1.0)
+
+
+def _log_base(op: Op, base: Val) -> Val:
+    """log of the base of a power: data stays a leaf, and must be positive."""
+    engine = op.engine
+    t = engine.pick(base).one
+    if t is not None and not t.accs and t.exp and t.coef == 1 and not t.guards and not t.exp.sums:
+        return value(base.shape, [Term(1.0, f, mono) for mono, f in t.exp.lin])
+    if engine.index_only(base) and base.single:
+        return engine.pointwise(aten.log.default, [base], {}, op.out)
+    found = engine.access(base)
+    if isinstance(found, float):
+        if found <= 0:
+            raise GiveUp("a power of a number that is not positive")
+        return constant(base.shape, math.log(found))
+    return value(base.shape, [Term(accs=(engine.log_access(found[0]),))])

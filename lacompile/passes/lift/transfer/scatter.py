@@ -1,0 +1,76 @@
+"""Writes into a part of a tensor, as the tensor they leave behind."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..affine import ONE, ZERO, Aff
+from ..engine import Engine, GiveUp
+from ..term import Case, Val
+from . import Op, rule
+from .views import slice_bounds
+
+aten = torch.ops.aten
+
+
+@rule(aten.slice_scatter)
+def slice_scatter(op: Op) -> Val:
+    base, src = op.args[0], op.args[1]
+    d = op.dim(op.arg(2, "dim", 0), len(base.shape))
+    start, _, step = slice_bounds(op, base.shape[d], 3)
+    if step != 1:
+        raise GiveUp("a strided write")
+    return written(op.engine, base, src, d, start, src.shape[d])
+
+
+@rule(aten.select_scatter)
+def select_scatter(op: Op) -> Val:
+    base, src = op.args[0], op.args[1]
+    d = op.dim(op.args[2], len(base.shape))
+    at = op.engine.aff(op.args[3])
+    if at.is_const and at.const < 0:
+        at = at + base.shape[d]
+    return written_at(op.engine, base, src, d, at)
+
+
+def written_at(engine: Engine, base: Val, src: Val, d: int, at: Aff) -> Val:
+    """``base`` with position ``at`` of dimension ``d`` replaced by ``src``, which lacks that dimension."""
+    shape = (*src.shape[:d], ONE, *src.shape[d:])
+    mapping = {k: Aff.var(k + 1) for k in range(d, len(src.shape)) if src.shape[k] != ONE}
+    return written(engine, base, engine.index(src, mapping, shape), d, at, ONE)
+
+
+def written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff) -> Val:
+    """``base`` with ``[start, start + length)`` of dimension ``d`` replaced by ``src``."""
+    shape = base.shape
+    if start == ZERO and length == shape[d]:
+        return src
+    x = Aff.var(d)
+    inside = frozenset({x - start, start + length - 1 - x})
+    mapping = {} if length == ONE else {d: x - start}
+    if not base.single or not src.single or any(math.isinf(t.coef) for v in (base, src) for t in v.terms):
+        return _written_cases(engine, base, src, inside, mapping)
+    terms = []
+    for t in engine.pick(src).terms if not engine.contracts(src) else src.terms:
+        moved = t.sub(engine.space, mapping)
+        terms.append(moved.but(guards=moved.guards | inside))
+    for t in base.terms:
+        for outside in (start - 1 - x, x - start - length):
+            terms.append(t.but(guards=t.guards | {outside}))
+    return engine.sum_of(shape, terms)
+
+
+def _written_cases(engine: Engine, base: Val, src: Val, inside: frozenset[Aff], mapping: dict[int, Aff]) -> Val:
+    cases: list[Case] = []
+    for c in src.cases:
+        guards = engine.prune({engine.space.sub(g, mapping) for g in c.guards} | inside, base.shape)
+        if guards is not None:
+            cases.append(Case(guards, tuple(t.sub(engine.space, mapping) for t in c.terms)))
+    for c in base.cases:
+        for g in inside:
+            guards = engine.prune(c.guards | {-g - 1}, base.shape)
+            if guards is not None:
+                cases.append(Case(guards, c.terms))
+    return engine.join_cases(Val(base.shape, tuple(cases)))

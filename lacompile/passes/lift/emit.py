@@ -1,0 +1,312 @@
+"""From leaf accesses back to tensors: the recipe whose element at the role indices is the product of the accesses.
+
+Roles are the index variables of a match (batch, head, position, feature). A role that the program had split by a view,
+as in ``k[h // 4]``, is handled as its *digits*; the digits of one role are flattened at the very end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..facts import Call, Const, Expr, Value
+from .affine import FIRST_DIV, ONE, ZERO, Aff
+from .engine import Engine
+from .leaves import Argument, Extended, Opaque, Symbol, Table
+from .term import Access, Mono
+
+aten = torch.ops.aten
+
+
+class CannotEmit(Exception):
+    """An access that no chain of views yields, or a leaf that is no value of the graph."""
+
+    def __init__(self, expected: str, found: str, node: fx.Node | None = None):
+        super().__init__(found)
+        self.expected, self.found, self.node = expected, found, node
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A recipe with one dimension per digit, in the emitter's order; ``present`` tells which are not of size 1."""
+
+    expr: Expr
+    present: frozenset[int]
+    dtype: torch.dtype
+
+
+FIRST_DIGIT = 200
+
+
+class Emitter:
+    """Emits accesses over a fixed list of roles.
+
+    Args:
+        engine: the analysis the accesses belong to.
+        roles: role variable -> its length.
+        accesses: every access that will be emitted, so that roles are split into digits once and for all.
+        held: leaf -> (node, index) of graph nodes that hold a symbol leaf already.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        roles: Mapping[int, Aff],
+        accesses: Sequence[Access],
+        held: Mapping[int, tuple[fx.Node, tuple[Aff, ...]]],
+        like: fx.Node,
+    ):
+        self.engine = engine
+        self.held = held
+        self.like = Value(like)
+        self.sizes: dict[int, Aff] = {}
+        self.digits: dict[int, tuple[int, ...]] = {}
+        self._substitution: dict[int, Aff] = {}
+        self._quotients: dict[int, Aff] = {}
+        for role, size in roles.items():
+            self._split(role, size, accesses)
+        self.order = [d for role in roles for d in self.digits[role]]
+
+    def _split(self, role: int, size: Aff, accesses: Sequence[Access]) -> None:
+        cuts: set[int] = set()
+        for _, idx in accesses:
+            for a in idx:
+                for v, _ in a.terms:
+                    if v >= FIRST_DIV and role in self.engine.space.vars(Aff.var(v)):
+                        inner, m = self.engine.space.div_of[v]
+                        if inner != Aff.var(role):
+                            raise CannotEmit("a view of each tensor", f"index {inner} // {m}")
+                        cuts.add(m)
+        if not cuts:
+            self.digits[role] = (role,)
+            self.sizes[role] = size
+            return
+        if not size.is_const:
+            raise CannotEmit("a view of each tensor", "a symbolic dimension that was split")
+        # x = sum digit_k * cut_k, cuts ascending and each dividing the next
+        steps = [1, *sorted(cuts), int(size.const)]
+        if any(b % a for a, b in zip(steps, steps[1:], strict=False)):
+            raise CannotEmit("a view of each tensor", f"splits {steps} that do not nest")
+        digits, whole = [], ZERO
+        for n, (step, following) in enumerate(zip(steps, steps[1:], strict=False)):
+            digit = FIRST_DIGIT + 20 * len(self.digits) + n
+            self.sizes[digit] = Aff.lit(following // step)
+            digits.append(digit)
+            if following // step > 1:
+                whole = whole + Aff.var(digit) * step
+        self.digits[role] = tuple(reversed(digits))
+        self._substitution[role] = whole
+        for m in cuts:
+            quotient = ZERO
+            for digit, step in zip(digits, steps, strict=False):
+                if step >= m and self.sizes[digit] != ONE:
+                    quotient = quotient + Aff.var(digit) * (step // m)
+            self._quotients[self.engine.space.floordiv(Aff.var(role), m).terms[0][0]] = quotient
+
+    # ---------------------------------------------------------------------------------------------------- accesses
+
+    def _over_digits(self, a: Aff) -> Aff:
+        for v, c in a.terms:
+            if v in self._quotients:
+                a = a - Aff(((v, c),)) + self._quotients[v] * c
+        return self.engine.space.sub(a, self._substitution)
+
+    def access(self, access: Access) -> Piece:
+        leaf_id, idx = access
+        leaf = self.engine.leaves[leaf_id]
+        kind = leaf.kind
+        if isinstance(kind, Opaque):
+            if kind.node is None:
+                raise CannotEmit("a value of the traced graph", f"a value inside an operation ({kind.label})")
+            return self._indexed(Value(kind.node), leaf.shape, idx, leaf.dtype)
+        if leaf_id in self.held:
+            node, pattern = self.held[leaf_id]
+            found = self._through(node, pattern, idx)
+            if found is not None:
+                return found
+        if isinstance(kind, Table):
+            return self._indexed(Const(_nested(kind.array), self.like), leaf.shape, idx, torch.float32)
+        if isinstance(kind, Extended):
+            return self.access((kind.of, idx))
+        assert isinstance(kind, Symbol)
+        return self._symbol(kind, idx, leaf.dtype)
+
+    def _through(self, node: fx.Node, pattern: tuple[Aff, ...], idx: tuple[Aff, ...]) -> Piece | None:
+        """Reads a symbol leaf from a node that holds it: pattern tells which dimension of the node each index is."""
+        example = node.meta.get("example_value")
+        if not isinstance(example, torch.Tensor):
+            return None
+        at: dict[int, Aff] = {}
+        for p, i in zip(pattern, idx, strict=True):
+            if p.is_const:
+                if p != i:
+                    return None
+                continue
+            d = p.terms[0][0]
+            if at.setdefault(d, i) != i:
+                return None
+        shape = self.engine.shape(example)
+        index = tuple(at.get(d, ZERO) for d in range(len(shape)))
+        return self._indexed(Value(node), shape, index, example.dtype)
+
+    def _symbol(self, kind: Symbol, idx: tuple[Aff, ...], dtype: torch.dtype) -> Piece:
+        args: list[Any] = []
+        present: frozenset[int] = frozenset()
+        start = 0
+        for arg in kind.args:
+            if isinstance(arg, Argument):
+                piece = self.access((arg.leaf, idx[start : start + arg.rank]))
+                start += arg.rank
+                if arg.dtype is not None and arg.dtype != piece.dtype:
+                    piece = cast(piece, arg.dtype)
+                args.append(piece.expr)
+                present |= piece.present
+            else:
+                args.append(arg)
+        return Piece(Call(kind.op, tuple(args), dict(kind.kwargs)), present, dtype)
+
+    def _indexed(self, base: Expr, shape: Sequence[Aff], idx: Sequence[Aff], dtype: torch.dtype) -> Piece:
+        """Views that turn ``base[idx]`` into one dimension per digit."""
+        expr = base
+        held: list[int] = []  # the digit each remaining dimension runs over
+        dim = 0
+        for size, a in zip(shape, idx, strict=True):
+            expr, digits = self._dimension(expr, dim, size, self._over_digits(a))
+            held += digits
+            dim += len(digits)
+        if len(set(held)) != len(held):
+            raise CannotEmit("a view of each tensor", "one index used for two dimensions of a tensor (a diagonal)")
+        ranked = sorted(range(len(held)), key=lambda n: self.order.index(held[n]))
+        if ranked != list(range(len(held))):
+            expr = Call(torch.permute, (expr, ranked))
+        for n, digit in enumerate(self.order):
+            if digit not in held:
+                expr = Call(torch.unsqueeze, (expr, n))
+        return Piece(expr, frozenset(held), dtype)
+
+    def _dimension(self, expr: Expr, dim: int, size: Aff, a: Aff) -> tuple[Expr, list[int]]:
+        """Dimension ``dim`` of length ``size`` indexed by ``a``: the digits it becomes, outermost first."""
+        if not a.terms or all(v >= 1000 for v, _ in a.terms):
+            at = a - size if not a.is_const else a
+            if not at.is_const:
+                raise CannotEmit("a view of each tensor", f"a symbolic position {a}")
+            return Call(torch.select, (expr, dim, int(at.const))), []
+        terms = sorted(a.terms, key=lambda t: t[1])
+        if any(c <= 0 or v not in self.sizes for v, c in terms):
+            raise CannotEmit("a view of each tensor", f"index {a}")
+        v, c = terms[0]
+        rest = Aff(tuple(sorted(terms[1:])), a.const)
+        if c != 1:
+            # a stride: split off the part that stays fixed
+            expr, offset = self._split_off(expr, dim, size, int(c), rest)
+            inner = Call(torch.select, (expr, dim + 1, offset))
+            return self._dimension(inner, dim, self._quotient(size, int(c)), Aff.var(v) + _divided(rest, int(c), offset))
+        length = self.sizes[v]
+        if not rest.terms:
+            return self._narrow(expr, dim, size, rest, length), [v]
+        outer = int(terms[1][1])
+        expr, offset = self._split_off(expr, dim, size, outer, rest)
+        expr = self._narrow(expr, dim + 1, Aff.lit(outer), Aff.lit(offset), length)
+        expr, digits = self._dimension(expr, dim, self._quotient(size, outer), _divided(rest, outer, offset))
+        return expr, [*digits, v]
+
+    def _split_off(self, expr: Expr, dim: int, size: Aff, m: int, rest: Aff) -> tuple[Expr, int]:
+        if not size.is_const or int(size.const) % m or any(c % m for _, c in rest.terms):
+            raise CannotEmit("a view of each tensor", f"a dimension of length {size} in steps of {m}")
+        return Call(torch.unflatten, (expr, dim, [int(size.const) // m, m])), int(rest.const) % m
+
+    def _quotient(self, size: Aff, m: int) -> Aff:
+        return Aff.lit(int(size.const) // m)
+
+    def _narrow(self, expr: Expr, dim: int, size: Aff, start: Aff, length: Aff) -> Expr:
+        if start == ZERO and size == length:
+            return expr
+        if not start.is_const or not length.is_const:
+            raise CannotEmit("a view of each tensor", f"a symbolic part [{start}, {start} + {length}) of a dimension")
+        if start.const < 0 or size.is_const and start.const + length.const > size.const:
+            raise CannotEmit("indices inside the tensor", f"[{start}, {start + length}) of {size}")
+        return Call(torch.narrow, (expr, dim, int(start.const), int(length.const)))
+
+    # ----------------------------------------------------------------------------------------------------- products
+
+    def product(self, accesses: Sequence[Access], factors: Sequence[Piece] = ()) -> Piece | None:
+        """The product of accesses; None for the empty product."""
+        pieces = [*(self.access(a) for a in accesses), *factors]
+        if not pieces:
+            return None
+        out = pieces[0]
+        for p in pieces[1:]:
+            dtype = torch.promote_types(out.dtype, p.dtype)
+            out = Piece(Call(torch.mul, (out.expr, p.expr)), out.present | p.present, dtype)
+        return out
+
+    def exponential(self, mono: Mono, coef: float) -> Piece:
+        inner = self.product(mono)
+        assert inner is not None
+        scaled = inner.expr if coef == 1 else Call(torch.mul, (inner.expr, coef))
+        return Piece(Call(torch.exp, (scaled,)), inner.present, inner.dtype)
+
+    def assemble(self, piece: Piece, groups: Sequence[Sequence[int]], shrink: Sequence[int] = ()) -> Expr:
+        """One dimension per group of roles. Groups in ``shrink`` keep absent trailing digits unexpanded."""
+        expr = piece.expr
+        wanted: list[Any] = []
+        expand = False
+        short: list[int] = []
+        position = {d: n for n, d in enumerate(self.order)}
+        flat = [d for g in groups for role in g for d in self.digits[role]]
+        for n, group in enumerate(groups):
+            digits = [d for role in group for d in self.digits[role]]
+            last = max((k for k, d in enumerate(digits) if d in piece.present), default=-1)
+            for k, d in enumerate(digits):
+                if d in piece.present or self.sizes[d] == ONE:
+                    wanted.append(-1)
+                elif n in shrink and k > last:
+                    wanted.append(1)
+                    short.append(d)
+                else:
+                    wanted.append(self.size(d))
+                    expand = True
+        order = [position[d] for d in flat]
+        dropped = [n for n in range(len(self.order)) if n not in order]
+        for n in sorted(dropped, reverse=True):
+            expr = Call(torch.squeeze, (expr, n))
+        ranks = {n: k for k, n in enumerate(sorted(order))}
+        permutation = [ranks[n] for n in order]
+        if permutation != list(range(len(permutation))):
+            expr = Call(torch.permute, (expr, permutation))
+        if expand:
+            expr = Call(torch.broadcast_to, (expr, wanted))
+        at = 0
+        for group in groups:
+            count = sum(len(self.digits[role]) for role in group)
+            if count == 0:
+                expr = Call(torch.unsqueeze, (expr, at))
+            elif count > 1:
+                expr = Call(torch.flatten, (expr, at, at + count - 1))
+            at += 1
+        return expr
+
+    def size(self, digit: int) -> Any:
+        """The length of a digit, as a number or as a recipe for a symbolic one."""
+        size = self.sizes[digit]
+        if size.is_const:
+            return int(size.const)
+        raise CannotEmit("known sizes", f"a symbolic length {size} that a tensor lacks")
+
+
+def cast(piece: Piece, dtype: torch.dtype) -> Piece:
+    if piece.dtype == dtype:
+        return piece
+    return Piece(Call(torch.Tensor.to, (piece.expr, dtype)), piece.present, dtype)
+
+
+def _divided(rest: Aff, m: int, offset: int) -> Aff:
+    return Aff(tuple((v, int(c) // m) for v, c in rest.terms), (int(rest.const) - offset) // m)
+
+
+def _nested(array: Any) -> Any:
+    return float(array) if array.ndim == 0 else tuple(_nested(x) for x in array)

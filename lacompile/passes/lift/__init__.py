@@ -1,0 +1,37 @@
+"""From a Dynamo graph to facts: every value's normal form, and the decayed attentions among them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import fx
+
+from ..facts import Analysis, Refusal
+from .interpret import Interpreter
+from .match import search
+
+
+def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str = "check") -> Analysis:
+    """What decayed attentions a Dynamo graph holds. Never raises, never changes ``gm``.
+
+    Args:
+        gm: the graph as Dynamo hands it to a backend.
+        example_inputs: its inputs; real tensors, whose values are read for buffers only.
+        buffers: "never" forbids reading the values of buffers.
+    """
+    start = time.perf_counter()
+    try:
+        interpreter = Interpreter(read_buffers=buffers != "never")
+        interpreter.run(gm, example_inputs)
+        lifted = time.perf_counter()
+        matches, refusals = search(interpreter)
+    except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
+        refusal = Refusal("lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}")
+        return Analysis((), (refusal,), {"analysis": time.perf_counter() - start})
+    seconds = {"lift": lifted - start, "match": time.perf_counter() - lifted}
+    return Analysis(tuple(matches), tuple(refusals), seconds)
+
+
+__all__ = ["analyse"]

@@ -32,6 +32,8 @@ class Fact:
     tensor: torch.Tensor
     compute: torch.dtype
     """The widest format the sums inside it were computed in."""
+    after: fx.Node | None = None
+    """The node that last wrote into it, if it was written after it was made."""
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Interpreter:
     give_ups: dict[fx.Node, str] = field(default_factory=dict)
     buffers: dict[int, tuple[fx.Node, torch.Tensor]] = field(default_factory=dict)
     capture: Capture | None = None
+    read_buffers: bool = True
     _gave_up: str | None = None
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
@@ -60,7 +63,7 @@ class Interpreter:
         return self._noted(node, val, tensor, real)
 
     def _noted(self, node: fx.Node, val: Val, tensor: torch.Tensor, real: Any) -> Val:
-        if isinstance(real, torch.Tensor) and not real.requires_grad and _is_static(node, real):
+        if self.read_buffers and isinstance(real, torch.Tensor) and not real.requires_grad and _is_static(node, real):
             (term,) = val.terms
             self.buffers[term.accs[0][0]] = (node, real)
         return val
@@ -167,9 +170,21 @@ class Interpreter:
 
     def _demand(self, node: fx.Node) -> None:
         for arg in node.all_input_nodes:
-            fact = self.facts.get(arg)
+            fact = self._current(arg)
             if fact is not None and arg not in self.demanded and self.engine.contracts(fact.value):
                 self.demanded.append(arg)
+
+    def _current(self, node: fx.Node) -> Fact | None:
+        """What is known of a node's tensor now, writes into it included."""
+        fact = self.facts.get(node)
+        assert self.capture is not None
+        if fact is None:
+            return None
+        record = self.capture.records[id(fact.tensor)]
+        if record.root.writes and (value := self.capture.read(record)) is not fact.value:
+            last = next(n for n, t in reversed(self.capture.mutated) if self.capture.records[id(t)].root is record.root)
+            fact = self.facts[node] = Fact(node, value, fact.tensor, fact.compute, last)
+        return fact
 
     def _rooted(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
         """A leaf born inside this node becomes the node's own value, so that a rewrite can refer to it."""

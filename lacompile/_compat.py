@@ -3,10 +3,78 @@
 from __future__ import annotations
 
 import contextlib
+from functools import cache
 from typing import Any
+
+import torch
 
 
 def suppressed_guards(fake_mode: Any) -> contextlib.AbstractContextManager[None]:
     """Shape questions asked inside add no guards to the traced program."""
     env = getattr(fake_mode, "shape_env", None)
     return contextlib.nullcontext() if env is None else env.suppress_guards()
+
+
+@cache
+def inductor_option_names() -> frozenset[str]:
+    """The configuration keys that ``torch.compile(options=...)`` takes for Inductor."""
+    from torch._inductor import config
+
+    return frozenset(config.get_config_copy())
+
+
+def mode_options(mode: str | None, dynamic: bool = False) -> dict[str, Any]:
+    """What a ``mode=`` means to Inductor."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode, dynamic)) if mode and mode != "default" else {}
+
+
+def compile_with_inductor(gm: Any, example_inputs: Any, config_patches: dict[str, Any]) -> Any:
+    """Hands a graph to Inductor."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs, config_patches=config_patches or None)
+
+
+def compile_without_inductor(gm: Any, example_inputs: Any) -> Any:
+    """AOTAutograd only: derivatives and functionalisation, the kernels of eager mode."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    return aot_eager(gm, example_inputs)
+
+
+@cache
+def cpu_compiler_error() -> str | None:
+    """Why Inductor cannot compile for the CPU here; None if it can."""
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None
+
+
+def counters() -> Any:
+    """Dynamo's counters of this package."""
+    from torch._dynamo.utils import counters as all_counters
+
+    return all_counters["lacompile"]
+
+
+def trace_artifact(name: str, payload: str) -> None:
+    """Adds an artifact to TORCH_TRACE, where that is on."""
+    with contextlib.suppress(Exception):
+        from torch._logging import trace_structured
+
+        trace_structured("artifact", lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
+
+
+def functorch_active() -> bool:
+    """Whether a functorch transform or forward-mode AD level is running."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    from torch.autograd import forward_ad
+
+    return forward_ad._current_level >= 0

@@ -9,6 +9,7 @@ written tensor follows.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -31,6 +32,23 @@ METADATA_QUERIES = {
     aten.sym_storage_offset.default,
     aten.is_contiguous.default,
 }
+
+GRAD_MODE = (torch._C._set_grad_enabled, torch.set_grad_enabled)
+AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+IN_PLACE = (operator.setitem, operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.ipow)
+
+
+def writes_into(node: fx.Node) -> fx.Node | None:
+    """The tensor that a Dynamo node changes in place, if it is one that does."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    name = getattr(node.target, "__name__", str(node.target))
+    if node.op == "call_function" and node.target in IN_PLACE:
+        return node.args[0]
+    if node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
+        return node.args[0]
+    out = node.kwargs.get("out")
+    return out if isinstance(out, fx.Node) else None
 
 
 class Observer(Protocol):
@@ -93,7 +111,8 @@ class Capture(TorchDispatchMode):
         self.records: dict[int, Record] = {}
         self.mutated: list[tuple[fx.Node, torch.Tensor]] = []
         self.node: fx.Node | None = None
-        self._detached = 0
+        self.records_gradients = self.outer_gradients = torch.is_grad_enabled()
+        self._autocast: list[Any] = []
 
     # ------------------------------------------------------------------------------------------------------ records
 
@@ -216,6 +235,7 @@ class Capture(TorchDispatchMode):
                 stack.enter_context(fake_mode)
                 stack.enter_context(suppressed_guards(fake_mode))
             stack.enter_context(torch.no_grad())
+            stack.callback(self._leave_autocast)
             for node in self.gm.graph.nodes:
                 self.node = node
                 if node.op == "placeholder":
@@ -250,6 +270,11 @@ class Capture(TorchDispatchMode):
 
     def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        if node.op == "call_function" and node.target in GRAD_MODE:
+            self.records_gradients = bool(args[0])
+            return None
+        if node.op == "call_function" and node.target in AUTOCAST:
+            return self._switch_autocast(node, args)
         try:
             with self:
                 if node.op == "call_function":
@@ -261,10 +286,20 @@ class Capture(TorchDispatchMode):
         except Exception as error:  # whatever cannot run on fakes is unknown, and the analysis goes on
             return self._opaque(node, args, error)
 
+    def _switch_autocast(self, node: fx.Node, args: Any) -> Any:
+        if node.target is AUTOCAST[0]:
+            self._autocast.append(AUTOCAST[0](*args))
+            return self._autocast[-1]
+        self._autocast.remove(args[0])
+        return AUTOCAST[1](args[0])
+
+    def _leave_autocast(self) -> None:
+        for mode in reversed(self._autocast):
+            AUTOCAST[1](mode)
+
     def _opaque(self, node: fx.Node, args: Any, error: Exception) -> Any:
         name = str(node.target)
-        in_place = name.endswith("_") and not name.endswith("__") or "setitem" in name
-        if in_place and args and isinstance(args[0], torch.Tensor):
+        if writes_into(node) is not None and isinstance(args[0], torch.Tensor):
             self.overwrite(self.record(args[0]), self.observer.unknown(args[0], f"{name} writes into it"))
         example = node.meta.get("example_value", node.meta.get("val"))
 

@@ -159,7 +159,10 @@ class Interpreter:
             self._demand(node)
         out = []
         single = len(outputs) == 1
+        assert self.capture is not None
         for tensor, val in outputs:
+            if self.capture.outer_gradients and not self.capture.records_gradients and not self.engine.index_only(val):
+                val = self.engine.leaf(tensor, Opaque(None, "computed without gradients"))
             val = self._rooted(node, val, tensor) if single else val
             out.append(val)
             if single:

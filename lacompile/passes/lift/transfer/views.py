@@ -21,9 +21,17 @@ def _own(shape: Sequence[Aff], d: int) -> Aff:
     return ZERO if shape[d] == ONE else Aff.var(d)
 
 
-@rule(aten.alias, aten.detach, aten.clone, aten.contiguous, aten.lift_fresh, aten.lift_fresh_copy, aten.positive)
+@rule(aten.alias, aten.clone, aten.contiguous, aten.lift_fresh, aten.lift_fresh_copy, aten.positive)
 def same(op: Op) -> Val:
     return op.args[0]
+
+
+@rule(aten.detach)
+def detach(op: Op) -> Val:
+    """No gradient flows through: for autograd another tensor than its argument, so another leaf."""
+    if op.engine.index_only(op.args[0]):
+        return op.args[0]
+    raise GiveUp("a detached tensor")
 
 
 @rule(aten.permute)

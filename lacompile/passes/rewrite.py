@@ -1,0 +1,209 @@
+"""Puts recipes into a copy of the graph: one operator call per fact, and nothing left of what it replaces."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from .._compat import suppressed_guards
+from .capture import writes_into
+from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
+
+OpCall = Callable[..., Any]
+
+
+class CannotRewrite(Exception):
+    """The replacement does not fit the value it replaces; the original graph stays."""
+
+
+def rewrite(gm: fx.GraphModule, matches: Sequence[Match], operator_call: OpCall) -> fx.GraphModule:
+    """A copy of ``gm`` in which every match's target is its replacement.
+
+    Args:
+        gm: the Dynamo graph; not changed.
+        matches: what to replace.
+        operator_call: the fused operator, called as in ``torch.ops.lacompile.decayed_attention``.
+
+    Raises:
+        CannotRewrite: a replacement of another shape or dtype than its target.
+    """
+    mapping: dict[fx.Node, fx.Node] = {}
+    graph = fx.Graph()
+    output = graph.graph_copy(gm.graph, mapping)
+    old_output = gm.graph.output_node()
+    new_output = graph.output(output)
+    new_output.meta = copy.copy(old_output.meta)
+    mapping[old_output] = new_output
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = gm.meta
+    # A module attribute that the copy does not name would be lost: constants and submodules are shared.
+    finals = {id(f) for m in matches for f in _facts_with_final_state(m.replacement)}
+    writer = _Writer(copied, mapping, operator_call, finals)
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for match in sorted(matches, key=lambda m: order[m.after or m.target]):
+        writer.replace(match, order)
+    _erase_dead(copied)
+    graph.lint()
+    copied.recompile()
+    return copied
+
+
+def _facts_with_final_state(expr: Expr) -> list[DecayedAttention]:
+    own = [expr.fact] if isinstance(expr, Attend) and expr.index == 1 else []
+    return own + [f for e in children(expr) for f in _facts_with_final_state(e)]
+
+
+class _Writer:
+    def __init__(self, gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node], operator_call: OpCall, finals: set[int]):
+        self.gm, self.mapping, self.operator_call, self.finals = gm, mapping, operator_call, finals
+        self.made: dict[int, fx.Node] = {}
+        self.kept: list[Any] = []  # recipes stay alive while their ids are keys
+        self.origin: fx.Node | None = None
+
+    def replace(self, match: Match, order: dict[fx.Node, int]) -> None:
+        target = self.mapping[match.target]
+        at = self.mapping[match.after] if match.after is not None else target
+        self.origin = target
+        with self.gm.graph.inserting_after(at):
+            self.cursor = at
+            new = self._emit(match.replacement)
+        want, got = target.meta["example_value"], new.meta["example_value"]
+        if got.dtype != want.dtype:
+            new = self._call(torch.Tensor.to, (new, want.dtype), {})
+            got = new.meta["example_value"]
+        if tuple(got.shape) != tuple(want.shape):
+            raise CannotRewrite(f"{target.name} has shape {tuple(want.shape)}, its replacement {tuple(got.shape)}")
+        later = {self.mapping[n] for n, i in order.items() if i > order[match.after or match.target]}
+        skip = set(self.made.values()) | {new}
+        target.replace_all_uses_with(new, lambda user: user in later and user not in skip, propagate_meta=False)
+
+    # ------------------------------------------------------------------------------------------------------ emission
+
+    def _emit(self, expr: Expr) -> fx.Node:
+        if isinstance(expr, Value):
+            return self.mapping[expr.node]
+        found = self.made.get(id(expr))
+        if found is None:
+            self.kept.append(expr)
+            found = self.made[id(expr)] = self._make(expr)
+        return found
+
+    def _make(self, expr: Expr) -> fx.Node:
+        if isinstance(expr, Const):
+            like = self._emit(expr.like).meta["example_value"]
+            kwargs = {"dtype": expr.dtype, "device": like.device}
+            return self._call(torch.tensor, (_as_list(expr.values),), kwargs)
+        if isinstance(expr, Size):
+            return self._call(torch.ops.aten.sym_size.int, (self._emit(expr.of), expr.dim), {})
+        if isinstance(expr, Attend):
+            return self._call(operator.getitem, (self._attention(expr.fact), expr.index), {})
+        assert isinstance(expr, Call)
+        args = tuple(self._argument(a) for a in expr.args)
+        return self._call(expr.op, args, {k: self._argument(v) for k, v in expr.kwargs.items()})
+
+    def _argument(self, arg: Any) -> Any:
+        if isinstance(arg, Value | Const | Size | Call | Attend):
+            return self._emit(arg)
+        if isinstance(arg, list | tuple):
+            return type(arg)(self._argument(a) for a in arg)
+        return arg
+
+    def _attention(self, fact: DecayedAttention) -> fx.Node:
+        found = self.made.get(id(fact))
+        if found is None:
+            self.kept.append(fact)
+            state = None if fact.initial_state is None else self._emit(fact.initial_state)
+            args = (
+                self._emit(fact.q),
+                self._emit(fact.k),
+                self._emit(fact.v),
+                self._emit(fact.log_decay),
+                fact.scale,
+                state,
+                id(fact) in self.finals,
+            )
+            found = self.made[id(fact)] = self._call(self.operator_call, args, {})
+        return found
+
+    def _call(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        with self.gm.graph.inserting_after(self.cursor):
+            node = self.gm.graph.call_function(op, args, kwargs)
+        self.cursor = node
+        assert self.origin is not None
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in self.origin.meta:
+                node.meta[key] = self.origin.meta[key]
+        node.meta["example_value"] = self._example(op, args, kwargs)
+        return node
+
+    def _example(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What AOTAutograd's cache wants to see on every node."""
+        fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
+        assert self.origin is not None
+        mode = self.origin.meta["example_value"].fake_mode
+        with mode, suppressed_guards(mode), torch.no_grad():
+            return op(*fakes[0], **fakes[1])
+
+
+def _as_list(values: Any) -> Any:
+    return [_as_list(v) for v in values] if isinstance(values, tuple) else values
+
+
+# -------------------------------------------------------------------------------------------------------- dead code
+
+def _writes(node: fx.Node) -> bool:
+    return writes_into(node) is not None
+
+
+def _erase_dead(gm: fx.GraphModule) -> None:
+    """Removes what nobody reads, writes into tensors of the graph that nobody reads included."""
+    while True:
+        gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _has_effect(n))
+        dead = _dead_writes(gm)
+        if not dead:
+            return
+        for node in reversed(dead):
+            gm.graph.erase_node(node)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    if _writes(node):
+        return True
+    if node.op == "call_function" and node.target in (torch.Tensor.to, torch.tensor):
+        return False
+    return bool(node.is_impure())
+
+
+def _dead_writes(gm: fx.GraphModule) -> list[fx.Node]:
+    """Nodes that only write into, or only view, a tensor made in this graph whose other readers are gone."""
+    owner: dict[fx.Node, fx.Node] = {}
+    families: dict[fx.Node, list[fx.Node]] = {}
+    for node in gm.graph.nodes:
+        base = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        if base in owner and (_writes(node) or _is_view(node)):
+            owner[node] = owner[base]
+            families[owner[base]].append(node)
+        elif node.op in ("call_function", "call_method") and _is_factory(node):
+            owner[node] = node
+            families[node] = [node]
+    for members in families.values():
+        inside = set(members)
+        if len(members) > 1 and all(user in inside for m in members for user in m.users):
+            return members
+    return []
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def _is_factory(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", str(node.target))
+    fresh = ("empty", "zeros", "ones", "full", "empty_like", "zeros_like", "new_zeros", "new_empty", "new_full")
+    return name in fresh and all(isinstance(t, torch.Tensor) for t in tree_leaves(node.meta.get("example_value")))

@@ -1,0 +1,292 @@
+"""Runs a matched region and its replacement on random fp64 inputs, gradients included. Not the proof: a check of it."""
+
+from __future__ import annotations
+
+import operator
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .capture import AUTOCAST, GRAD_MODE, writes_into
+from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value
+from .legality import values
+
+Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
+
+BUDGET_ELEMENTS = 3e7
+BUDGET_FLOPS = 3e9
+EXACT = 1e-7  # region and replacement compute the same sums in fp64
+LOW_PRECISION = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How far the replacement was from the region, as ||difference|| / ||region||."""
+
+    forward_error: float = 0.0
+    gradient_error: float = 0.0
+    seconds: float = 0.0
+    skipped: str = ""
+
+    def __str__(self) -> str:
+        if self.skipped:
+            return f"skipped: {self.skipped}"
+        return f"fp64 difference {self.forward_error:.1e}, gradients {self.gradient_error:.1e}"
+
+
+def validate(
+    gm: fx.GraphModule, match: Match, example_inputs: Sequence[Any], reference: Reference, policy: str
+) -> Validation | Refusal:
+    """Compares on random inputs of the real shapes.
+
+    Args:
+        policy: "off"; "budget" skips a region of more than about a second of work; "always".
+    """
+    if policy == "off":
+        return Validation(skipped="turned off")
+    region = _region(gm, match)
+    if policy == "budget" and (cost := _cost(region)) is not None:
+        return Validation(skipped=f"cost: {cost}")
+    start = time.perf_counter()
+    try:
+        return _compare(gm, match, region, example_inputs, reference, start)
+    except Exception as error:
+        found = f"the comparison itself failed: {type(error).__name__}: {error}"
+        return Refusal("validate", "comparison", match.target, "a region that runs in fp64", found, progress=11)
+
+
+def _region(gm: fx.GraphModule, match: Match) -> list[fx.Node]:
+    """The nodes that compute the target from the values the replacement reads, in graph order."""
+    inputs = {v.node for v in values(match.replacement)}
+    nodes = list(gm.graph.nodes)
+    nodes = nodes[: nodes.index(match.after or match.target) + 1]
+    needed = {match.target} | ({match.after} if match.after else set())
+    for node in reversed(nodes):
+        written = writes_into(node)
+        if node in needed or (written is not None and written in needed and written not in inputs):
+            needed.add(node)
+            if node not in inputs:
+                needed.update(node.all_input_nodes)
+    return [n for n in nodes if n in needed and n not in inputs]
+
+
+def _cost(region: Sequence[fx.Node]) -> str | None:
+    elements = flops = 0.0
+    for node in region:
+        example = node.meta.get("example_value")
+        if not isinstance(example, Tensor):
+            continue
+        count = 1.0
+        for s in example.shape:
+            count *= _int(s)
+        elements += count
+        if getattr(node.target, "__name__", str(node.target)) in ("matmul", "bmm", "einsum", "mm", "baddbmm"):
+            inner = [a.meta.get("example_value") for a in node.all_input_nodes]
+            flops += 2 * count * max((_int(x.shape[-1]) for x in inner if isinstance(x, Tensor) and x.dim()), default=1)
+    if elements > BUDGET_ELEMENTS:
+        return f"{elements:.1e} elements"
+    return f"{flops:.1e} operations" if flops > BUDGET_FLOPS else None
+
+
+def _int(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+# ------------------------------------------------------------------------------------------------------- the comparison
+
+
+def _compare(
+    gm: fx.GraphModule,
+    match: Match,
+    region: Sequence[fx.Node],
+    example_inputs: Sequence[Any],
+    reference: Reference,
+    start: float,
+) -> Validation | Refusal:
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    real = dict(zip(placeholders, example_inputs, strict=False))
+    by_value = {a.node for f in match.facts for a in f.assumptions if a.kind == "values"}
+    decays = {v.node for f in match.facts for v in values(f.log_decay)}
+    inputs = list(dict.fromkeys(v.node for v in values(match.replacement)))
+    generator = torch.Generator().manual_seed(0)
+    env = {n: _input(n, real, decays, by_value, generator) for n in inputs}
+    _tame_decays(match, env, decays, by_value, reference)
+    leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
+    results = []
+    for run in (
+        lambda e: _run_region(gm, region, e, real, match),
+        lambda e: _Recipe(e, reference)(match.replacement),
+    ):
+        fresh = {n: t.clone().requires_grad_() for n, t in leaves.items()}
+        # a product with one is no leaf of autograd: the region may write into its inputs
+        out = run({**env, **{n: t * 1.0 for n, t in fresh.items()}}).to(torch.float64)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        grads: Sequence[Tensor | None] = [None] * len(fresh)
+        if out.requires_grad:
+            grads = torch.autograd.grad((out * weight).sum(), list(fresh.values()), allow_unused=True)
+        results.append((out.detach(), grads))
+    (want, want_grads), (got, got_grads) = results
+    forward = _error(got, want)
+    gradient = max((_error(_or_zero(g, x), _or_zero(w, x)) for g, w, x in zip(
+        got_grads, want_grads, leaves.values(), strict=True)), default=0.0)
+    tolerance = max(
+        [EXACT] + [LOW_PRECISION[n.meta["example_value"].dtype] for n in by_value
+                   if n.meta["example_value"].dtype in LOW_PRECISION]
+    )
+    seconds = time.perf_counter() - start
+    if not (forward <= tolerance and gradient <= 10 * tolerance):
+        path = _save(gm, match, env)
+        return Refusal(
+            "validate",
+            "agreement",
+            match.target,
+            f"differences up to {tolerance:.0e}",
+            f"output {forward:.1e}, gradients {gradient:.1e}; inputs saved to {path}",
+            "please report this: the proof was wrong",
+            11,
+        )
+    return Validation(forward, gradient, seconds)
+
+
+def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    scale = float(want.norm())
+    difference = float((got - want).norm())
+    return difference / scale if scale else difference
+
+
+def _input(
+    node: fx.Node, real: dict[fx.Node, Any], decays: set[fx.Node], by_value: set[fx.Node], generator: torch.Generator
+) -> Any:
+    example = node.meta["example_value"]
+    if not isinstance(example, Tensor):
+        value = real.get(node, example)
+        return value if isinstance(value, int | float | bool) else _int(value)
+    given = real.get(node)
+    if isinstance(given, Tensor) and (node in decays or node in by_value or not given.is_floating_point()):
+        given = given.detach().cpu()
+        return given.to(torch.float64) if given.is_floating_point() else given
+    shape = [_int(s) for s in example.shape]
+    if example.dtype is torch.bool:
+        return torch.rand(shape, generator=generator) > 0.2
+    if not example.dtype.is_floating_point:
+        return torch.randint(0, 3, shape, generator=generator).to(example.dtype)
+    if node in decays:
+        return torch.rand(shape, generator=generator, dtype=torch.float64) * 0.1 + 0.01
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _tame_decays(
+    match: Match, env: dict[fx.Node, Any], decays: set[fx.Node], by_value: set[fx.Node], reference: Reference
+) -> None:
+    """Made-up decay inputs take the sign that makes the log-decay negative, so that nothing overflows."""
+    made_up = [n for n in decays if n.op != "placeholder" and n not in by_value and env[n].is_floating_point()]
+    for fact in match.facts:
+        if made_up and bool((_Recipe(env, reference)(fact.log_decay) > 0).any()):
+            for n in made_up:
+                env[n] = -env[n]
+
+
+def _run_region(
+    gm: fx.GraphModule, region: Sequence[fx.Node], env: dict[fx.Node, Any], real: dict[fx.Node, Any], match: Match
+) -> Tensor:
+    held = dict(env)
+    for node in region:
+        if node.op == "placeholder":
+            held[node] = _in_fp64(real[node])
+        elif node.op == "get_attr":
+            held[node] = _in_fp64(operator.attrgetter(str(node.target))(gm))
+        elif node.op == "call_function" and node.target in (*GRAD_MODE, *AUTOCAST):
+            held[node] = None
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
+            args, kwargs = _plain(args), _plain(kwargs)
+            if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
+                held[node] = args[0].to(torch.float64)
+            elif node.op == "call_method":
+                held[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                held[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            held[node] = _in_fp64(held[node])
+    return held[match.target]
+
+
+def _in_fp64(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        x = x.cpu() if x.device.type != "cpu" else x
+        return x.to(torch.float64) if x.is_floating_point() and x.dtype != torch.float64 else x
+    return x
+
+
+def _plain(arg: Any) -> Any:
+    """Arguments that name a low precision or another device, made fp64 on CPU."""
+    if isinstance(arg, torch.dtype):
+        return torch.float64 if arg.is_floating_point else arg
+    if isinstance(arg, torch.device):
+        return torch.device("cpu")
+    if isinstance(arg, dict):
+        return {k: ("cpu" if k == "device" else _plain(v)) for k, v in arg.items()}
+    if isinstance(arg, list | tuple) and not isinstance(arg, torch.Size):
+        return type(arg)(_plain(a) for a in arg)
+    return arg
+
+
+class _Recipe:
+    """Evaluates a recipe in fp64."""
+
+    def __init__(self, env: dict[fx.Node, Any], reference: Reference):
+        self.env, self.reference = env, reference
+        self.made: dict[int, Any] = {}
+
+    def __call__(self, expr: Expr) -> Any:
+        if id(expr) not in self.made:
+            self.made[id(expr)] = self._make(expr)
+        return self.made[id(expr)]
+
+    def _make(self, expr: Expr) -> Any:
+        if isinstance(expr, Value):
+            return self.env[expr.node]
+        if isinstance(expr, Const):
+            return torch.tensor(expr.values, dtype=torch.float64)
+        if isinstance(expr, Size):
+            return self(expr.of).shape[expr.dim]
+        if isinstance(expr, Attend):
+            return self._attend(expr.fact)[expr.index]
+        assert isinstance(expr, Call)
+        return expr.op(*_plain(self._arguments(expr.args)), **_plain(self._arguments(expr.kwargs)))
+
+    def _arguments(self, arg: Any) -> Any:
+        if isinstance(arg, Value | Const | Size | Call | Attend):
+            return self(arg)
+        if isinstance(arg, dict):
+            return {k: self._arguments(v) for k, v in arg.items()}
+        return type(arg)(self._arguments(a) for a in arg) if isinstance(arg, list | tuple) else arg
+
+    def _attend(self, fact: DecayedAttention) -> tuple[Any, Any]:
+        if id(fact) not in self.made:
+            state = None if fact.initial_state is None else self(fact.initial_state)
+            self.made[id(fact)] = self.reference(
+                fact, self(fact.q), self(fact.k), self(fact.v), self(fact.log_decay), state
+            )
+        return self.made[id(fact)]
+
+
+def _save(gm: fx.GraphModule, match: Match, env: dict[fx.Node, Any]) -> Path:
+    """The graph and the inputs of a disagreement, for a bug report."""
+    path = Path(tempfile.mkdtemp(prefix="lacompile-mismatch-"))
+    (path / "graph.py").write_text(f"# target: {match.target.name}\n{gm.code}")
+    torch.save({n.name: t for n, t in env.items()}, path / "inputs.pt")
+    return path
+
+

@@ -76,7 +76,7 @@ def decayed_attention_backward_op(
         do, d_state, q, k, v, log_decay, scale, initial_state
     )
     grads = [torch.empty_like(x).copy_(g) for x, g in ((q, dq), (k, dk), (v, dv), (log_decay, dg))]
-    d_initial = q.new_empty(0) if ds is None or initial_state is None else torch.empty_like(initial_state).copy_(ds)
+    d_initial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state).copy_(ds)
     return grads[0], grads[1], grads[2], grads[3], d_initial
 
 

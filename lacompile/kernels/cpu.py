@@ -73,20 +73,53 @@ def backward(
     log_decay: Tensor,
     scale: float,
     initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v, log_decay and the initial state: the chunk loop run again and differentiated.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, log_decay and the initial state, in the compute dtype.
 
-    The loop keeps one state per chunk, so memory stays linear in the length.
+    One pass forward for the state before each chunk, one pass back for the gradient of the state after it
+    (arXiv 2401.04658, algorithm 2). The decay's gradient is collected as that of the cumulative log-decay inside each
+    chunk, which never subtracts large sums over the whole length.
     """
-    inputs = [x.detach().requires_grad_() for x in (q, k, v, log_decay)]
-    state = None if initial_state is None else initial_state.detach().requires_grad_()
-    with torch.enable_grad():
-        out, final = forward(*inputs, scale, state)
-        wanted = [*inputs, *([] if state is None else [state])]
-        outputs, grads = [out], [do.to(out.dtype)]
-        if d_state is not None:
-            outputs.append(final)
-            grads.append(d_state.to(final.dtype))
-        found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
-    full = [torch.zeros_like(x) if g is None else g for g, x in zip(found, wanted, strict=True)]
-    return full[0], full[1], full[2], full[3], full[4] if state is not None else None
+    heads = head_count(q, k, v, log_decay, initial_state)
+    batch, _, length, dk = q.shape
+    dtype = compute_dtype(q, k, v)
+    zeros = torch.zeros(batch, heads, dk, v.shape[-1], dtype=dtype, device=q.device)
+    starts = list(range(0, length, CHUNK))
+    state = zeros if initial_state is None else initial_state.to(dtype)
+    states = []
+    for start in starts:
+        stop = min(start + CHUNK, length)
+        _, _, to_end, whole = _weights(log_decay, batch, heads, start, stop, dtype)
+        states.append(state)
+        kc, vc = (expand_heads(x[:, :, start:stop], heads).to(dtype) for x in (k, v))
+        state = state * whole + (kc * to_end).transpose(-1, -2) @ vc
+    ds = zeros if d_state is None else d_state.to(dtype)
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for start, state in zip(reversed(starts), reversed(states), strict=True):
+        stop = min(start + CHUNK, length)
+        within, from_start, to_end, whole = _weights(log_decay, batch, heads, start, stop, dtype)
+        qc, kc, vc = (expand_heads(x[:, :, start:stop], heads).to(dtype) for x in (q, k, v))
+        dc = do[:, :, start:stop].to(dtype) * scale
+        scores = (qc @ kc.transpose(-1, -2)) * within
+        d_scores = (dc @ vc.transpose(-1, -2)) * within
+        from_state = from_start * (dc @ state.transpose(-1, -2))
+        to_state = to_end * (vc @ ds.transpose(-1, -2))
+        dq = d_scores @ kc + from_state
+        dkc = d_scores.transpose(-1, -2) @ qc + to_state
+        dvc = scores.transpose(-1, -2) @ dc + (kc * to_end) @ ds
+        leaving = (kc * to_state).sum(-1)
+        weight = scores * (dc @ vc.transpose(-1, -2))
+        d_cum = weight.sum(-1) - weight.sum(-2) + (qc * from_state).sum(-1) - leaving
+        d_cum[..., -1] += leaving.sum(-1) + (whole * state * ds).sum((-1, -2))
+        parts.append((dq, dkc, dvc, d_cum.flip(-1).cumsum(-1).flip(-1)))
+        ds = whole * ds + (qc * from_start).transpose(-1, -2) @ dc
+    if not parts:
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(log_decay), ds
+    dq, dk_, dv, dg = (torch.cat([p[n] for p in reversed(parts)], 2) for n in range(4))
+    dg = dg.sum((0, 2)) if log_decay.dim() == 1 else dg
+    return _fold(dq, q.shape[1]), _fold(dk_, k.shape[1]), _fold(dv, v.shape[1]), dg, ds
+
+
+def _fold(grad: Tensor, heads: int) -> Tensor:
+    """The gradient of a tensor whose heads were shared: summed over those that shared it."""
+    return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)

@@ -1,0 +1,116 @@
+"""The one kernel body: decayed causal linear attention over one segment of one head, forwards or backwards in time.
+
+With ``LA(a, b, c)_i = sum_{j <= i} exp(G_i - G_j) (a_i . b_j) c_j`` and ``LA^r`` its time reverse, the operator and its
+gradients are ``o = LA(q, k, v)``, ``dq = LA(do, v, k)``, ``dv = LA^r(k, q, do)``, ``dk = LA^r(v, do, q)``
+(arXiv 2401.04658, algorithms 1 and 2, regrouped). The state ``[DK, BV]`` stays in fp32 registers from chunk to chunk.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .decay import between, chunk_sums
+
+
+@triton.jit
+def state_offsets(block, STATE_COLUMNS: tl.constexpr, TRANSPOSED: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+    """Offsets ``[BK, BV]`` of one block of columns in a contiguous state, or in one stored transposed."""
+    k = tl.arange(0, BK)[:, None]
+    n = (block * BV + tl.arange(0, BV))[None, :]
+    return n * STATE_COLUMNS + k if TRANSPOSED else k * STATE_COLUMNS + n
+
+
+@triton.jit
+def attend(
+    a_ptr,  # [N, DK], one head; so are b, c, y, x
+    b_ptr,  # [N, DK]
+    c_ptr,  # [N, DV]
+    y_ptr,  # [N, DV] output
+    x_ptr,  # [N, DV] factor of y in the row sums
+    rows_ptr,  # [N] fp32 output: sum over this block of x * y
+    g_ptr,  # [N] log-decays if PER_TOKEN
+    start_ptr,  # state to begin with
+    end_ptr,  # where the state goes at the end
+    a_stride,
+    b_stride,
+    c_stride,
+    y_stride,
+    x_stride,
+    g_stride,
+    g_head,  # log2-decay of the head if not PER_TOKEN
+    scale,
+    begin,
+    stop,
+    store_end,
+    block,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    HAS_START: tl.constexpr,
+    STORE_END: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Tokens ``[begin, stop)`` of one head, columns ``[block * BV, block * BV + BV)`` of the output.
+
+    Forwards the state is that of the operator, ``S = sum b c`` before the token, and the output carries ``scale``;
+    backwards it is the state's gradient, which carries ``scale`` itself. Strides are those of tokens; the last one is
+    1. Offsets inside a tile are int32, the tile's own is int64.
+    """
+    t = tl.arange(0, CHUNK)
+    k = tl.arange(0, BK)
+    n = block * BV + tl.arange(0, BV)
+    in_k = k < DK
+    in_v = n < DV
+    a_tile = t[:, None] * a_stride + k[None, :]
+    b_tile = k[:, None] + t[None, :] * b_stride  # read transposed: both products want b that way round
+    c_tile = t[:, None] * c_stride + n[None, :]
+    y_tile = t[:, None] * y_stride + n[None, :]
+    in_state = in_k[:, None] & in_v[None, :]
+    at_state = state_offsets(block, DK if TRANSPOSED else DV, TRANSPOSED, BK, BV)
+    if HAS_START:
+        state = tl.load(start_ptr + at_state, mask=in_state, other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros([BK, BV], tl.float32)
+
+    chunks = tl.cdiv(stop - begin, CHUNK)
+    for step in range(chunks):
+        at = begin + (chunks - 1 - step if REVERSE else step) * CHUNK
+        at64 = at.to(tl.int64)
+        here = t < stop - at
+        a = tl.load(a_ptr + at64 * a_stride + a_tile, mask=here[:, None] & in_k[None, :], other=0.0)
+        b = tl.load(b_ptr + at64 * b_stride + b_tile, mask=in_k[:, None] & here[None, :], other=0.0)
+        c = tl.load(c_ptr + at64 * c_stride + c_tile, mask=here[:, None] & in_v[None, :], other=0.0)
+        sums, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN)
+        weight = between(sums, g_head, REVERSE, CHUNK, PER_TOKEN)
+        if REVERSE:
+            from_state = tl.exp2(last - sums)
+            to_state = tl.exp2(sums) * scale
+        else:
+            from_state = tl.exp2(sums) * scale
+            to_state = tl.exp2(last - sums)
+
+        # scale goes into the scores of every use, so that q . dq and k . dk round the same products alike and their
+        # difference, the decay's gradient, does not see that rounding.
+        scores = tl.dot(a, b, input_precision=PRECISION) * (weight * scale)
+        y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION) * from_state[:, None]
+        y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION)
+        weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
+        state = tl.dot(b, weighted, state * tl.exp2(last), input_precision=PRECISION)
+
+        out = here[:, None] & in_v[None, :]
+        tl.store(y_ptr + at64 * y_stride + y_tile, y.to(y_ptr.dtype.element_ty), mask=out)
+        if ROWS:
+            x_tile = t[:, None] * x_stride + n[None, :]
+            x = tl.load(x_ptr + at64 * x_stride + x_tile, mask=out, other=0.0)
+            tl.store(rows_ptr + at64 + t, tl.sum(x.to(tl.float32) * y, 1), mask=here)
+
+    if STORE_END:
+        if store_end:
+            tl.store(end_ptr + at_state, state, mask=in_state)

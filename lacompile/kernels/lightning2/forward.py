@@ -1,0 +1,150 @@
+"""The forward kernel: ``o_t = scale q_t S_t``, ``S_t = exp(g_t) S_{t-1} + k_t^T v_t`` (arXiv 2401.04658, algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import head_count
+from . import launch
+from .body import attend
+from .decay import to_log2
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "o_b", "o_h", "o_t", "g_b", "g_h", "g_t",
+        "scale", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments", "start_slots",
+    ]
+)  # fmt: skip
+def forward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    g_ptr,
+    start_ptr,
+    end_ptr,
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    o_b,
+    o_h,
+    o_t,
+    g_b,
+    g_h,
+    g_t,
+    scale,
+    heads,
+    q_group,
+    k_group,
+    v_group,
+    length,
+    segment,
+    segments,
+    start_slots,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNIT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    HAS_START: tl.constexpr,
+    STORE_END: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program per (batch and head, segment, block of columns), the blocks of a head next to each other.
+
+    Tensors ``[B,*,N,D]`` with strides in units of UNIT elements; states ``[B,H,slots,DK,DV]`` fp32, contiguous.
+    """
+    blocks: tl.constexpr = (DV + BV - 1) // BV
+    pid = tl.program_id(0)
+    block = pid % blocks
+    part = (pid // blocks) % segments
+    row = (pid // blocks) // segments
+    b = (row // heads).to(tl.int64)
+    h = row % heads
+    g_at = g_ptr + b * g_b + h.to(tl.int64) * g_h
+    g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
+    begin = part * segment
+    q_at = q_ptr + (b * q_b + (h // q_group).to(tl.int64) * q_h) * UNIT
+    attend(
+        q_at,
+        k_ptr + (b * k_b + (h // k_group).to(tl.int64) * k_h) * UNIT,
+        v_ptr + (b * v_b + (h // v_group).to(tl.int64) * v_h) * UNIT,
+        o_ptr + (b * o_b + h.to(tl.int64) * o_h) * UNIT,
+        q_at,
+        q_at,
+        g_at,
+        start_ptr + (row.to(tl.int64) * start_slots + part) * (DK * DV),
+        end_ptr + row.to(tl.int64) * (DK * DV),
+        q_t * UNIT,
+        k_t * UNIT,
+        v_t * UNIT,
+        o_t * UNIT,
+        q_t * UNIT,
+        g_t,
+        g_head,
+        scale,
+        begin,
+        tl.minimum(begin + segment, length),
+        part == segments - 1,
+        block,
+        DK=DK,
+        DV=DV,
+        BK=BK,
+        BV=BV,
+        CHUNK=CHUNK,
+        REVERSE=False,
+        PER_TOKEN=PER_TOKEN,
+        HAS_START=HAS_START,
+        STORE_END=STORE_END,
+        TRANSPOSED=False,
+        ROWS=False,
+        PRECISION=PRECISION,
+    )
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    want_state: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Output ``[B,H,N,Dv]`` in q's dtype and layout, and the final state ``[B,H,Dk,Dv]`` fp32 (empty if not wanted)."""
+    heads = head_count(q, k, v, log_decay, initial_state)
+    batch, _, length, dk = q.shape
+    dv = v.shape[3]
+    o = launch.empty_like_q(q, heads, dv)
+    shape = (batch, heads, dk, dv) if want_state else (0,)
+    state = torch.empty(shape, dtype=torch.float32, device=q.device)
+    if o.numel() == 0:
+        return o, state.zero_() if initial_state is None or not want_state else state.copy_(initial_state)
+    q, k, v = (launch.unit_last(x) for x in (q, k, v))
+    initial_state = launch.dense_state(initial_state)
+    c = launch.config(dk, dv, q.dtype)
+    split = launch.whole(length)
+    start, slots = initial_state, 1
+    unit = launch.unit(q, k, v, o)
+    forward_kernel[(batch * heads * split.count * triton.cdiv(dv, c.bv),)](
+        q, k, v, o, log_decay, q if start is None else start, state,
+        *launch.strides(q, unit), *launch.strides(k, unit), *launch.strides(v, unit), *launch.strides(o, unit),
+        *launch.decay_strides(log_decay), float(scale), heads,
+        heads // q.shape[1], heads // k.shape[1], heads // v.shape[1], length, split.tokens, split.count, slots,
+        DK=dk, DV=dv, BK=c.bk, BV=c.bv, CHUNK=c.chunk, UNIT=unit, PER_TOKEN=log_decay.dim() == 3,
+        HAS_START=start is not None, STORE_END=want_state, PRECISION=launch.precision(q.dtype),
+        num_warps=c.warps, num_stages=c.stages,
+    )  # fmt: skip
+    return o, state

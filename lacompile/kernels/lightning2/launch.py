@@ -1,0 +1,105 @@
+"""What a launch needs besides a kernel: tile sizes, segments, layouts. Tensors and numbers only, no kernel code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import gcd
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles and scheduling of one use of the body: contraction block BK, column block BV, chunk, warps, stages."""
+
+    bk: int
+    bv: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@cache
+def config(dk: int, dv: int, dtype: torch.dtype) -> Config:
+    """The tile for contracting over ``dk`` into ``dv`` columns: fixed and validated, never searched for at run time.
+
+    The state ``[BK, BV]`` in fp32 is what fills the registers, so BV shrinks as BK grows.
+    """
+    bk = max(64, next_power_of_2(dk))
+    bv = max(16, min(64, next_power_of_2(dv)))
+    if dtype == torch.float32:
+        return Config(bk, min(bv, 64 if bk <= 64 else 32 if bk <= 128 else 16), 32, 4, 1)
+    if bk == 256:
+        return Config(bk, min(bv, 32), CHUNK, 4, 2)
+    return Config(bk, bv, CHUNK, 4, 3)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How fp32 products are formed: three TF32 products each, an error of about 1e-6. 16-bit inputs ignore it."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A sequence split into ``count`` segments of ``tokens`` tokens (a multiple of the chunk; the last is shorter)."""
+
+    tokens: int
+    count: int
+
+
+def whole(length: int) -> Segments:
+    """The sequence in one segment."""
+    return Segments(max(length, 1), 1)
+
+
+def unit_last(x: Tensor) -> Tensor:
+    """x with its last stride 1 and strides small enough for int32 offsets inside a tile; a copy only if it must."""
+    return x if x.stride(-1) == 1 and x.stride(-2) < 2**24 else x.contiguous()
+
+
+def unit(*tensors: Tensor) -> int:
+    """8 if every row of every tensor starts a multiple of 8 elements from its start, else 1.
+
+    Strides are handed to the kernels in this unit: so the compiler knows that rows are aligned for vector loads, and
+    no stride needs to be a compile-time property.
+    """
+    common = 8
+    for x in tensors:
+        for n in range(x.dim() - 1):
+            common = gcd(common, x.stride(n))
+    return 8 if common == 8 else 1
+
+
+def strides(x: Tensor, unit: int) -> tuple[int, int, int]:
+    """Strides of batch, head and token in ``unit``."""
+    return x.stride(0) // unit, x.stride(1) // unit, x.stride(2) // unit
+
+
+def decay_strides(log_decay: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, head and token of log-decays ``[H]`` or ``[B,H,N]``."""
+    if log_decay.dim() == 1:
+        return 0, log_decay.stride(0), 0
+    return log_decay.stride(0), log_decay.stride(1), log_decay.stride(2)
+
+
+def empty_like_q(q: Tensor, heads: int, columns: int) -> Tensor:
+    """``[B,H,N,columns]`` laid out like q: tokens before heads in memory if q's are, so that merging heads is free."""
+    batch, _, length, _ = q.shape
+    if q.stride(1) < q.stride(2):
+        return q.new_empty(batch, length, heads, columns).transpose(1, 2)
+    return q.new_empty(batch, heads, length, columns)
+
+
+def dense_state(state: Tensor | None) -> Tensor | None:
+    """A state ``[B,H,Dk,Dv]`` in contiguous memory; it is small beside the sequence."""
+    return None if state is None else state.contiguous()

@@ -6,12 +6,33 @@ choice: unrolled into the graph, the chunk loop would cost compile time that gro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import BadArgument
+from ._compat import functorch_active
+from .errors import BadArgument, LacompileError
+
+
+class ForwardModeRefused(LacompileError, NotImplementedError):
+    """The operator was called under forward-mode AD, which it does not support."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "lacompile.decayed_attention has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, dual tensors); "
+            "its tangent would be zero without a word. Use reverse mode, or lacompile.kernels.reference.quadratic"
+        )
+
+
+def _refuse_forward_mode() -> None:
+    """Below autograd a tangent is gone already, so that an active level is all there is to see.
+
+    Transforms other than forward mode have been taken off the stack when an operator's body runs.
+    """
+    if functorch_active():
+        raise ForwardModeRefused
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> int:
@@ -25,11 +46,16 @@ def _state_dtype(q: Tensor) -> torch.dtype:
 
 
 def _output_like(q: Tensor, heads: int, dv: int) -> Tensor:
-    """o ``[B,H,N,Dv]`` laid out like q: tokens before heads in memory if q's are, so that merging heads costs nothing."""
+    """o ``[B,H,N,Dv]`` laid out like q: tokens before heads in memory if q's are, so that merging heads is free."""
     batch, _, length, _ = q.shape
     if q.stride(1) < q.stride(2):
         return q.new_empty(batch, length, heads, dv).transpose(1, 2)
     return q.new_empty(batch, heads, length, dv)
+
+
+def _own_precision(q: Tensor) -> torch.autocast:
+    """Implementations choose their own precision: autocast would round fp32 operands inside them."""
+    return torch.autocast(q.device.type, enabled=False)
 
 
 @torch.library.custom_op("lacompile::decayed_attention", mutates_args=())
@@ -45,13 +71,16 @@ def decayed_attention_op(
     """The fused operator; see :func:`decayed_attention`. The state is an empty tensor unless asked for."""
     from .kernels.select import implementation
 
-    out, state = implementation(q.device.type).forward(q, k, v, log_decay, scale, initial_state)
+    _refuse_forward_mode()
+    with _own_precision(q):
+        out, state = implementation(q.device.type).forward(q, k, v, log_decay, scale, initial_state)
     o = _output_like(q, out.shape[1], out.shape[3]).copy_(out)
     return o, state if return_final_state else state.new_empty(0)
 
 
 @decayed_attention_op.register_fake
 def _(q, k, v, log_decay, scale, initial_state, return_final_state):  # type: ignore[no-untyped-def]
+    _refuse_forward_mode()
     heads = _heads(q, k, v, log_decay, initial_state)
     dtype = _state_dtype(q)
     shape = (q.shape[0], heads, q.shape[3], v.shape[3]) if return_final_state else (0,)
@@ -72,9 +101,11 @@ def decayed_attention_backward_op(
     """Gradients of q, k, v, log_decay and the initial state (an empty tensor where there is none)."""
     from .kernels.select import implementation
 
-    dq, dk, dv, dg, ds = implementation(q.device.type).backward(
-        do, d_state, q, k, v, log_decay, scale, initial_state
-    )
+    _refuse_forward_mode()
+    with _own_precision(q):
+        dq, dk, dv, dg, ds = implementation(q.device.type).backward(
+            do, d_state, q, k, v, log_decay, scale, initial_state
+        )
     grads = [torch.empty_like(x).copy_(g) for x, g in ((q, dq), (k, dk), (v, dv), (log_decay, dg))]
     d_initial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state).copy_(ds)
     return grads[0], grads[1], grads[2], grads[3], d_initial
@@ -82,6 +113,7 @@ def decayed_attention_backward_op(
 
 @decayed_attention_backward_op.register_fake
 def _(do, d_state, q, k, v, log_decay, scale, initial_state):  # type: ignore[no-untyped-def]
+    _refuse_forward_mode()
     d_initial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     return (*(torch.empty_like(x) for x in (q, k, v, log_decay)), d_initial)
 
@@ -101,6 +133,54 @@ def _backward(ctx: Any, do: Tensor, d_state: Tensor | None) -> tuple[Any, ...]:
 
 
 decayed_attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    do, d_state, q, k, v, log_decay, scale, initial_state = inputs
+    ctx.save_for_backward(do, d_state, q, k, v, log_decay, initial_state)
+    ctx.scale = scale
+
+
+def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+    """Derivatives of the gradients, of any order: those of the chunked form in plain PyTorch, on any device.
+
+    Right rather than fast: it keeps what autograd keeps of every chunk, memory that grows with N Dk Dv / 64.
+    """
+    from .kernels import cpu
+
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad(), _own_precision(ctx.saved_tensors[2]):
+        saved = [None if x is None else _own_leaf(x) for x in ctx.saved_tensors]
+        do, d_state, q, k, v, log_decay, initial_state = saved
+        assert do is not None and q is not None and k is not None and v is not None and log_decay is not None
+        results = cpu.forward(q, k, v, log_decay, ctx.scale, initial_state)
+        inputs = [x for x in (q, k, v, log_decay, initial_state) if x is not None]
+        grads = _vector_jacobian(results, inputs, (do, d_state), create_graph=True)
+        wanted = [x for x in saved if x is not None]
+        found = iter(_vector_jacobian(grads, wanted, cotangents, create_graph=create_graph))
+    d_do, d_d_state, d_q, d_k, d_v, d_log_decay, d_initial = (None if x is None else next(found) for x in saved)
+    return d_do, d_d_state, d_q, d_k, d_v, d_log_decay, None, d_initial
+
+
+def _own_leaf(x: Tensor) -> Tensor:
+    """``x`` as a tensor of its own that requires a gradient, so that one passed twice is not counted twice."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+
+
+def _vector_jacobian(
+    outputs: Sequence[Tensor | None], inputs: Sequence[Tensor], vectors: Sequence[Tensor | None], *, create_graph: bool
+) -> Sequence[Tensor | None]:
+    """Gradients of ``inputs``, None where nothing depends on one."""
+    pairs = [
+        (o, w) for o, w in zip(outputs, vectors, strict=False) if o is not None and o.requires_grad and w is not None
+    ]
+    if not pairs:
+        return [None] * len(inputs)
+    kept, weights = zip(*pairs, strict=True)
+    return torch.autograd.grad(kept, inputs, weights, create_graph=create_graph, allow_unused=True)
+
+
+decayed_attention_backward_op.register_autograd(_double_backward, setup_context=_setup_backward_context)
 
 
 def decayed_attention(
@@ -133,9 +213,9 @@ def decayed_attention(
         BadArgument: a shape, dtype or device that does not fit, or a positive log-decay given as a number.
     """
     if not isinstance(log_decay, Tensor):
-        log_decay = torch.as_tensor(log_decay, dtype=torch.float32, device=q.device)
-        if bool((log_decay > 0).any()):
-            raise BadArgument("log_decay", "log-decays of at most 0", f"{float(log_decay.max())}")
+        log_decay = _given_as_numbers(log_decay, q)
+    if isinstance(scale, Tensor) or not isinstance(scale, int | float):
+        raise BadArgument("scale", "a Python number", type(scale).__name__)
     check(q, k, v, log_decay, initial_state)
     out, state = torch.ops.lacompile.decayed_attention(
         q, k, v, log_decay, float(scale), initial_state, return_final_state
@@ -143,13 +223,26 @@ def decayed_attention(
     return (out, state) if return_final_state else out
 
 
+def _given_as_numbers(log_decay: Any, q: Tensor) -> Tensor:
+    """A list of log-decays as a tensor; here, where it costs no synchronisation, the sign is checked."""
+    try:
+        numbers = torch.as_tensor(log_decay, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise BadArgument("log_decay", "a tensor, or numbers in a list", type(log_decay).__name__) from None
+    if not bool((numbers <= 0).all()):
+        raise BadArgument("log_decay", "natural logarithms of at most 0", f"{float(numbers.max())}")
+    if not isinstance(q, Tensor):
+        return numbers
+    return numbers.to(q.device, _state_dtype(q))
+
+
 def check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None = None) -> None:
     """Raises BadArgument for the first argument that does not fit the others."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise BadArgument(name, "a tensor [B,H,N,D]", f"{x.dim()} dimensions {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise BadArgument(name, "a floating-point tensor", str(x.dtype))
+    optional = () if initial_state is None else (("initial_state", initial_state),)
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), *optional):
+        _check_tensor(name, x)
+        if x.device != q.device:
+            raise BadArgument(name, f"device {q.device} like q", str(x.device))
     batch, _, length, dk = q.shape
     heads = _heads(q, k, v, log_decay, initial_state)
     for name, x in (("k", k), ("v", v)):
@@ -160,15 +253,29 @@ def check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Ten
     if k.shape[3] != dk:
         raise BadArgument("k", f"head dimension {dk} like q", f"{k.shape[3]}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if heads % x.shape[1]:
+        if x.shape[1] == 0 or heads % x.shape[1]:
             raise BadArgument(name, f"a number of heads that divides {heads}", f"{x.shape[1]}")
-    if log_decay.dim() not in (1, 3):
-        raise BadArgument("log_decay", "shape [H] or [B,H,N]", f"{tuple(log_decay.shape)}")
     want = (heads,) if log_decay.dim() == 1 else (batch, heads, length)
     if tuple(log_decay.shape) != want:
         raise BadArgument("log_decay", f"shape {want}", f"{tuple(log_decay.shape)}")
     if initial_state is not None and tuple(initial_state.shape) != (batch, heads, dk, v.shape[3]):
         raise BadArgument("initial_state", f"shape {(batch, heads, dk, v.shape[3])}", f"{tuple(initial_state.shape)}")
-    for name, x in (("k", k), ("v", v), ("log_decay", log_decay), ("initial_state", initial_state)):
-        if x is not None and x.device != q.device:
-            raise BadArgument(name, f"device {q.device} like q", str(x.device))
+
+
+_LAYOUTS = {
+    "q": ("a tensor [B,H,N,D]", (4,)),
+    "k": ("a tensor [B,H,N,D]", (4,)),
+    "v": ("a tensor [B,H,N,D]", (4,)),
+    "log_decay": ("shape [H] or [B,H,N]", (1, 3)),
+    "initial_state": ("a tensor [B,H,Dk,Dv]", (4,)),
+}
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    layout, dimensions = _LAYOUTS[name]
+    if not isinstance(x, Tensor):
+        raise BadArgument(name, layout, type(x).__name__)
+    if x.dim() not in dimensions:
+        raise BadArgument(name, layout, f"{x.dim()} dimensions {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise BadArgument(name, "a floating-point tensor", str(x.dtype))

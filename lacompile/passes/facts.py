@@ -86,6 +86,14 @@ def children(expr: Expr) -> Iterator[Expr]:
         yield expr.of
 
 
+def values_of(expr: Expr) -> Iterator[Value]:
+    """Every graph value a recipe reads."""
+    if isinstance(expr, Value):
+        yield expr
+    for child in children(expr):
+        yield from values_of(child)
+
+
 # ------------------------------------------------------------------------------------------------------- assumptions
 
 

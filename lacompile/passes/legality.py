@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import fx
 
 from .capture import GRAD_MODE, writes_into
-from .facts import Expr, Match, Refusal, Value, children
+from .facts import Match, Refusal, values_of
 
 
 def illegal(gm: fx.GraphModule, match: Match) -> Refusal | None:
@@ -19,7 +17,7 @@ def illegal(gm: fx.GraphModule, match: Match) -> Refusal | None:
     """
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     at = order[match.after or match.target]
-    read = {v.node for v in values(match.replacement)}
+    read = {v.node for v in values_of(match.replacement)}
     for node in read:
         if order[node] > at:
             return _refusal(match, "defined-before", f"{node.name} is computed later")
@@ -34,14 +32,6 @@ def illegal(gm: fx.GraphModule, match: Match) -> Refusal | None:
         if first < order[node] < at and node.op == "call_function" and node.target in GRAD_MODE:
             return _refusal(match, "one-grad-mode", f"{node.name} switches gradients inside the region")
     return None
-
-
-def values(expr: Expr) -> Iterator[Value]:
-    """Every graph value a recipe reads."""
-    if isinstance(expr, Value):
-        yield expr
-    for child in children(expr):
-        yield from values(child)
 
 
 def _aliases(written: fx.Node, read: set[fx.Node]) -> bool:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from .capture import AUTOCAST, GRAD_MODE, writes_into
-from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value
-from .legality import values
+from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
 
 Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
 
@@ -63,7 +62,7 @@ def validate(
 
 def _region(gm: fx.GraphModule, match: Match) -> list[fx.Node]:
     """The nodes that compute the target from the values the replacement reads, in graph order."""
-    inputs = {v.node for v in values(match.replacement)}
+    inputs = {v.node for v in values_of(match.replacement)}
     nodes = list(gm.graph.nodes)
     nodes = nodes[: nodes.index(match.after or match.target) + 1]
     needed = {match.target} | ({match.after} if match.after else set())
@@ -112,8 +111,8 @@ def _compare(
     placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
     real = dict(zip(placeholders, example_inputs, strict=False))
     by_value = {a.node for f in match.facts for a in f.assumptions if a.kind == "values"}
-    decays = {v.node for f in match.facts for v in values(f.log_decay)}
-    inputs = list(dict.fromkeys(v.node for v in values(match.replacement)))
+    decays = {v.node for f in match.facts for v in values_of(f.log_decay)}
+    inputs = list(dict.fromkeys(v.node for v in values_of(match.replacement)))
     generator = torch.Generator().manual_seed(0)
     env = {n: _input(n, real, decays, by_value, generator) for n in inputs}
     _tame_decays(match, env, decays, by_value, reference)

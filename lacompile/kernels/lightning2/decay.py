@@ -51,10 +51,7 @@ def between(sums, g_head, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PER_TOKEN:
     """
     row = tl.arange(0, CHUNK)[:, None]
     col = tl.arange(0, CHUNK)[None, :]
-    if PER_TOKEN:
-        gap = sums[:, None] - sums[None, :]
-    else:
-        gap = (row - col).to(tl.float32) * g_head
+    gap = sums[:, None] - sums[None, :] if PER_TOKEN else (row - col).to(tl.float32) * g_head
     if REVERSE:
         return tl.exp2(tl.where(row <= col, -gap, float("-inf")))
     return tl.exp2(tl.where(row >= col, gap, float("-inf")))

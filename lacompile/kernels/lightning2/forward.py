@@ -1,4 +1,4 @@
-"""The forward kernel: ``o_t = scale q_t S_t``, ``S_t = exp(g_t) S_{t-1} + k_t^T v_t`` (arXiv 2401.04658, algorithm 1)."""
+"""The forward kernel (arXiv 2401.04658, algorithm 1): ``o_t = scale q_t S_t``, ``S_t = exp(g_t) S_{t-1} + k_t^T v_t``."""
 
 from __future__ import annotations
 

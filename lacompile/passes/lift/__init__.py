@@ -27,6 +27,12 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str =
         interpreter.run(gm, example_inputs)
         lifted = time.perf_counter()
         matches, refusals = search(interpreter)
+        if refusals and interpreter.statics is not None and interpreter.statics.ambiguous:
+            other = Interpreter(reading=1)
+            other.run(gm, example_inputs)
+            found, left = search(other)
+            if len(left) < len(refusals):
+                matches, refusals = found, left
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal("lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}")
         return Analysis((), (refusal,), {"analysis": time.perf_counter() - start})

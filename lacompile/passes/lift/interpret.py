@@ -13,6 +13,7 @@ from ..capture import Capture, ViewStep
 
 from .engine import Engine, GiveUp
 from .leaves import Opaque
+from .statics import Statics
 from .term import Val
 from .transfer import Op, transfer
 from .transfer.scatter import written, written_at
@@ -44,13 +45,17 @@ class Interpreter:
     facts: dict[fx.Node, Fact] = field(default_factory=dict)
     demanded: list[fx.Node] = field(default_factory=list)
     give_ups: dict[fx.Node, str] = field(default_factory=dict)
-    buffers: dict[int, tuple[fx.Node, torch.Tensor]] = field(default_factory=dict)
+    statics: Statics | None = None
     capture: Capture | None = None
     read_buffers: bool = True
+    reading: int = 0
     _gave_up: str | None = None
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture = Capture(gm, self)
+        if self.read_buffers:
+            inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+            self.statics = Statics(self.engine, inputs, example_inputs, self.reading)
         self.capture.run(example_inputs)
 
     # ------------------------------------------------------------------------------------------------------ observer
@@ -58,15 +63,9 @@ class Interpreter:
     def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Val:
         if node.op == "get_attr" and isinstance(real, torch.Tensor) and real.numel() <= MAX_BAKED:
             return self._numbers(tensor, real)
-        differentiable = isinstance(real, torch.Tensor) and real.requires_grad
-        val = self.engine.leaf(tensor, Opaque(node, node.name), differentiable=differentiable)
-        return self._noted(node, val, tensor, real)
-
-    def _noted(self, node: fx.Node, val: Val, tensor: torch.Tensor, real: Any) -> Val:
-        if self.read_buffers and isinstance(real, torch.Tensor) and not real.requires_grad and _is_static(node, real):
-            (term,) = val.terms
-            self.buffers[term.accs[0][0]] = (node, real)
-        return val
+        if self.statics is not None and (known := self.statics.value(node, tensor)) is not None:
+            return known
+        return self.engine.leaf(tensor, Opaque(node, node.name))
 
     def _numbers(self, tensor: torch.Tensor, real: torch.Tensor) -> Val:
         try:
@@ -225,14 +224,4 @@ def _order_of(op: Op, rank: int) -> list[int]:
     a, b = op.args[1] % rank, op.args[2] % rank
     order[a], order[b] = order[b], order[a]
     return order
-
-
-def _is_static(node: fx.Node, real: torch.Tensor) -> bool:
-    """A tensor that belongs to a module (a buffer), not an argument of the call."""
-    arg = node.meta.get("grapharg")
-    source = getattr(arg, "source", None)
-    name = source.name if source is not None else ""
-    name = name() if callable(name) else name
-    return "_buffers" in name or getattr(real, "_dynamo_static_input_type", None) is not None
-
 

@@ -89,9 +89,6 @@ class Leaf:
     shape: tuple[Aff, ...]
     dtype: torch.dtype
     interval: Interval = ANY
-    values: torch.Tensor | None = None
-    """Known values of a buffer; using them adds an assumption."""
-    differentiable: bool = False
 
 
 class Leaves:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ..facts import Assumption, Attend, Call, Const, DecayedAttention, Expr, Match, Refusal
+from ..facts import Assumption, Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, values_of
 from .affine import FIRST_DIV, ONE, TAU, ZERO, Aff
 from .emit import CannotEmit, Emitter, Piece, cast
 from .engine import Engine
@@ -66,6 +66,16 @@ class Proof:
     residual: list[Term] = field(default_factory=list)
 
     @property
+    def size(self) -> tuple[Aff, int]:
+        """The length, and the number of elements of the value as far as they are numbers."""
+        sizes = [int(n.const) for n in self.fact.value.shape if n.is_const]
+        return self.roles[N_ROLE], math.prod(sizes)
+
+    @property
+    def leaves(self) -> set[int]:
+        return {a[0] for a in (*self.q, *self.k, *self.v, *self.outer)}
+
+    @property
     def key_features(self) -> list[int]:
         return [r for r in self.roles if D_ROLE <= r < E_ROLE]
 
@@ -78,9 +88,20 @@ def prove(engine: Engine, fact: Fact) -> Proof:
     """
     if not fact.value.single:
         raise Refused("one-case", "one sum", f"{len(fact.value.cases)} disjoint regions", 0)
-    terms = fact.value.terms
+    terms = [_windows_as_features(engine, t) for t in fact.value.terms]
     main = _main_term(engine, terms, fact)
     return _Prover(engine, fact, main, [t for t in terms if t is not main]).run()
+
+
+def _windows_as_features(engine: Engine, t: Term) -> Term:
+    """An index over a window of constant length, k[.., 48 h + d], counts from the start of the window."""
+    for v in sorted(t.bound(engine.space)):
+        ends = engine.bounds(v, t.guards)
+        if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or ends.low[0].is_const:
+            continue
+        if (ends.high[0] - ends.low[0]).is_const:
+            t = t.sub(engine.space, {v: Aff.var(v) + ends.low[0]})
+    return t
 
 
 def _main_term(engine: Engine, terms: Sequence[Term], fact: Fact) -> Term:
@@ -494,7 +515,7 @@ class Builder:
             decay_per_token=bool(p.tokens),
             formulation=formulation(p),
             decay_source=source,
-            assumptions=tuple(self._assumptions(p)),
+            assumptions=tuple(self._assumptions(p, log_decay)),
         )
         return fact, self._replacement(p, fact, batch, heads, e_group, residual)
 
@@ -594,8 +615,11 @@ class Builder:
         factors = " * ".join(name(leaf) for leaf, _ in mono)
         return factors if c == 1 else f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"
 
-    def _assumptions(self, p: Proof) -> Iterable[Assumption]:
-        """log(x) in a weight is the logarithm of a factor: right only where x > 0."""
+    def _assumptions(self, p: Proof, log_decay: Expr) -> Iterable[Assumption]:
+        """log(x) in a weight is the logarithm of a factor: right only where x > 0. And buffers that were read by value."""
+        if self.interpreter.statics is not None:
+            read = {*sources_of(p.fact.node), *(v.node for v in values_of(log_decay))}
+            yield from self.interpreter.statics.assumptions(sorted(read))
         seen: set[int] = set()
 
         def visit(leaf: int) -> Iterable[Assumption]:
@@ -669,6 +693,18 @@ class Builder:
         return self.emitter.assemble(piece, groups, shrink=range(len(groups)))
 
 
+
+
+def sources_of(node: fx.Node) -> list[fx.Node]:
+    """The inputs of the graph that a value is computed from."""
+    seen: dict[fx.Node, None] = {}
+    work = [node]
+    while work:
+        at = work.pop()
+        if at not in seen:
+            seen[at] = None
+            work += at.all_input_nodes
+    return [n for n in seen if n.op == "placeholder"]
 
 
 def _all_positive(tensor: torch.Tensor) -> bool:
@@ -762,8 +798,11 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
                 if r.progress or len(seen) == 1:
                     frontier += at.all_input_nodes
                 continue
-            matches.append(Match(at, replacement, (attention,), fact.after))
-            proofs.append((proof, attention))
+            proof, attention, replacement = _closest(interpreter, builder, proof, attention, replacement)
+            at = proof.fact.node
+            if at not in done:
+                matches.append(Match(at, replacement, (attention,), proof.fact.after))
+                proofs.append((proof, attention))
             done.add(at)
             best = None
             break
@@ -771,6 +810,30 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
             refusals.append(best)
     matches += _final_states(interpreter, states, proofs)
     return matches, sorted(refusals, key=lambda r: -r.progress)
+
+
+def _closest(
+    interpreter: Interpreter, builder: Builder, proof: Proof, attention: DecayedAttention, replacement: Expr
+) -> tuple[Proof, DecayedAttention, Expr]:
+    """The same attention at the earliest value that is it: before views, row factors and residuals."""
+    work = list(proof.fact.node.all_input_nodes)
+    seen: set[fx.Node] = set()
+    while work and len(seen) < MAX_STEPS_BACK:
+        at = work.pop(0)
+        fact = interpreter.facts.get(at)
+        if at in seen or fact is None or not interpreter.engine.contracts(fact.value):
+            continue
+        seen.add(at)
+        try:
+            earlier = prove(interpreter.engine, fact)
+            if earlier.size != proof.size or not earlier.leaves <= proof.leaves:
+                continue
+            found, expr = builder.build(earlier)
+        except Refused:
+            continue
+        proof, attention, replacement = earlier, found, expr
+        work = list(at.all_input_nodes)
+    return proof, attention, replacement
 
 
 def _looks_like_state(engine: Engine, fact: Fact) -> bool:

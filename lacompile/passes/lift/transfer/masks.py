@@ -72,7 +72,7 @@ def compare(op: Op) -> Val:
     difference = _index_difference(op.engine, a, b)
     if difference is None:
         return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
-    return _truth(op.engine, op.shape, [difference * sign + shift])
+    return truth(op.engine, op.shape, [difference * sign + shift])
 
 
 @rule(aten.eq)
@@ -80,7 +80,7 @@ def equal(op: Op) -> Val:
     difference = _index_difference(op.engine, operand(op, 0), operand(op, 1))
     if difference is None:
         return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
-    return _truth(op.engine, op.shape, [difference, -difference])
+    return truth(op.engine, op.shape, [difference, -difference])
 
 
 @rule(aten.ne)
@@ -88,7 +88,7 @@ def not_equal(op: Op) -> Val:
     difference = _index_difference(op.engine, operand(op, 0), operand(op, 1))
     if difference is None:
         return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
-    inside = _truth(op.engine, op.shape, [difference, -difference])
+    inside = truth(op.engine, op.shape, [difference, -difference])
     return op.engine.zip_cases([inside], lambda g: () if g[0] else (Term(1.0),))
 
 
@@ -126,7 +126,7 @@ def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:
     return total
 
 
-def _truth(engine: Engine, shape: tuple[Aff, ...], guards: Iterable[Aff]) -> Val:
+def truth(engine: Engine, shape: tuple[Aff, ...], guards: Iterable[Aff]) -> Val:
     """1 where all guards hold, 0 elsewhere, as cases."""
     cases: list[Case] = []
     held: Guards = NO_GUARDS
@@ -211,7 +211,7 @@ def _triangle(op: Op, guard: Aff) -> Val:
     guard = op.engine.space.sub(guard, {d: ZERO for d in range(len(shape)) if shape[d] == ONE})
     if op.engine.contracts(v) and v.single:
         return op.engine.sum_of(shape, (t.but(guards=t.guards | {guard}) for t in v.terms))
-    mask = _truth(op.engine, shape, [guard])
+    mask = truth(op.engine, shape, [guard])
     return op.engine.zip_cases([mask, v], lambda g: g[1] if g[0] else ())
 
 
@@ -252,7 +252,7 @@ def _piecewise(op: Op, v: Val, pick: Any) -> Val | None:
     difference = _index_difference(op.engine, v, constant(v.shape, 0.0))
     if difference is None:
         return None
-    mask = _truth(op.engine, v.shape, [difference])
+    mask = truth(op.engine, v.shape, [difference])
     return op.engine.zip_cases([mask, v], lambda g: pick(g[1], bool(g[0])))
 
 

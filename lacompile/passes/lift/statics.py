@@ -1,0 +1,183 @@
+"""Buffers whose numbers the lift looks at, and the assumptions that come with looking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..facts import Assumption
+from .affine import ONE, Aff
+from .buffers import Family, Fit, aligned, families, fit, head_index
+from .engine import Engine, GiveUp
+from .leaves import Opaque
+from .term import Access, Case, Exponent, Mono, Term, Val, value
+from .transfer.masks import truth
+
+MAX_VECTOR = 4096
+
+
+class Statics:
+    """The buffers of one graph that are read by value.
+
+    Args:
+        engine: the analysis they become part of.
+        placeholders: the graph's inputs.
+        example_inputs: the real tensors behind them.
+        reading: which one to take where rounding leaves two readings of a buffer, 0 or 1.
+    """
+
+    def __init__(
+        self, engine: Engine, placeholders: Sequence[fx.Node], example_inputs: Sequence[Any], reading: int = 0
+    ):
+        self.engine = engine
+        self.ambiguous = 0
+        self._reading = reading
+        self.real: dict[fx.Node, torch.Tensor] = {}
+        self._values: dict[fx.Node, Val] = {}
+        self._used: set[fx.Node] = set()
+        nodes: list[fx.Node] = []
+        fits: dict[int, Fit] = {}
+        vectors: dict[int, torch.Tensor] = {}
+        for n, (node, real) in enumerate(zip(placeholders, example_inputs, strict=False)):
+            nodes.append(node)
+            if not isinstance(real, torch.Tensor) or real.requires_grad or not belongs_to_module(node, real):
+                continue
+            self.real[node] = real
+            if real.is_floating_point() and sum(s > 1 for s in real.shape) <= 1 and 0 < real.numel() <= MAX_VECTOR:
+                vectors[n] = real
+            elif (found := fit(real)) is not None:
+                fits[n] = found
+        for n in vectors:
+            self._signed(nodes[n])
+        for family in families(fits, vectors):
+            self._family(family, nodes, fits)
+        for n, found in fits.items():
+            if found.selects and nodes[n] not in self._values:
+                self._enter(nodes[n], found, ONE, None)
+
+    def value(self, node: fx.Node, tensor: torch.Tensor) -> Val | None:
+        """What the numbers of this input say; None if they are not looked at."""
+        if node in self._values:
+            return self._values[node]
+        real = self.real.get(node)
+        if real is None or real.is_floating_point() or real.dtype is torch.bool or not 1 < real.numel() <= MAX_VECTOR:
+            return None
+        try:
+            line = self.engine.table_value(real.to("cpu", torch.float64).numpy(), self.engine.shape(tensor))
+        except GiveUp:
+            return None
+        if any(t.accs for t in line.terms):
+            return None
+        self._used.add(node)
+        return line
+
+    def assumptions(self, nodes: Iterable[fx.Node]) -> Iterable[Assumption]:
+        """What a rewrite that rests on these inputs takes for granted."""
+        for node in nodes:
+            if node in self._used:
+                yield Assumption(node, "values", f"the values of {node.name}", _unchanged(self.real[node]))
+
+    # -------------------------------------------------------------------------------------------------------- details
+
+    def _leaf(self, node: fx.Node) -> int:
+        """The leaf that is this input as it stands."""
+        if node not in self._values:
+            self._values[node] = self.engine.leaf(node.meta["example_value"], Opaque(node, node.name))
+        (term,) = self._values[node].terms
+        return term.accs[0][0]
+
+    def _signed(self, node: fx.Node) -> None:
+        low, high = (float(x) for x in torch.aminmax(self.real[node].detach()))
+        if low > 0 or high < 0:
+            leaf = self.engine.leaves[self._leaf(node)]
+            leaf.interval = (low, high)
+            self._used.add(node)
+
+    def _family(self, family: Family, nodes: Sequence[fx.Node], fits: dict[int, Fit]) -> None:
+        source = family.source()
+        table = self._table(family) if source is None else None
+        unclear = 0
+        for n in sorted(family.members):
+            found = fits[n]
+            if table is not None:
+                slope: tuple[Mono, int] | None = (((table, head_index(found)),), -1)
+            else:
+                assert source is not None
+                slope = self._read_slope(nodes[source[0]], source[1], found)
+            distance = found.distances[0]
+            if len(found.distances) > 1:
+                # The pair of a chunk's decays, from its start and to its end: in one order, or in the other.
+                distance = found.distances[(unclear + self._reading) % len(found.distances)]
+                unclear += 1
+            if slope is not None:
+                self._enter(nodes[n], found, distance, slope)
+        self.ambiguous += unclear
+        if table is not None:
+            for n, how, _ in family.direct:
+                self._rounded(nodes[n], how, table)
+
+    def _read_slope(self, node: fx.Node, how: str, found: Fit) -> tuple[Mono, int] | None:
+        leaf = self._leaf(node)
+        index = aligned(self.engine.leaf_shapes[leaf], found)
+        if index is None:
+            return None
+        self._used.add(node)
+        access: Access = (leaf, index)
+        if how == "decay":
+            access = self.engine.log_access(access)
+        return (access,), -1 if how == "slope" else 1
+
+    def _table(self, family: Family) -> int:
+        middle = family.slopes.middle
+        return self.engine.leaves.table(middle, tuple(Aff.lit(n) for n in middle.shape))
+
+    def _rounded(self, node: fx.Node, how: str, table: int) -> None:
+        """A slope that was rounded on its own (cast to bf16) stands for the one its sister buffers show."""
+        if how == "decay":
+            return
+        shape = self.engine.shape(node.meta["example_value"])
+        index = tuple(Aff.var(d) for d, n in enumerate(shape) if n != ONE)
+        self._values[node] = value(shape, [Term(1.0 if how == "slope" else -1.0, accs=((table, index),))])
+        self._used.add(node)
+
+    def _enter(self, node: fx.Node, found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> None:
+        shape = self.engine.shape(node.meta["example_value"])
+        mask = truth(self.engine, shape, found.guards)
+        inside = self._weight(found, distance, slope)
+        outside = (Term(float("-inf")),) if found.log_space else ()
+        cases = tuple(Case(c.guards, inside if c.terms else outside) for c in mask.cases)
+        self._values[node] = self.engine.join_cases(Val(shape, cases))
+        self._used.add(node)
+
+    @staticmethod
+    def _weight(found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> tuple[Term, ...]:
+        if slope is None:
+            return () if found.log_space else (Term(1.0),)
+        mono, sign = slope
+        if found.log_space:
+            return (Term(float(sign), distance, mono),)
+        return (Term(1.0, exp=Exponent.of([(mono, distance * sign)], ())),)
+
+
+def belongs_to_module(node: fx.Node, real: torch.Tensor) -> bool:
+    """A tensor that lives in a module or a closure and not one that each call brings along."""
+    arg = node.meta.get("grapharg")
+    source = getattr(arg, "source", None)
+    name = getattr(source, "name", "")
+    name = str(name() if callable(name) else name)
+    if getattr(real, "_dynamo_static_input_type", None) is not None or "_buffers" in name:
+        return True
+    return name.startswith("G[") or name.startswith("L['self'].") or "__closure__" in name
+
+
+def _unchanged(real: torch.Tensor) -> Callable[[torch.Tensor], bool]:
+    seen = real.detach().clone()
+
+    def holds(now: torch.Tensor) -> bool:
+        return now.dtype == seen.dtype and now.shape == seen.shape and bool(torch.equal(now.to(seen.device), seen))
+
+    return holds
+

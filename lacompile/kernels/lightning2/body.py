@@ -96,13 +96,14 @@ def attend(
             from_state = tl.exp2(sums) * scale
             to_state = tl.exp2(last - sums)
 
+        # The state is advanced before the scores exist: that order needs the fewest registers.
+        y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION) * from_state[:, None]
+        weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
+        state = tl.dot(b, weighted, state * tl.exp2(last), input_precision=PRECISION)
         # scale goes into the scores of every use, so that q . dq and k . dk round the same products alike and their
         # difference, the decay's gradient, does not see that rounding.
         scores = tl.dot(a, b, input_precision=PRECISION) * (weight * scale)
-        y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION) * from_state[:, None]
         y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION)
-        weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
-        state = tl.dot(b, weighted, state * tl.exp2(last), input_precision=PRECISION)
 
         out = here[:, None] & in_v[None, :]
         tl.store(y_ptr + at64 * y_stride + y_tile, y.to(y_ptr.dtype.element_ty), mask=out)

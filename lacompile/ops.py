@@ -21,7 +21,7 @@ class ForwardModeRefused(LacompileError, NotImplementedError):
 
     def __init__(self) -> None:
         super().__init__(
-            "lacompile.decayed_attention has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, dual tensors); "
+            "lacompile.decayed_attention has no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors); "
             "its tangent would be zero without a word. Use reverse mode, or lacompile.kernels.reference.quadratic"
         )
 

@@ -15,6 +15,13 @@ def suppressed_guards(fake_mode: Any) -> contextlib.AbstractContextManager[None]
     return contextlib.nullcontext() if env is None else env.suppress_guards()
 
 
+def outside_modes() -> contextlib.AbstractContextManager[Any]:
+    """Real arithmetic in the middle of a trace: no fake tensors, no dispatch mode."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return _disable_current_modes()
+
+
 @cache
 def inductor_option_names() -> frozenset[str]:
     """The configuration keys that ``torch.compile(options=...)`` takes for Inductor."""

@@ -72,46 +72,24 @@ def forward_kernel(
     part = (pid // blocks) % segments
     row = (pid // blocks) // segments
     b = (row // heads).to(tl.int64)
-    h = row % heads
-    g_at = g_ptr + b * g_b + h.to(tl.int64) * g_h
+    h = (row % heads).to(tl.int64)
+    row = row.to(tl.int64)
+    q_at = q_ptr + (b * q_b + h // q_group * q_h) * UNIT
+    k_at = k_ptr + (b * k_b + h // k_group * k_h) * UNIT
+    v_at = v_ptr + (b * v_b + h // v_group * v_h) * UNIT
+    g_at = g_ptr + b * g_b + h * g_h
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
     begin = part * segment
-    q_at = q_ptr + (b * q_b + (h // q_group).to(tl.int64) * q_h) * UNIT
+    stop = tl.minimum(begin + segment, length)
+    start_at = start_ptr + (row * start_slots + part) * (DK * DV)
     attend(
-        q_at,
-        k_ptr + (b * k_b + (h // k_group).to(tl.int64) * k_h) * UNIT,
-        v_ptr + (b * v_b + (h // v_group).to(tl.int64) * v_h) * UNIT,
-        o_ptr + (b * o_b + h.to(tl.int64) * o_h) * UNIT,
-        q_at,
-        q_at,
-        g_at,
-        start_ptr + (row.to(tl.int64) * start_slots + part) * (DK * DV),
-        end_ptr + row.to(tl.int64) * (DK * DV),
-        q_t * UNIT,
-        k_t * UNIT,
-        v_t * UNIT,
-        o_t * UNIT,
-        q_t * UNIT,
-        g_t,
-        g_head,
-        scale,
-        begin,
-        tl.minimum(begin + segment, length),
-        part == segments - 1,
-        block,
-        DK=DK,
-        DV=DV,
-        BK=BK,
-        BV=BV,
-        CHUNK=CHUNK,
-        REVERSE=False,
-        PER_TOKEN=PER_TOKEN,
-        HAS_START=HAS_START,
-        STORE_END=STORE_END,
-        TRANSPOSED=False,
-        ROWS=False,
-        PRECISION=PRECISION,
-    )
+        q_at, k_at, v_at, o_ptr + (b * o_b + h * o_h) * UNIT, q_at, q_at, g_at,
+        start_at, end_ptr + row * (DK * DV), end_ptr,
+        q_t * UNIT, k_t * UNIT, v_t * UNIT, o_t * UNIT, q_t * UNIT, g_t, g_head, scale,
+        begin, stop, segment, part == segments - 1, block,
+        DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN,
+        HAS_START=HAS_START, STORE_END=STORE_END, MARKS=False, TRANSPOSED=False, ROWS=False, PRECISION=PRECISION,
+    )  # fmt: skip
 
 
 def forward(

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
+# Tokens between two stored states when the decay's gradient is wanted (see decay_grad.py): at D = 128 the two states
+# add 7 % to the bytes of the backward pass. A power of two and a multiple of every chunk.
+SPAN = 1024
 LOG2_E = 1.4426950408889634
 
 
@@ -103,3 +106,16 @@ def empty_like_q(q: Tensor, heads: int, columns: int) -> Tensor:
 def dense_state(state: Tensor | None) -> Tensor | None:
     """A state ``[B,H,Dk,Dv]`` in contiguous memory; it is small beside the sequence."""
     return None if state is None else state.contiguous()
+
+
+def grad_like(x: Tensor, heads: int) -> Tensor:
+    """Memory for the gradient of x with all ``heads`` heads, laid out like x where the heads are x's own."""
+    if x.shape[1] == heads:
+        grad = torch.empty_like(x)
+        return grad if grad.stride(-1) == 1 else x.new_empty(x.shape)
+    return empty_like_q(x, heads, x.shape[3])
+
+
+def fold(grad: Tensor, heads: int) -> Tensor:
+    """The gradient of a tensor whose heads were shared: summed over those that shared it."""
+    return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)

@@ -395,6 +395,8 @@ class Engine(Algebra):
 
     def table_value(self, array: np.ndarray, shape: tuple[Aff, ...]) -> Val:
         """Known numbers as a value; only the dimensions that matter are kept, and a line 0, 1, 2 ... is an index."""
+        if not array.size:
+            raise GiveUp("an empty table")
         full = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
         dims = [d for d in range(full.ndim) if full.shape[d] > 1 and not (full == full.take([0], d)).all()]
         core = full[tuple(slice(None) if d in dims else 0 for d in range(full.ndim))]

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from ..._compat import outside_modes
 from ..capture import Capture, ViewStep
 
 from .engine import Engine, GiveUp
@@ -68,8 +69,10 @@ class Interpreter:
         return self.engine.leaf(tensor, Opaque(node, node.name))
 
     def _numbers(self, tensor: torch.Tensor, real: torch.Tensor) -> Val:
+        with outside_modes():
+            numbers = real.detach().to("cpu", torch.float64).numpy()
         try:
-            return self.engine.table_value(real.detach().to("cpu", torch.float64).numpy(), self.engine.shape(tensor))
+            return self.engine.table_value(numbers, self.engine.shape(tensor))
         except GiveUp:
             return self.engine.leaf(tensor, Opaque(None, "constant"))
 
@@ -113,7 +116,7 @@ class Interpreter:
         if not all(isinstance(n, int) for n in op.out.shape) or op.out.numel() > MAX_BAKED:
             return None
         try:
-            with torch._C._DisableTorchDispatch():
+            with outside_modes():
                 real = op.func(*op.args, **{k: v for k, v in op.kwargs.items() if k != "device"})
             return self._numbers(op.out, real)
         except Exception:  # a factory that cannot run here stays unknown

@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from ..facts import Assumption, Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, values_of
+from ..names import spoken
 from .affine import FIRST_DIV, ONE, TAU, ZERO, Aff
 from .emit import CannotEmit, Emitter, Piece, cast
 from .engine import Engine
@@ -515,7 +516,7 @@ class Builder:
             decay_per_token=bool(p.tokens),
             formulation=formulation(p),
             decay_source=source,
-            assumptions=tuple(self._assumptions(p, log_decay)),
+            assumptions=tuple(self._assumptions(p, [q, k, v, log_decay, *([] if state is None else [state])])),
         )
         return fact, self._replacement(p, fact, batch, heads, e_group, residual)
 
@@ -605,7 +606,7 @@ class Builder:
         def name(leaf: int) -> str:
             kind = self.engine.leaves[leaf].kind
             if isinstance(kind, Opaque):
-                return kind.node.name if kind.node is not None else kind.label
+                return spoken(kind.node) if kind.node is not None else kind.label
             if isinstance(kind, Symbol):
                 inner = ", ".join(name(a.leaf) for a in kind.args if isinstance(a, Argument))
                 op = getattr(kind.op, "overloadpacket", kind.op)
@@ -615,11 +616,11 @@ class Builder:
         factors = " * ".join(name(leaf) for leaf, _ in mono)
         return factors if c == 1 else f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"
 
-    def _assumptions(self, p: Proof, log_decay: Expr) -> Iterable[Assumption]:
+    def _assumptions(self, p: Proof, operands: Sequence[Expr]) -> Iterable[Assumption]:
         """log(x) in a weight is the logarithm of a factor: right only where x > 0. And buffers that were read by value."""
         if self.interpreter.statics is not None:
-            read = {*sources_of(p.fact.node), *(v.node for v in values_of(log_decay))}
-            yield from self.interpreter.statics.assumptions(sorted(read))
+            read = {v.node for e in operands for v in values_of(e)}
+            yield from self.interpreter.statics.assumptions(sorted(read | sources_of(p.fact.node, read)))
         seen: set[int] = set()
 
         def visit(leaf: int) -> Iterable[Assumption]:
@@ -641,7 +642,7 @@ class Builder:
                         "write the decay as exp of a log-decay, or bound it with sigmoid",
                     )
                 yield Assumption(
-                    base.node, "positive", f"{base.node.name} > 0 (it is the base of a power)", _all_positive
+                    base.node, "positive", f"{spoken(base.node)} > 0 (it is the base of a power)", _all_positive
                 )
             for c in children:
                 yield from visit(c)
@@ -695,16 +696,16 @@ class Builder:
 
 
 
-def sources_of(node: fx.Node) -> list[fx.Node]:
-    """The inputs of the graph that a value is computed from."""
-    seen: dict[fx.Node, None] = {}
+def sources_of(node: fx.Node, given: set[fx.Node]) -> set[fx.Node]:
+    """The inputs of the graph that a value is computed from, other than through the ``given`` values."""
+    seen: set[fx.Node] = set()
     work = [node]
     while work:
         at = work.pop()
-        if at not in seen:
-            seen[at] = None
+        if at not in seen and at not in given:
+            seen.add(at)
             work += at.all_input_nodes
-    return [n for n in seen if n.op == "placeholder"]
+    return {n for n in seen if n.op == "placeholder"}
 
 
 def _all_positive(tensor: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from .affine import FIRST_DIV, INF, TAU, ZERO, Aff, Range, Space, box
 from .term import Access, Exponent, Guards, Mono, Term
 
 ROUNDS = 8
+DENSE = 12  # free dimensions whose coefficients are compared one by one
 
 
 class Bounds(NamedTuple):
@@ -329,12 +330,23 @@ class Algebra:
     # ---------------------------------------------------------------------------------------------- canonical naming
 
     def _sort_key(self, access: Access) -> tuple:
+        """An order of accesses that does not change when a bound index is counted from elsewhere.
+
+        Between accesses of one leaf at the same bound index the offsets decide, compared coefficient by coefficient.
+        """
+
         def key(aff: Aff) -> tuple:
             bound = tuple(sorted(abs(c) for v, c in aff.terms if v < 0))
             free = tuple((v, c) for v, c in aff.terms if v >= 0)
             return (bound, () if bound else free, 0 if bound else aff.const)
 
-        return (access[0], tuple(key(a) for a in access[1]))
+        def offset(aff: Aff) -> tuple:
+            if all(v >= 0 for v, _ in aff.terms):
+                return ()
+            rest = tuple((v, c) for v, c in aff.terms if v >= DENSE)
+            return (*(aff.coef(d) for d in range(DENSE)), rest, aff.const)
+
+        return (access[0], tuple(key(a) for a in access[1]), tuple(offset(a) for a in access[1]))
 
     def _origins(self, term: Term) -> Term:
         """R4: the first access that holds a bound index alone (with coefficient 1 or -1) becomes that index."""

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from ..facts import Assumption
+from ..names import source_name, spoken
 from .affine import ONE, Aff
 from .buffers import Family, Fit, aligned, families, fit, head_index
 from .engine import Engine, GiveUp
@@ -78,7 +79,7 @@ class Statics:
         """What a rewrite that rests on these inputs takes for granted."""
         for node in nodes:
             if node in self._used:
-                yield Assumption(node, "values", f"the values of {node.name}", _unchanged(self.real[node]))
+                yield Assumption(node, "values", f"the values of {spoken(node)}", _unchanged(self.real[node]))
 
     # -------------------------------------------------------------------------------------------------------- details
 
@@ -164,10 +165,7 @@ class Statics:
 
 def belongs_to_module(node: fx.Node, real: torch.Tensor) -> bool:
     """A tensor that lives in a module or a closure and not one that each call brings along."""
-    arg = node.meta.get("grapharg")
-    source = getattr(arg, "source", None)
-    name = getattr(source, "name", "")
-    name = str(name() if callable(name) else name)
+    name = source_name(node)
     if getattr(real, "_dynamo_static_input_type", None) is not None or "_buffers" in name:
         return True
     return name.startswith("G[") or name.startswith("L['self'].") or "__closure__" in name

@@ -14,7 +14,9 @@ from .decay import between, chunk_sums
 
 
 @triton.jit
-def state_offsets(block, DK: tl.constexpr, DV: tl.constexpr, TRANSPOSED: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):
+def state_offsets(
+    block, DK: tl.constexpr, DV: tl.constexpr, TRANSPOSED: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr
+):
     """Offsets and mask ``[BK, BV]`` of one block of columns of a state ``[DK, DV]``, or of one stored ``[DV, DK]``."""
     k = tl.arange(0, BK)[:, None]
     n = (block * BV + tl.arange(0, BV))[None, :]

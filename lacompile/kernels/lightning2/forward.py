@@ -1,4 +1,4 @@
-"""The forward kernel (arXiv 2401.04658, algorithm 1): ``o_t = scale q_t S_t``, ``S_t = exp(g_t) S_{t-1} + k_t^T v_t``."""
+"""The forward kernel (arXiv 2401.04658, algorithm 1): ``o = LA(q, k, v)`` and the final state."""
 
 from __future__ import annotations
 

@@ -1,0 +1,215 @@
+"""The backward kernel (arXiv 2401.04658, algorithm 2): all three gradients as uses of one body, in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..reference import head_count
+from . import launch
+from .body import attend
+from .decay import to_log2
+from .decay_grad import decay_grad_kernel
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "do_b", "do_h", "do_t",
+        "dq_b", "dq_h", "dq_t", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t", "g_b", "g_h", "g_t",
+        "scale", "rows", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments", "span",
+        "start_slots", "d_start_slots", "mark_slots",
+    ]
+)  # fmt: skip
+def backward_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    do_ptr,
+    dq_ptr,
+    dk_ptr,
+    dv_ptr,
+    g_ptr,
+    q_rows_ptr,  # [blocks, rows, N] fp32: sums of q * dq over a block's columns
+    k_rows_ptr,  # the same of k * dk
+    start_ptr,  # [rows, start_slots, DK, DV] fp32: states before each segment
+    d_start_ptr,  # [rows, d_start_slots, DK, DV] fp32: gradients of the states after each segment
+    marks_ptr,  # [rows, mark_slots, DK, DV] fp32: states before token 0, span, ..., and after the last token
+    d_marks_ptr,  # their gradients
+    d_end_ptr,  # [rows, DK, DV] fp32: gradient of the initial state
+    q_b,
+    q_h,
+    q_t,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    do_b,
+    do_h,
+    do_t,
+    dq_b,
+    dq_h,
+    dq_t,
+    dk_b,
+    dk_h,
+    dk_t,
+    dv_b,
+    dv_h,
+    dv_t,
+    g_b,
+    g_h,
+    g_t,
+    scale,
+    rows,
+    heads,
+    q_group,
+    k_group,
+    v_group,
+    length,
+    segment,
+    segments,
+    span,
+    start_slots,
+    d_start_slots,
+    mark_slots,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    K_FULL: tl.constexpr,  # blocks of a contraction over DK and over DV, of columns out of DK and out of DV
+    V_FULL: tl.constexpr,
+    K_PART: tl.constexpr,
+    V_PART: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNIT: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_D_START: tl.constexpr,
+    STORE_D_END: tl.constexpr,
+    DECAY_GRAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program per (batch and head, segment, gradient, block of columns), those of one segment next to each other.
+
+    Tensors ``[B,*,N,D]`` with strides in units of UNIT elements; dq, dk and dv have all H heads.
+    """
+    k_blocks: tl.constexpr = (DK + K_PART - 1) // K_PART
+    v_blocks: tl.constexpr = (DV + V_PART - 1) // V_PART
+    uses: tl.constexpr = 2 * k_blocks + v_blocks
+    pid = tl.program_id(0)
+    use = pid % uses
+    part = (pid // uses) % segments
+    row = (pid // uses) // segments
+    b = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    row = row.to(tl.int64)
+    q_at = q_ptr + (b * q_b + h // q_group * q_h) * UNIT
+    k_at = k_ptr + (b * k_b + h // k_group * k_h) * UNIT
+    v_at = v_ptr + (b * v_b + h // v_group * v_h) * UNIT
+    do_at = do_ptr + (b * do_b + h * do_h) * UNIT
+    g_at = g_ptr + b * g_b + h * g_h
+    g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
+    begin = part * segment
+    stop = tl.minimum(begin + segment, length)
+    per = segment // span
+    start_at = start_ptr + (row * start_slots + part * per) * (DK * DV)
+    d_start_at = d_start_ptr + (row * d_start_slots + tl.minimum((part + 1) * per, d_start_slots - 1)) * (DK * DV)
+    marks_at = marks_ptr + row * mark_slots * (DK * DV)
+    d_marks_at = d_marks_ptr + row * mark_slots * (DK * DV)
+    if use < k_blocks:
+        attend(
+            do_at, v_at, k_at, dq_ptr + (b * dq_b + h * dq_h) * UNIT, q_at,
+            q_rows_ptr + (use * rows + row) * length, g_at, start_at, d_end_ptr, marks_at,
+            do_t * UNIT, v_t * UNIT, k_t * UNIT, dq_t * UNIT, q_t * UNIT, g_t, g_head, scale,
+            begin, stop, span, part == segments - 1, use,
+            DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN,
+            HAS_START=HAS_START, STORE_END=False, MARKS=DECAY_GRAD, TRANSPOSED=True, ROWS=DECAY_GRAD,
+            PRECISION=PRECISION,
+        )  # fmt: skip
+    elif use < 2 * k_blocks:
+        attend(
+            v_at, do_at, q_at, dk_ptr + (b * dk_b + h * dk_h) * UNIT, k_at,
+            k_rows_ptr + ((use - k_blocks) * rows + row) * length, g_at, d_start_at, d_end_ptr, d_marks_at,
+            v_t * UNIT, do_t * UNIT, q_t * UNIT, dk_t * UNIT, k_t * UNIT, g_t, g_head, scale,
+            begin, stop, span, part == 0, use - k_blocks,
+            DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN,
+            HAS_START=HAS_D_START, STORE_END=False, MARKS=DECAY_GRAD, TRANSPOSED=True, ROWS=DECAY_GRAD,
+            PRECISION=PRECISION,
+        )  # fmt: skip
+    else:
+        attend(
+            k_at, q_at, do_at, dv_ptr + (b * dv_b + h * dv_h) * UNIT, v_at,
+            q_rows_ptr, g_at, d_start_at, d_end_ptr + row * (DK * DV), d_marks_at,
+            k_t * UNIT, q_t * UNIT, do_t * UNIT, dv_t * UNIT, v_t * UNIT, g_t, g_head, scale,
+            begin, stop, span, part == 0, use - 2 * k_blocks,
+            DK=DK, DV=DV, BK=K_FULL, BV=V_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN,
+            HAS_START=HAS_D_START, STORE_END=STORE_D_END, MARKS=False, TRANSPOSED=False, ROWS=False,
+            PRECISION=PRECISION,
+        )  # fmt: skip
+
+
+def backward(
+    do: Tensor,
+    d_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    want_decay: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v (in their dtype), of log_decay and of the initial state (fp32).
+
+    Without ``want_decay`` the gradient of log_decay is zero and costs nothing; without an initial state its gradient
+    is empty.
+    """
+    heads = head_count(q, k, v, log_decay, initial_state)
+    batch, _, length, dk = q.shape
+    dv = v.shape[3]
+    groups = heads // q.shape[1], heads // k.shape[1], heads // v.shape[1]
+    q, k, v, do = (launch.unit_last(x) for x in (q, k, v, do))
+    dq, dk_, dv_ = (launch.grad_like(x, heads) for x in (q, k, v))
+    d_decay = torch.zeros(log_decay.shape, dtype=torch.float32, device=q.device)
+    fp32 = {"dtype": torch.float32, "device": q.device}
+    d_initial = torch.empty((batch, heads, dk, dv) if initial_state is not None else (0,), **fp32)
+    if batch * heads * length == 0:
+        d_initial = d_initial.zero_() if d_state is None or initial_state is None else d_initial.copy_(d_state)
+        return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)
+    start, d_start = launch.dense_state(initial_state), launch.dense_state(d_state)
+    for_k, for_v = launch.config(dv, dk, q.dtype), launch.config(dk, dv, q.dtype)
+    k_blocks, v_blocks = triton.cdiv(dk, for_k.bv), triton.cdiv(dv, for_v.bv)
+    chunk = min(for_k.chunk, for_v.chunk)
+    rows = batch * heads
+    split = launch.whole(length)
+    span = launch.SPAN if want_decay else split.tokens
+    spans = triton.cdiv(length, span)
+    q_rows = torch.empty((k_blocks, rows, length) if want_decay else (0,), **fp32)
+    k_rows = torch.empty_like(q_rows)
+    marks = torch.empty((rows, spans + 1, dk, dv) if want_decay else (0,), **fp32)
+    d_marks = torch.empty_like(marks)
+    unit = launch.unit(q, k, v, do, dq, dk_, dv_)
+    backward_kernel[(rows * split.count * (2 * k_blocks + v_blocks),)](
+        q, k, v, do, dq, dk_, dv_, log_decay, q_rows, k_rows,
+        marks if start is None else start, marks if d_start is None else d_start, marks, d_marks, d_initial,
+        *launch.strides(q, unit), *launch.strides(k, unit), *launch.strides(v, unit), *launch.strides(do, unit),
+        *launch.strides(dq, unit), *launch.strides(dk_, unit), *launch.strides(dv_, unit),
+        *launch.decay_strides(log_decay), float(scale), rows, heads, *groups, length,
+        split.tokens, split.count, span, 1, 1, spans + 1,
+        DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv, CHUNK=chunk, UNIT=unit,
+        PER_TOKEN=log_decay.dim() == 3, HAS_START=start is not None, HAS_D_START=d_start is not None,
+        STORE_D_END=initial_state is not None, DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype),
+        num_warps=max(for_k.warps, for_v.warps), num_stages=min(for_k.stages, for_v.stages),
+    )  # fmt: skip
+    if want_decay:
+        per_token = log_decay.dim() == 3
+        parts = d_decay if per_token else torch.empty(batch, heads, spans, **fp32)
+        decay_grad_kernel[(rows * spans,)](
+            q_rows, k_rows, marks, d_marks, marks if d_start is None else d_start, parts,
+            length, rows, spans, spans + 1,
+            DKV=dk * dv, BLOCKS=k_blocks, SPAN=span, TILE=min(span, launch.next_power_of_2(length)),
+            PER_TOKEN=per_token, HAS_D_STATE=d_start is not None, num_warps=4,
+        )  # fmt: skip
+        d_decay = parts if per_token else parts.sum((0, 2))
+    return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)

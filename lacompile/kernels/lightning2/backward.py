@@ -12,6 +12,7 @@ from . import launch
 from .body import attend
 from .decay import to_log2
 from .decay_grad import decay_grad_kernel
+from .segments import segment_states
 
 
 @triton.jit(
@@ -19,7 +20,7 @@ from .decay_grad import decay_grad_kernel
         "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "do_b", "do_h", "do_t",
         "dq_b", "dq_h", "dq_t", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t", "g_b", "g_h", "g_t",
         "scale", "rows", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments", "span",
-        "start_slots", "d_start_slots", "mark_slots",
+        "start_slots", "mark_slots",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -34,7 +35,7 @@ def backward_kernel(
     q_rows_ptr,  # [blocks, rows, N] fp32: sums of q * dq over a block's columns
     k_rows_ptr,  # the same of k * dk
     start_ptr,  # [rows, start_slots, DK, DV] fp32: states before each segment
-    d_start_ptr,  # [rows, d_start_slots, DK, DV] fp32: gradients of the states after each segment
+    d_start_ptr,  # [rows, start_slots, DK, DV] fp32: gradients of the states after each segment
     marks_ptr,  # [rows, mark_slots, DK, DV] fp32: states before token 0, span, ..., and after the last token
     d_marks_ptr,  # their gradients
     d_end_ptr,  # [rows, DK, DV] fp32: gradient of the initial state
@@ -73,7 +74,6 @@ def backward_kernel(
     segments,
     span,
     start_slots,
-    d_start_slots,
     mark_slots,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -114,7 +114,7 @@ def backward_kernel(
     stop = tl.minimum(begin + segment, length)
     per = segment // span
     start_at = start_ptr + (row * start_slots + part * per) * (DK * DV)
-    d_start_at = d_start_ptr + (row * d_start_slots + tl.minimum((part + 1) * per, d_start_slots - 1)) * (DK * DV)
+    d_start_at = d_start_ptr + (row * start_slots + tl.minimum((part + 1) * per, start_slots - 1)) * (DK * DV)
     marks_at = marks_ptr + row * mark_slots * (DK * DV)
     d_marks_at = d_marks_ptr + row * mark_slots * (DK * DV)
     if use < k_blocks:
@@ -165,6 +165,21 @@ def backward(
     Without ``want_decay`` the gradient of log_decay is zero and costs nothing; without an initial state its gradient
     is empty.
     """
+    with torch.cuda.device_of(q):
+        return _backward(do, d_state, q, k, v, log_decay, scale, initial_state, want_decay)
+
+
+def _backward(
+    do: Tensor,
+    d_state: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    want_decay: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     heads = head_count(q, k, v, log_decay, initial_state)
     batch, _, length, dk = q.shape
     dv = v.shape[3]
@@ -177,26 +192,36 @@ def backward(
     if batch * heads * length == 0:
         d_initial = d_initial.zero_() if d_state is None or initial_state is None else d_initial.copy_(d_state)
         return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)
-    start, d_start = launch.dense_state(initial_state), launch.dense_state(d_state)
+    d_state = launch.dense_state(d_state)
+    start, d_start = launch.dense_state(initial_state), d_state
     for_k, for_v = launch.config(dv, dk, q.dtype), launch.config(dk, dv, q.dtype)
     k_blocks, v_blocks = triton.cdiv(dk, for_k.bv), triton.cdiv(dv, for_v.bv)
     chunk = min(for_k.chunk, for_v.chunk)
     rows = batch * heads
-    split = launch.whole(length)
+    programs = rows * (2 * k_blocks + v_blocks)
+    resident = min(for_k.resident, for_v.resident)
+    granule = launch.SPAN if want_decay else launch.GRANULE
+    split = launch.plan(length, programs, granule, launch.processors(q.device) * resident)
     span = launch.SPAN if want_decay else split.tokens
     spans = triton.cdiv(length, span)
     q_rows = torch.empty((k_blocks, rows, length) if want_decay else (0,), **fp32)
     k_rows = torch.empty_like(q_rows)
-    marks = torch.empty((rows, spans + 1, dk, dv) if want_decay else (0,), **fp32)
+    marks = torch.empty((batch, heads, spans + 1, dk, dv) if want_decay or split.count > 1 else (0,), **fp32)
     d_marks = torch.empty_like(marks)
+    slots = 1
+    if split.count > 1:
+        per, slots = split.tokens // span, spans + 1
+        segment_states(k, v, log_decay, 1.0, start, marks, split, per, reverse=False)
+        segment_states(q, do, log_decay, scale, d_start, d_marks, split, per, reverse=True)
+        start, d_start = marks, d_marks
     unit = launch.unit(q, k, v, do, dq, dk_, dv_)
-    backward_kernel[(rows * split.count * (2 * k_blocks + v_blocks),)](
+    backward_kernel[(programs * split.count,)](
         q, k, v, do, dq, dk_, dv_, log_decay, q_rows, k_rows,
         marks if start is None else start, marks if d_start is None else d_start, marks, d_marks, d_initial,
         *launch.strides(q, unit), *launch.strides(k, unit), *launch.strides(v, unit), *launch.strides(do, unit),
         *launch.strides(dq, unit), *launch.strides(dk_, unit), *launch.strides(dv_, unit),
         *launch.decay_strides(log_decay), float(scale), rows, heads, *groups, length,
-        split.tokens, split.count, span, 1, 1, spans + 1,
+        split.tokens, split.count, span, slots, spans + 1,
         DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv, CHUNK=chunk, UNIT=unit,
         PER_TOKEN=log_decay.dim() == 3, HAS_START=start is not None, HAS_D_START=d_start is not None,
         STORE_D_END=initial_state is not None, DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype),
@@ -206,10 +231,10 @@ def backward(
         per_token = log_decay.dim() == 3
         parts = d_decay if per_token else torch.empty(batch, heads, spans, **fp32)
         decay_grad_kernel[(rows * spans,)](
-            q_rows, k_rows, marks, d_marks, marks if d_start is None else d_start, parts,
+            q_rows, k_rows, marks, d_marks, marks if d_state is None else d_state, parts,
             length, rows, spans, spans + 1,
             DKV=dk * dv, BLOCKS=k_blocks, SPAN=span, TILE=min(span, launch.next_power_of_2(length)),
-            PER_TOKEN=per_token, HAS_D_STATE=d_start is not None, num_warps=4,
+            PER_TOKEN=per_token, HAS_D_STATE=d_state is not None, num_warps=4,
         )  # fmt: skip
         d_decay = parts if per_token else parts.sum((0, 2))
     return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)

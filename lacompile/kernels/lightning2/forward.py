@@ -11,6 +11,7 @@ from ..reference import head_count
 from . import launch
 from .body import attend
 from .decay import to_log2
+from .segments import segment_states
 
 
 @triton.jit(
@@ -102,6 +103,13 @@ def forward(
     want_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B,H,N,Dv]`` in q's dtype and layout, and the final state ``[B,H,Dk,Dv]`` fp32 (empty if not wanted)."""
+    with torch.cuda.device_of(q):
+        return _forward(q, k, v, log_decay, scale, initial_state, want_state)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, initial_state: Tensor | None, want_state: bool
+) -> tuple[Tensor, Tensor]:
     heads = head_count(q, k, v, log_decay, initial_state)
     batch, _, length, dk = q.shape
     dv = v.shape[3]
@@ -113,10 +121,15 @@ def forward(
     q, k, v = (launch.unit_last(x) for x in (q, k, v))
     initial_state = launch.dense_state(initial_state)
     c = launch.config(dk, dv, q.dtype)
-    split = launch.whole(length)
+    programs = batch * heads * triton.cdiv(dv, c.bv)
+    split = launch.plan(length, programs, launch.GRANULE, launch.processors(q.device) * c.resident)
     start, slots = initial_state, 1
+    if split.count > 1:
+        slots = split.count + 1
+        start = torch.empty(batch, heads, slots, dk, dv, dtype=torch.float32, device=q.device)
+        segment_states(k, v, log_decay, 1.0, initial_state, start, split, 1, reverse=False)
     unit = launch.unit(q, k, v, o)
-    forward_kernel[(batch * heads * split.count * triton.cdiv(dv, c.bv),)](
+    forward_kernel[(programs * split.count,)](
         q, k, v, o, log_decay, q if start is None else start, state,
         *launch.strides(q, unit), *launch.strides(k, unit), *launch.strides(v, unit), *launch.strides(o, unit),
         *launch.decay_strides(log_decay), float(scale), heads,

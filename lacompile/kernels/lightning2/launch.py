@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from math import gcd
 
 import torch
@@ -13,18 +13,24 @@ CHUNK = 64
 # Tokens between two stored states when the decay's gradient is wanted (see decay_grad.py): at D = 128 the two states
 # add 7 % to the bytes of the backward pass. A power of two and a multiple of every chunk.
 SPAN = 1024
+GRANULE = 256  # segments are multiples of this many tokens
 LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles and scheduling of one use of the body: contraction block BK, column block BV, chunk, warps, stages."""
+    """Tiles and scheduling of one use of the body.
+
+    Contraction block BK, column block BV, tokens to a chunk, warps, pipeline stages, programs resident on a
+    multiprocessor at a time.
+    """
 
     bk: int
     bv: int
     chunk: int
     warps: int
     stages: int
+    resident: int = 1
 
 
 def next_power_of_2(n: int) -> int:
@@ -54,15 +60,40 @@ def precision(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Segments:
-    """A sequence split into ``count`` segments of ``tokens`` tokens (a multiple of the chunk; the last is shorter)."""
+    """A sequence split into ``count`` segments of ``tokens`` tokens (the last is shorter)."""
 
     tokens: int
     count: int
 
 
-def whole(length: int) -> Segments:
-    """The sequence in one segment."""
-    return Segments(max(length, 1), 1)
+MIN_SEGMENT = 512
+MAX_SEGMENTS = 64
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a device; an H200's for tensors that are not on a GPU (Triton's interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+@lru_cache(maxsize=4096)
+def plan(length: int, programs: int, granule: int, slots: int) -> Segments:
+    """How to split ``length`` tokens when one segment would make ``programs`` programs and ``slots`` run at a time.
+
+    Segments are multiples of ``granule`` tokens and at least MIN_SEGMENT. Time is modelled as waves of programs, each
+    as long as its segment, plus the pre-pass, which reads half of what the main pass reads and writes.
+    """
+    best, cost = Segments(max(length, 1), 1), float(-(-programs // slots) * length)
+    for count in range(2, MAX_SEGMENTS + 1):
+        tokens = -(-length // (count * granule)) * granule
+        if tokens < MIN_SEGMENT:
+            break
+        count = -(-length // tokens)
+        # A tenth off: a split must be clearly better to be worth its two extra launches.
+        this = 1.1 * tokens * (-(-programs * count // slots) + 0.5 * -(-programs * (count - 1) // slots))
+        if count > 1 and this < cost:
+            best, cost = Segments(tokens, count), this
+    return best
 
 
 def unit_last(x: Tensor) -> Tensor:

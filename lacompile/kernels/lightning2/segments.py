@@ -1,0 +1,219 @@
+"""Few heads: the sequence is cut into segments that run in parallel, each from the state at its start.
+
+A pre-pass takes each segment's own contribution to the state, a scan over the segments combines them. Both exist for
+the state (forwards, from k and v) and for its gradient (backwards, from q and do).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .body import state_offsets
+from .decay import chunk_sums, to_log2
+
+# Fixed decay: what is older than this many halvings is below the rounding of the fp32 state and is not read.
+HALVINGS = tl.constexpr(40.0)
+
+
+@triton.jit
+def contribution(
+    b_ptr,
+    c_ptr,
+    g_ptr,
+    b_stride,
+    c_stride,
+    g_stride,
+    g_head,
+    scale,
+    begin,
+    stop,
+    block,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(``[BK, BV]`` sum of decayed ``scale b c`` over tokens ``[begin, stop)``, the decay over all of them in log2).
+
+    Forwards each token decays to the segment's end, backwards to its start.
+    """
+    t = tl.arange(0, CHUNK)
+    k = tl.arange(0, BK)
+    n = block * BV + tl.arange(0, BV)
+    in_k = k < DK
+    in_v = n < DV
+    b_tile = k[:, None] + t[None, :] * b_stride
+    c_tile = t[:, None] * c_stride + n[None, :]
+    total = tl.full((), 0.0, tl.float32)
+    if not PER_TOKEN:
+        total = (stop - begin).to(tl.float32) * g_head
+        # The oldest tokens that still count: the same for every program of a head, and known before the loop.
+        horizon = tl.minimum(1.0 / tl.maximum(-g_head, 1e-9) * HALVINGS, (stop - begin).to(tl.float32))
+        reach = (tl.cdiv(horizon.to(tl.int32), CHUNK) + 1) * CHUNK
+        if REVERSE:
+            stop = tl.minimum(stop, begin + reach)
+        else:
+            begin = tl.maximum(begin, begin + ((stop - begin - reach) // CHUNK) * CHUNK)
+    state = tl.zeros([BK, BV], tl.float32)
+    chunks = tl.cdiv(stop - begin, CHUNK)
+    for step in range(chunks):
+        at = begin + (chunks - 1 - step if REVERSE else step) * CHUNK
+        at64 = at.to(tl.int64)
+        here = t < stop - at
+        b = tl.load(b_ptr + at64 * b_stride + b_tile, mask=in_k[:, None] & here[None, :], other=0.0)
+        c = tl.load(c_ptr + at64 * c_stride + c_tile, mask=here[:, None] & in_v[None, :], other=0.0)
+        sums, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN)
+        to_state = tl.exp2(sums if REVERSE else last - sums) * scale
+        weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
+        state = tl.dot(b, weighted, state * tl.exp2(last), input_precision=PRECISION)
+        if PER_TOKEN:
+            total += last
+    return state, total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "b_b", "b_h", "b_t", "c_b", "c_h", "c_t", "g_b", "g_h", "g_t",
+        "scale", "heads", "b_group", "c_group", "length", "segment", "segments", "per", "slots",
+    ]
+)  # fmt: skip
+def contributions_kernel(
+    b_ptr,
+    c_ptr,
+    g_ptr,
+    states_ptr,  # [rows, slots, DK, DV] fp32: each segment's contribution, in the slot it leads to
+    totals_ptr,  # [rows, segments] fp32: log2-decay over each segment
+    b_b,
+    b_h,
+    b_t,
+    c_b,
+    c_h,
+    c_t,
+    g_b,
+    g_h,
+    g_t,
+    scale,
+    heads,
+    b_group,
+    c_group,
+    length,
+    segment,
+    segments,
+    per,
+    slots,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNIT: tl.constexpr,
+    REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program per (batch and head, segment but the last in this direction of time, block of columns).
+
+    b ``[B,*,N,DK]`` and c ``[B,*,N,DV]`` are k and v forwards, q and do backwards. Segment s leads to slot
+    ``(s + 1) * per`` forwards and ``s * per`` backwards: ``per`` slots to a segment.
+    """
+    blocks: tl.constexpr = (DV + BV - 1) // BV
+    pid = tl.program_id(0)
+    block = pid % blocks
+    part = (pid // blocks) % (segments - 1) + (1 if REVERSE else 0)
+    row = (pid // blocks) // (segments - 1)
+    b = (row // heads).to(tl.int64)
+    h = (row % heads).to(tl.int64)
+    row = row.to(tl.int64)
+    g_at = g_ptr + b * g_b + h * g_h
+    g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
+    begin = part * segment
+    state, total = contribution(
+        b_ptr + (b * b_b + h // b_group * b_h) * UNIT, c_ptr + (b * c_b + h // c_group * c_h) * UNIT, g_at,
+        b_t * UNIT, c_t * UNIT, g_t, g_head, scale, begin, tl.minimum(begin + segment, length), block,
+        DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, PRECISION,
+    )  # fmt: skip
+    at_state, in_state = state_offsets(block, DK, DV, False, BK, BV)
+    slot = row * slots + (part if REVERSE else part + 1) * per
+    tl.store(states_ptr + slot * (DK * DV) + at_state, state, mask=in_state)
+    if block == 0:
+        tl.store(totals_ptr + row * segments + part, total)
+
+
+@triton.jit(do_not_specialize=["segments", "per", "slots"])
+def scan_kernel(
+    states_ptr,  # [rows, slots, DK, DV] fp32: contributions in, states out
+    totals_ptr,  # [rows, segments] fp32
+    first_ptr,  # [rows, DK, DV] state to begin with, if HAS_FIRST
+    segments,
+    per,
+    slots,
+    DKV: tl.constexpr,
+    TILE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+):
+    """One program per (batch and head, tile of the state): ``S <- exp(total) S + contribution`` over the segments."""
+    tiles: tl.constexpr = (DKV + TILE - 1) // TILE
+    pid = tl.program_id(0)
+    row = (pid // tiles).to(tl.int64)
+    e = pid % tiles * TILE + tl.arange(0, TILE)
+    inside = e < DKV
+    if HAS_FIRST:
+        state = tl.load(first_ptr + row * DKV + e, mask=inside, other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros([TILE], tl.float32)
+    slot = row * slots + (slots - 1 if REVERSE else 0)
+    tl.store(states_ptr + slot * DKV + e, state, mask=inside)
+    for step in range(segments - 1):
+        part = segments - 1 - step if REVERSE else step
+        slot = row * slots + (part if REVERSE else part + 1) * per
+        at = states_ptr + slot * DKV + e
+        total = tl.load(totals_ptr + row * segments + part)
+        state = state * tl.exp2(total) + tl.load(at, mask=inside, other=0.0)
+        tl.store(at, state, mask=inside)
+
+
+def segment_states(
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    first: Tensor | None,
+    states: Tensor,
+    split: launch.Segments,
+    per: int,
+    reverse: bool,
+) -> None:
+    """Fills ``states`` ``[B,H,slots,Dk,Dv]`` at the borders of the segments; the others are left as they are.
+
+    Forwards (b, c) = (k, v) and ``first`` is the state before token 0, backwards (q, do) and the gradient of the
+    state after the last token. Slots are evenly spaced over the sequence, ``per`` to a segment; the last one stands
+    after the last token.
+    """
+    batch, heads, slots, dk, dv = states.shape
+    length = b.shape[2]
+    cfg = launch.config(dk, dv, b.dtype)
+    unit = launch.unit(b, c)
+    totals = torch.empty(batch * heads, split.count, dtype=torch.float32, device=b.device)
+    grid = (batch * heads * (split.count - 1) * triton.cdiv(dv, cfg.bv),)
+    contributions_kernel[grid](
+        b, c, log_decay, states, totals,
+        *launch.strides(b, unit), *launch.strides(c, unit), *launch.decay_strides(log_decay), float(scale), heads,
+        heads // b.shape[1], heads // c.shape[1], length, split.tokens, split.count, per, slots,
+        DK=dk, DV=dv, BK=cfg.bk, BV=cfg.bv, CHUNK=cfg.chunk, UNIT=unit, REVERSE=reverse,
+        PER_TOKEN=log_decay.dim() == 3, PRECISION=launch.precision(b.dtype),
+        num_warps=cfg.warps, num_stages=cfg.stages,
+    )  # fmt: skip
+    tile = min(1024, launch.next_power_of_2(dk * dv))
+    scan_kernel[(batch * heads * triton.cdiv(dk * dv, tile),)](
+        states, totals, states if first is None else first, split.count, per, slots,
+        DKV=dk * dv, TILE=tile, REVERSE=reverse, HAS_FIRST=first is not None, num_warps=4,
+    )  # fmt: skip

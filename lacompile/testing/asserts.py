@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
-from ..backend import lightning
+from ..backend import decide, lightning
 from ..explain import explain
+from ..options import Options
 from ..report import Report, last_report
 from .budgets import BUDGETS, check_error
 from .fp64 import in_fp64
@@ -26,6 +27,8 @@ def assert_rewritten(
     grads: bool = True,
     dtype: torch.dtype | None = None,
     options: dict[str, Any] | None = None,
+    compiled: bool = True,
+    dynamic: bool | None = None,
 ) -> Report:
     """``fn(*args)``, compiled with the lightning backend, has ``count`` rewrites and computes what eager computes.
 
@@ -41,6 +44,8 @@ def assert_rewritten(
         grads: compare gradients. Then something must require one.
         dtype: whose budget to use; the lowest precision among the tensors given unless said otherwise.
         options: as in ``torch.compile(options=...)``.
+        compiled: with False the rewritten graph runs as it is, without Inductor: the same statement, much faster.
+        dynamic: as in ``torch.compile(dynamic=...)``.
 
     Returns:
         The report, summed over all graphs.
@@ -52,20 +57,24 @@ def assert_rewritten(
     reports: list[Report] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        compiled = lightning(gm, example_inputs, options=options)
+        if not compiled:
+            decision = decide(gm, example_inputs, Options.split(options)[0])
+            reports.append(decision.report)
+            return (decision.rewritten or gm).forward
+        made = lightning(gm, example_inputs, options=options)
         report = last_report()
         assert report is not None
         reports.append(report)
-        return compiled
+        return made
 
     torch._dynamo.reset()
     eager = _run(fn, args, grads, lambda f: f)
-    compiled = _run(fn, args, grads, lambda f: torch.compile(f, backend=backend))
+    ours = _run(fn, args, grads, lambda f: torch.compile(f, backend=backend, dynamic=dynamic))
     report = sum(reports[1:], reports[0]) if reports else Report(graphs=0)
     if len(report.rewrites) != count:
         raise AssertionError(f"expected {count} rewrites, found {len(report.rewrites)}\n{report}")
     exact = _run(fn, args, grads, lambda f: f, dtype=torch.float64)
-    _compare(compiled, eager, exact, dtype or _lowest(fn, args))
+    _compare(ours, eager, exact, dtype or _lowest(fn, args))
     return report
 
 

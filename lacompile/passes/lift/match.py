@@ -514,7 +514,7 @@ class Builder:
             dv=int(self._length(p, e_group)),
             dtype=dtype,
             decay_per_token=bool(p.tokens),
-            formulation=formulation(p),
+            formulation=formulation(p, {x.node for e in (q, k, v) for x in values_of(e)}),
             decay_source=source,
             assumptions=tuple(self._assumptions(p, [q, k, v, log_decay, *([] if state is None else [state])])),
         )
@@ -712,26 +712,28 @@ def _all_positive(tensor: torch.Tensor) -> bool:
     return bool((tensor > 0).all())
 
 
-def formulation(p: Proof) -> Literal["parallel", "chunkwise", "recurrent"]:
-    """How the program wrote it: judged by the work of the region, for the report only."""
+def formulation(p: Proof, given: set[fx.Node]) -> Literal["parallel", "chunkwise", "recurrent"]:
+    """How the program wrote it, between the ``given`` values and the result; for the report only."""
     length = p.roles[N_ROLE]
-    steps, seen, work = 0, set(), [p.fact.node]
+    steps, seen, work = 0, set(given), [p.fact.node]
     square = False
-    while work and len(seen) < 20_000:
+    while work:
         node = work.pop()
         if node in seen or node.op == "placeholder":
             continue
         seen.add(node)
         example = node.meta.get("example_value")
         if isinstance(example, torch.Tensor):
-            sizes = [s for s in example.shape if isinstance(s, int) and length.is_const and s == length.const]
+            sizes = [s for s in example.shape[-2:] if isinstance(s, int) and length.is_const and s == length.const]
             symbolic = [s for s in example.shape if not isinstance(s, int)]
             square |= len(sizes) >= 2 or len({str(s) for s in symbolic}) < len(symbolic)
             steps += 1
         work += node.all_input_nodes
-    if square:
-        return "parallel"
-    return "recurrent" if length.is_const and length.const > 1 and steps > 5 * length.const else "chunkwise"
+    if not length.is_const or length.const <= 1:
+        return "parallel" if square else "recurrent" if length.is_const else "chunkwise"
+    if steps > 4 * length.const:
+        return "recurrent"
+    return "parallel" if square else "chunkwise"
 
 
 # ----------------------------------------------------------------------------------------------------------- search

@@ -1,0 +1,25 @@
+"""How a graph input is called in the user's own code."""
+
+from __future__ import annotations
+
+import re
+
+from torch import fx
+
+_MEMBER = re.compile(r"\._(?:modules|buffers|parameters)\['([^']+)'\]|\['([^']+)'\]")
+
+
+def source_name(node: fx.Node) -> str:
+    """The expression Dynamo reached this input by, such as ``L['self']._buffers['slope']``; empty where unknown."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return str(name() if callable(name) else name)
+
+
+def spoken(node: fx.Node) -> str:
+    """A short readable name: ``self.layers.0.slope`` for an input of the graph, else the node's own name."""
+    name = source_name(node)
+    if not re.match(r"^[LG]\[", name):
+        return node.name
+    short = _MEMBER.sub(lambda m: "." + (m[1] or m[2]), name[1:])
+    return re.sub(r"\[(\d+)\]", r".\1", short).lstrip(".") or node.name

@@ -11,7 +11,7 @@ from ..reference import head_count
 from . import launch
 from .body import attend
 from .decay import to_log2
-from .decay_grad import decay_grad_kernel
+from .decay_grad import decay_grad
 from .segments import segment_states
 
 
@@ -20,7 +20,7 @@ from .segments import segment_states
         "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "do_b", "do_h", "do_t",
         "dq_b", "dq_h", "dq_t", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t", "g_b", "g_h", "g_t",
         "scale", "rows", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments", "span",
-        "start_slots", "mark_slots",
+        "slots",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -34,9 +34,9 @@ def backward_kernel(
     g_ptr,
     q_rows_ptr,  # [blocks, rows, N] fp32: sums of q * dq over a block's columns
     k_rows_ptr,  # the same of k * dk
-    start_ptr,  # [rows, start_slots, DK, DV] fp32: states before each segment
-    d_start_ptr,  # [rows, start_slots, DK, DV] fp32: gradients of the states after each segment
-    marks_ptr,  # [rows, mark_slots, DK, DV] fp32: states before token 0, span, ..., and after the last token
+    start_ptr,  # [rows, slots, DK, DV] fp32: states before each segment
+    d_start_ptr,  # [rows, slots, DK, DV] fp32: gradients of the states; the last slots are those after each segment
+    marks_ptr,  # [rows, spans + 1, DK, DV]: states before token 0, span, ..., and after the last token
     d_marks_ptr,  # their gradients
     d_end_ptr,  # [rows, DK, DV] fp32: gradient of the initial state
     q_b,
@@ -73,8 +73,7 @@ def backward_kernel(
     segment,
     segments,
     span,
-    start_slots,
-    mark_slots,
+    slots,
     DK: tl.constexpr,
     DV: tl.constexpr,
     K_FULL: tl.constexpr,  # blocks of a contraction over DK and over DV, of columns out of DK and out of DV
@@ -112,40 +111,35 @@ def backward_kernel(
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
     begin = part * segment
     stop = tl.minimum(begin + segment, length)
-    per = segment // span
-    start_at = start_ptr + (row * start_slots + part * per) * (DK * DV)
-    d_start_at = d_start_ptr + (row * start_slots + tl.minimum((part + 1) * per, start_slots - 1)) * (DK * DV)
-    marks_at = marks_ptr + row * mark_slots * (DK * DV)
-    d_marks_at = d_marks_ptr + row * mark_slots * (DK * DV)
+    start_at = start_ptr + (row * slots + part) * (DK * DV)
+    d_start_at = d_start_ptr + (row * slots + tl.minimum(part + 1, slots - 1)) * (DK * DV)
+    marks = row * (tl.cdiv(length, span) + 1) * (DK * DV)
     if use < k_blocks:
         attend(
             do_at, v_at, k_at, dq_ptr + (b * dq_b + h * dq_h) * UNIT, q_at,
-            q_rows_ptr + (use * rows + row) * length, g_at, start_at, d_end_ptr, marks_at,
+            q_rows_ptr + (use * rows + row) * length, marks_ptr + marks, g_at, start_at, d_end_ptr,
             do_t * UNIT, v_t * UNIT, k_t * UNIT, dq_t * UNIT, q_t * UNIT, g_t, g_head, scale,
-            begin, stop, span, part == segments - 1, use,
+            begin, stop, span, False, use,
             DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN,
-            HAS_START=HAS_START, STORE_END=False, MARKS=DECAY_GRAD, TRANSPOSED=True, ROWS=DECAY_GRAD,
-            PRECISION=PRECISION,
+            HAS_START=HAS_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, PRECISION=PRECISION,
         )  # fmt: skip
     elif use < 2 * k_blocks:
         attend(
             v_at, do_at, q_at, dk_ptr + (b * dk_b + h * dk_h) * UNIT, k_at,
-            k_rows_ptr + ((use - k_blocks) * rows + row) * length, g_at, d_start_at, d_end_ptr, d_marks_at,
+            k_rows_ptr + ((use - k_blocks) * rows + row) * length, d_marks_ptr + marks, g_at, d_start_at, d_end_ptr,
             v_t * UNIT, do_t * UNIT, q_t * UNIT, dk_t * UNIT, k_t * UNIT, g_t, g_head, scale,
-            begin, stop, span, part == 0, use - k_blocks,
+            begin, stop, span, False, use - k_blocks,
             DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN,
-            HAS_START=HAS_D_START, STORE_END=False, MARKS=DECAY_GRAD, TRANSPOSED=True, ROWS=DECAY_GRAD,
-            PRECISION=PRECISION,
+            HAS_START=HAS_D_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, PRECISION=PRECISION,
         )  # fmt: skip
     else:
         attend(
             k_at, q_at, do_at, dv_ptr + (b * dv_b + h * dv_h) * UNIT, v_at,
-            q_rows_ptr, g_at, d_start_at, d_end_ptr + row * (DK * DV), d_marks_at,
+            q_rows_ptr, marks_ptr, g_at, d_start_at, d_end_ptr + row * (DK * DV),
             k_t * UNIT, q_t * UNIT, do_t * UNIT, dv_t * UNIT, v_t * UNIT, g_t, g_head, scale,
             begin, stop, span, part == 0, use - 2 * k_blocks,
             DK=DK, DV=DV, BK=K_FULL, BV=V_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN,
-            HAS_START=HAS_D_START, STORE_END=STORE_D_END, MARKS=False, TRANSPOSED=False, ROWS=False,
-            PRECISION=PRECISION,
+            HAS_START=HAS_D_START, STORE_END=STORE_D_END, TRANSPOSED=False, AUDIT=False, PRECISION=PRECISION,
         )  # fmt: skip
 
 
@@ -192,49 +186,39 @@ def _backward(
     if batch * heads * length == 0:
         d_initial = d_initial.zero_() if d_state is None or initial_state is None else d_initial.copy_(d_state)
         return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)
-    d_state = launch.dense_state(d_state)
-    start, d_start = launch.dense_state(initial_state), d_state
+    initial_state, d_state = launch.dense_state(initial_state), launch.dense_state(d_state)
     for_k, for_v = launch.config(dv, dk, q.dtype), launch.config(dk, dv, q.dtype)
     k_blocks, v_blocks = triton.cdiv(dk, for_k.bv), triton.cdiv(dv, for_v.bv)
-    chunk = min(for_k.chunk, for_v.chunk)
     rows = batch * heads
     programs = rows * (2 * k_blocks + v_blocks)
     resident = min(for_k.resident, for_v.resident)
-    granule = launch.SPAN if want_decay else launch.GRANULE
-    split = launch.plan(length, programs, granule, launch.processors(q.device) * resident)
-    span = launch.SPAN if want_decay else split.tokens
+    split = launch.plan(length, programs, launch.GRANULE, launch.processors(q.device) * resident)
+    start, d_start, slots = initial_state, d_state, 1
+    if split.count > 1:
+        start = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
+        d_start = segment_states(q, do, log_decay, scale, d_state, split, reverse=True)
+        slots = split.count + 1
+    span = launch.span(log_decay.dim() == 3)
     spans = triton.cdiv(length, span)
     q_rows = torch.empty((k_blocks, rows, length) if want_decay else (0,), **fp32)
     k_rows = torch.empty_like(q_rows)
-    marks = torch.empty((batch, heads, spans + 1, dk, dv) if want_decay or split.count > 1 else (0,), **fp32)
+    marks_shape = (rows, spans + 1, dk, dv) if want_decay else (0,)
+    marks = torch.empty(marks_shape, dtype=launch.mark_dtype(q.dtype), device=q.device)
     d_marks = torch.empty_like(marks)
-    slots = 1
-    if split.count > 1:
-        per, slots = split.tokens // span, spans + 1
-        segment_states(k, v, log_decay, 1.0, start, marks, split, per, reverse=False)
-        segment_states(q, do, log_decay, scale, d_start, d_marks, split, per, reverse=True)
-        start, d_start = marks, d_marks
     unit = launch.unit(q, k, v, do, dq, dk_, dv_)
     backward_kernel[(programs * split.count,)](
         q, k, v, do, dq, dk_, dv_, log_decay, q_rows, k_rows,
-        marks if start is None else start, marks if d_start is None else d_start, marks, d_marks, d_initial,
+        q_rows if start is None else start, q_rows if d_start is None else d_start, marks, d_marks, d_initial,
         *launch.strides(q, unit), *launch.strides(k, unit), *launch.strides(v, unit), *launch.strides(do, unit),
         *launch.strides(dq, unit), *launch.strides(dk_, unit), *launch.strides(dv_, unit),
         *launch.decay_strides(log_decay), float(scale), rows, heads, *groups, length,
-        split.tokens, split.count, span, slots, spans + 1,
-        DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv, CHUNK=chunk, UNIT=unit,
+        split.tokens, split.count, span, slots,
+        DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv,
+        CHUNK=min(for_k.chunk, for_v.chunk), UNIT=unit,
         PER_TOKEN=log_decay.dim() == 3, HAS_START=start is not None, HAS_D_START=d_start is not None,
         STORE_D_END=initial_state is not None, DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype),
         num_warps=max(for_k.warps, for_v.warps), num_stages=min(for_k.stages, for_v.stages),
     )  # fmt: skip
     if want_decay:
-        per_token = log_decay.dim() == 3
-        parts = d_decay if per_token else torch.empty(batch, heads, spans, **fp32)
-        decay_grad_kernel[(rows * spans,)](
-            q_rows, k_rows, marks, d_marks, marks if d_state is None else d_state, parts,
-            length, rows, spans, spans + 1,
-            DKV=dk * dv, BLOCKS=k_blocks, SPAN=span, TILE=min(span, launch.next_power_of_2(length)),
-            PER_TOKEN=per_token, HAS_D_STATE=d_state is not None, num_warps=4,
-        )  # fmt: skip
-        d_decay = parts if per_token else parts.sum((0, 2))
+        d_decay = decay_grad(q_rows, k_rows, marks, d_marks, log_decay, initial_state, d_state, span)
     return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)

@@ -25,25 +25,29 @@ def state_offsets(
 
 
 @triton.jit
-def walk(
-    state,
-    a_ptr,
-    b_ptr,
-    c_ptr,
-    y_ptr,
-    x_ptr,
-    rows_ptr,
-    g_ptr,
+def attend(
+    a_ptr,  # [N, DK] of one head
+    b_ptr,  # [N, DK]
+    c_ptr,  # [N, DV]
+    y_ptr,  # [N, DV] output
+    x_ptr,  # [N, DV] factor of y in the row sums, if AUDIT
+    rows_ptr,  # [N] fp32 output: sum over this block's columns of x * y, if AUDIT
+    marks_ptr,  # output: states before token 0, span, 2 span, ..., and after the last token, if AUDIT
+    g_ptr,  # [N] log-decays if PER_TOKEN
+    start_ptr,  # fp32 state to begin with, if HAS_START
+    end_ptr,  # fp32 state at the end, if STORE_END
     a_stride,
     b_stride,
     c_stride,
     y_stride,
     x_stride,
     g_stride,
-    g_head,
+    g_head,  # log2-decay of the head if not PER_TOKEN
     scale,
     begin,
     stop,
+    span,
+    store_end,  # whether this segment is the last one in this direction of time
     block,
     DK: tl.constexpr,
     DV: tl.constexpr,
@@ -52,10 +56,19 @@ def walk(
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
-    ROWS: tl.constexpr,
+    HAS_START: tl.constexpr,
+    STORE_END: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    AUDIT: tl.constexpr,  # also write what the decay's gradient is made of
     PRECISION: tl.constexpr,
 ):
-    """Takes the state over tokens ``[begin, stop)`` and writes their outputs; arguments as in :func:`attend`."""
+    """Tokens ``[begin, stop)`` of one head, columns ``[block * BV, block * BV + BV)`` of the output.
+
+    Forwards the state is that of the operator, ``S = sum b c`` up to the token, and the output carries ``scale``;
+    backwards it is the state's gradient, which carries ``scale`` itself. Strides are those of tokens; the last one is
+    1. Offsets inside a tile are int32, the tile's own is int64. States are ``[DK, DV]``, or ``[DV, DK]`` if
+    TRANSPOSED. ``span`` is a multiple of CHUNK and divides ``begin``.
+    """
     t = tl.arange(0, CHUNK)
     k = tl.arange(0, BK)
     n = block * BV + tl.arange(0, BV)
@@ -66,6 +79,12 @@ def walk(
     c_tile = t[:, None] * c_stride + n[None, :]
     y_tile = t[:, None] * y_stride + n[None, :]
     x_tile = t[:, None] * x_stride + n[None, :]
+    at_state, in_state = state_offsets(block, DK, DV, TRANSPOSED, BK, BV)
+    if HAS_START:
+        state = tl.load(start_ptr + at_state, mask=in_state, other=0.0).to(tl.float32)
+    else:
+        state = tl.zeros([BK, BV], tl.float32)
+
     chunks = tl.cdiv(stop - begin, CHUNK)
     for step in range(chunks):
         at = begin + (chunks - 1 - step if REVERSE else step) * CHUNK
@@ -94,85 +113,14 @@ def walk(
 
         out = here[:, None] & in_v[None, :]
         tl.store(y_ptr + at64 * y_stride + y_tile, y.to(y_ptr.dtype.element_ty), mask=out)
-        if ROWS:
+        if AUDIT:
             x = tl.load(x_ptr + at64 * x_stride + x_tile, mask=out, other=0.0)
             tl.store(rows_ptr + at64 + t, tl.sum(x.to(tl.float32) * y, 1), mask=here)
-    return state
+            border = at if REVERSE else at + CHUNK
+            if (border % span == 0) | (border >= stop):
+                mark = tl.cdiv(border, span).to(tl.int64) * (DK * DV)
+                tl.store(marks_ptr + mark + at_state, state.to(marks_ptr.dtype.element_ty), mask=in_state)
 
-
-@triton.jit
-def attend(
-    a_ptr,  # [N, DK] of one head
-    b_ptr,  # [N, DK]
-    c_ptr,  # [N, DV]
-    y_ptr,  # [N, DV] output
-    x_ptr,  # [N, DV] factor of y in the row sums
-    rows_ptr,  # [N] fp32 output: sum over this block's columns of x * y
-    g_ptr,  # [N] log-decays if PER_TOKEN
-    start_ptr,  # state to begin with, if HAS_START
-    end_ptr,  # where the state goes at the end, if STORE_END
-    marks_ptr,  # if MARKS: state before token 0, span, 2 span, ..., and after the last token
-    a_stride,
-    b_stride,
-    c_stride,
-    y_stride,
-    x_stride,
-    g_stride,
-    g_head,  # log2-decay of the head if not PER_TOKEN
-    scale,
-    begin,
-    stop,
-    span,
-    at_end,  # whether this segment is the last one in this direction of time
-    block,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
-    CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr,
-    PER_TOKEN: tl.constexpr,
-    HAS_START: tl.constexpr,
-    STORE_END: tl.constexpr,
-    MARKS: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Tokens ``[begin, stop)`` of one head, columns ``[block * BV, block * BV + BV)`` of the output.
-
-    Forwards the state is that of the operator, ``S = sum b c`` up to the token, and the output carries ``scale``;
-    backwards it is the state's gradient, which carries ``scale`` itself. Strides are those of tokens; the last one is
-    1. Offsets inside a tile are int32, the tile's own is int64. States are fp32 ``[DK, DV]``, or ``[DV, DK]`` if
-    TRANSPOSED. ``begin`` is a multiple of ``span`` and ``span`` one of CHUNK.
-    """
-    at_state, in_state = state_offsets(block, DK, DV, TRANSPOSED, BK, BV)
-    if HAS_START:
-        state = tl.load(start_ptr + at_state, mask=in_state, other=0.0).to(tl.float32)
-    else:
-        state = tl.zeros([BK, BV], tl.float32)
-    if MARKS:
-        first = begin // span
-        spans = tl.cdiv(stop - begin, span)
-        for step in range(spans):
-            part = first + (spans - 1 - step if REVERSE else step)
-            state = walk(
-                state, a_ptr, b_ptr, c_ptr, y_ptr, x_ptr, rows_ptr, g_ptr,
-                a_stride, b_stride, c_stride, y_stride, x_stride, g_stride, g_head, scale,
-                part * span, tl.minimum(part * span + span, stop), block,
-                DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, ROWS, PRECISION,
-            )  # fmt: skip
-            # The mark at a border between segments is not this program's to write.
-            if (step < spans - 1) | at_end:
-                mark = (part if REVERSE else part + 1).to(tl.int64) * (DK * DV)
-                tl.store(marks_ptr + mark + at_state, state, mask=in_state)
-    else:
-        state = walk(
-            state, a_ptr, b_ptr, c_ptr, y_ptr, x_ptr, rows_ptr, g_ptr,
-            a_stride, b_stride, c_stride, y_stride, x_stride, g_stride, g_head, scale,
-            begin, stop, block,
-            DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, ROWS, PRECISION,
-        )  # fmt: skip
     if STORE_END:
-        if at_end:
+        if store_end:
             tl.store(end_ptr + at_state, state, mask=in_state)

@@ -1,64 +1,106 @@
 """The gradient of the log-decays from row sums: ``dG_i = q_i . dq_i - k_i . dk_i`` and ``dg_t = sum_{i >= t} dG_i``.
 
-Summed over a long sequence the two row sums nearly cancel and their rounding would not. So the sum is cut into spans:
-all that comes after a span is, exactly, the inner product of the state there with the state's gradient there.
+Over a long sequence the two row sums nearly cancel and their rounding does not. So the sum is cut at marks: all that
+comes after a mark is, exactly, the inner product of the state there with the state's gradient there, and so is all
+that comes after a token less what lies between.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
-@triton.jit(do_not_specialize=["length", "rows", "spans", "slots"])
+@triton.jit
+def inner(states_ptr, grads_ptr, DKV: tl.constexpr):
+    """<S, dS> of one mark in fp32."""
+    e = tl.arange(0, 1024)
+    total = tl.zeros([1024], tl.float32)
+    for first in range(0, DKV, 1024):
+        inside = first + e < DKV
+        s = tl.load(states_ptr + first + e, mask=inside, other=0.0).to(tl.float32)
+        total += s * tl.load(grads_ptr + first + e, mask=inside, other=0.0).to(tl.float32)
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["length", "rows", "spans"])
 def decay_grad_kernel(
     q_rows_ptr,  # [blocks, rows, N] fp32: partial sums of q * dq
     k_rows_ptr,  # the same of k * dk
-    states_ptr,  # [rows, slots, DK, DV] fp32: state before token 0, SPAN, 2 SPAN, ..., and after the last token
-    grads_ptr,  # gradients of those states
-    d_state_ptr,  # [rows, DK, DV] fp32: gradient of the final state, if HAS_D_STATE
-    out_ptr,  # [rows, N] per token, or [rows, spans] sums over a span
+    marks_ptr,  # [rows, spans + 1, DK, DV]: state before token 0, SPAN, 2 SPAN, ..., and after the last token
+    d_marks_ptr,  # gradients of those states; the last one is not set
+    start_ptr,  # [rows, DK, DV]: the state before token 0, if HAS_START; its mark is not set
+    d_end_ptr,  # [rows, DK, DV]: gradient of the state after the last token, if HAS_D_END
+    out_ptr,  # fp32: [rows, N] per token, or [rows, spans] sums over a span
     length,
     rows,
     spans,
-    slots,
     DKV: tl.constexpr,
     BLOCKS: tl.constexpr,
     SPAN: tl.constexpr,
-    TILE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
-    HAS_D_STATE: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_D_END: tl.constexpr,
 ):
-    """One program per (batch and head, span); TILE is SPAN or less if the sequence is shorter."""
+    """One program per (batch and head, span); the first half of a span is summed from its start, the rest from its end."""
     pid = tl.program_id(0)
     row = (pid // spans).to(tl.int64)
     span = pid % spans
-    t = tl.arange(0, TILE)
-    here = t < length - span * SPAN
+    t = tl.arange(0, SPAN)
+    count = tl.minimum(length - span * SPAN, SPAN)
+    here = t < count
     at = span.to(tl.int64) * SPAN + t
-    difference = tl.zeros([TILE], tl.float32)
+    difference = tl.zeros([SPAN], tl.float32)
     for block in tl.static_range(BLOCKS):
         from_row = (block * rows + row) * length
         difference += tl.load(q_rows_ptr + from_row + at, mask=here, other=0.0)
         difference -= tl.load(k_rows_ptr + from_row + at, mask=here, other=0.0)
 
-    e = tl.arange(0, 1024)
-    total = tl.zeros([1024], tl.float32)
+    slot = (row * (spans + 1) + span) * DKV
+    before = 0.0
+    after = 0.0
+    if span > 0:
+        before = inner(marks_ptr + slot, d_marks_ptr + slot, DKV)
+    elif HAS_START:
+        before = inner(start_ptr + row * DKV, d_marks_ptr + slot, DKV)
     if span < spans - 1:
-        slot = (row * slots + span + 1) * DKV
-        for first in range(0, DKV, 1024):
-            inside = first + e < DKV
-            s = tl.load(states_ptr + slot + first + e, mask=inside, other=0.0)
-            total += s * tl.load(grads_ptr + slot + first + e, mask=inside, other=0.0)
-    elif HAS_D_STATE:
-        slot = (row * slots + spans) * DKV
-        for first in range(0, DKV, 1024):
-            inside = first + e < DKV
-            s = tl.load(states_ptr + slot + first + e, mask=inside, other=0.0)
-            total += s * tl.load(d_state_ptr + row * DKV + first + e, mask=inside, other=0.0)
-    after = tl.sum(total, 0)
+        after = inner(marks_ptr + slot + DKV, d_marks_ptr + slot + DKV, DKV)
+    elif HAS_D_END:
+        after = inner(marks_ptr + slot + DKV, d_end_ptr + row * DKV, DKV)
+
+    first = t < count // 2
+    done = tl.cumsum(tl.where(first, difference, 0.0), 0) - difference
+    to_come = tl.cumsum(tl.where(first, 0.0, difference), 0, reverse=True)
+    gradient = tl.where(first, before - done, after + to_come)
     if PER_TOKEN:
-        tl.store(out_ptr + row * length + at, tl.cumsum(difference, 0, reverse=True) + after, mask=here)
+        tl.store(out_ptr + row * length + at, gradient, mask=here)
     else:
-        count = tl.minimum(length - span * SPAN, SPAN).to(tl.float32)
-        tl.store(out_ptr + row * spans + span, tl.sum(difference * (t + 1).to(tl.float32), 0) + after * count)
+        tl.store(out_ptr + row * spans + span, tl.sum(tl.where(here, gradient, 0.0), 0))
+
+
+def decay_grad(
+    q_rows: Tensor,
+    k_rows: Tensor,
+    marks: Tensor,
+    d_marks: Tensor,
+    log_decay: Tensor,
+    start: Tensor | None,
+    d_end: Tensor | None,
+    span: int,
+) -> Tensor:
+    """Gradient of ``log_decay`` ``[H]`` or ``[B,H,N]``, fp32, from what the backward kernel wrote down."""
+    blocks, rows, length = q_rows.shape
+    spans = marks.shape[1] - 1
+    per_token = log_decay.dim() == 3
+    heads = log_decay.shape[1 if per_token else 0]
+    shape = log_decay.shape if per_token else (rows // heads, heads, spans)
+    out = torch.empty(shape, dtype=torch.float32, device=q_rows.device)
+    decay_grad_kernel[(rows * spans,)](
+        q_rows, k_rows, marks, d_marks, q_rows if start is None else start, q_rows if d_end is None else d_end, out,
+        length, rows, spans,
+        DKV=marks.shape[2] * marks.shape[3], BLOCKS=blocks, SPAN=span, PER_TOKEN=per_token,
+        HAS_START=start is not None, HAS_D_END=d_end is not None, num_warps=4,
+    )  # fmt: skip
+    return out if per_token else out.sum((0, 2))

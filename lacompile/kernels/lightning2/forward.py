@@ -84,12 +84,12 @@ def forward_kernel(
     stop = tl.minimum(begin + segment, length)
     start_at = start_ptr + (row * start_slots + part) * (DK * DV)
     attend(
-        q_at, k_at, v_at, o_ptr + (b * o_b + h * o_h) * UNIT, q_at, q_at, g_at,
-        start_at, end_ptr + row * (DK * DV), end_ptr,
+        q_at, k_at, v_at, o_ptr + (b * o_b + h * o_h) * UNIT, q_at, end_ptr, end_ptr, g_at,
+        start_at, end_ptr + row * (DK * DV),
         q_t * UNIT, k_t * UNIT, v_t * UNIT, o_t * UNIT, q_t * UNIT, g_t, g_head, scale,
         begin, stop, segment, part == segments - 1, block,
         DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN,
-        HAS_START=HAS_START, STORE_END=STORE_END, MARKS=False, TRANSPOSED=False, ROWS=False, PRECISION=PRECISION,
+        HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False, PRECISION=PRECISION,
     )  # fmt: skip
 
 
@@ -126,8 +126,7 @@ def _forward(
     start, slots = initial_state, 1
     if split.count > 1:
         slots = split.count + 1
-        start = torch.empty(batch, heads, slots, dk, dv, dtype=torch.float32, device=q.device)
-        segment_states(k, v, log_decay, 1.0, initial_state, start, split, 1, reverse=False)
+        start = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
     unit = launch.unit(q, k, v, o)
     forward_kernel[(programs * split.count,)](
         q, k, v, o, log_decay, q if start is None else start, state,

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 CHUNK = 64
-# Tokens between two stored states when the decay's gradient is wanted (see decay_grad.py): at D = 128 the two states
-# add 7 % to the bytes of the backward pass. A power of two and a multiple of every chunk.
-SPAN = 1024
-GRANULE = 256  # segments are multiples of this many tokens
+# Tokens between two states that are written down when the decay's gradient is wanted (see decay_grad.py); powers of
+# two and multiples of every chunk. Between them rounding accumulates. A fixed decay sums its gradient over all tokens,
+# which amplifies that, so it gets a mark at every chunk; per token, marks add 7 % to the bytes of the backward pass.
+SPAN_PER_TOKEN = 512
+SPAN_FIXED = 64
+# Segments are multiples of this many tokens; a multiple of the spans.
+GRANULE = 512
 LOG2_E = 1.4426950408889634
 
 
@@ -58,6 +61,16 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+def span(per_token: bool) -> int:
+    """Tokens between two marks."""
+    return SPAN_PER_TOKEN if per_token else SPAN_FIXED
+
+
+def mark_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of marks: rounding them costs an error like that of the inputs, but fp16 has too small a range."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
 @dataclass(frozen=True)
 class Segments:
     """A sequence split into ``count`` segments of ``tokens`` tokens (the last is shorter)."""
@@ -66,7 +79,6 @@ class Segments:
     count: int
 
 
-MIN_SEGMENT = 512
 MAX_SEGMENTS = 64
 
 
@@ -80,14 +92,12 @@ def processors(device: torch.device) -> int:
 def plan(length: int, programs: int, granule: int, slots: int) -> Segments:
     """How to split ``length`` tokens when one segment would make ``programs`` programs and ``slots`` run at a time.
 
-    Segments are multiples of ``granule`` tokens and at least MIN_SEGMENT. Time is modelled as waves of programs, each
+    Segments are multiples of ``granule`` tokens. Time is modelled as waves of programs, each
     as long as its segment, plus the pre-pass, which reads half of what the main pass reads and writes.
     """
     best, cost = Segments(max(length, 1), 1), float(-(-programs // slots) * length)
     for count in range(2, MAX_SEGMENTS + 1):
         tokens = -(-length // (count * granule)) * granule
-        if tokens < MIN_SEGMENT:
-            break
         count = -(-length // tokens)
         # A tenth off: a split must be clearly better to be worth its two extra launches.
         this = 1.1 * tokens * (-(-programs * count // slots) + 0.5 * -(-programs * (count - 1) // slots))

@@ -82,14 +82,14 @@ def contribution(
 @triton.jit(
     do_not_specialize=[
         "b_b", "b_h", "b_t", "c_b", "c_h", "c_t", "g_b", "g_h", "g_t",
-        "scale", "heads", "b_group", "c_group", "length", "segment", "segments", "per", "slots",
+        "scale", "heads", "b_group", "c_group", "length", "segment", "segments",
     ]
 )  # fmt: skip
 def contributions_kernel(
     b_ptr,
     c_ptr,
     g_ptr,
-    states_ptr,  # [rows, slots, DK, DV] fp32: each segment's contribution, in the slot it leads to
+    states_ptr,  # [rows, segments + 1, DK, DV] fp32: each segment's contribution, in the slot it leads to
     totals_ptr,  # [rows, segments] fp32: log2-decay over each segment
     b_b,
     b_h,
@@ -107,8 +107,6 @@ def contributions_kernel(
     length,
     segment,
     segments,
-    per,
-    slots,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
@@ -121,8 +119,8 @@ def contributions_kernel(
 ):
     """One program per (batch and head, segment but the last in this direction of time, block of columns).
 
-    b ``[B,*,N,DK]`` and c ``[B,*,N,DV]`` are k and v forwards, q and do backwards. Segment s leads to slot
-    ``(s + 1) * per`` forwards and ``s * per`` backwards: ``per`` slots to a segment.
+    b ``[B,*,N,DK]`` and c ``[B,*,N,DV]`` are k and v forwards, q and do backwards. Segment s leads to slot s + 1
+    forwards and to slot s backwards.
     """
     blocks: tl.constexpr = (DV + BV - 1) // BV
     pid = tl.program_id(0)
@@ -141,20 +139,18 @@ def contributions_kernel(
         DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, PRECISION,
     )  # fmt: skip
     at_state, in_state = state_offsets(block, DK, DV, False, BK, BV)
-    slot = row * slots + (part if REVERSE else part + 1) * per
+    slot = row * (segments + 1) + (part if REVERSE else part + 1)
     tl.store(states_ptr + slot * (DK * DV) + at_state, state, mask=in_state)
     if block == 0:
         tl.store(totals_ptr + row * segments + part, total)
 
 
-@triton.jit(do_not_specialize=["segments", "per", "slots"])
+@triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
-    states_ptr,  # [rows, slots, DK, DV] fp32: contributions in, states out
+    states_ptr,  # [rows, segments + 1, DK, DV] fp32: contributions in, states out
     totals_ptr,  # [rows, segments] fp32
     first_ptr,  # [rows, DK, DV] state to begin with, if HAS_FIRST
     segments,
-    per,
-    slots,
     DKV: tl.constexpr,
     TILE: tl.constexpr,
     REVERSE: tl.constexpr,
@@ -170,11 +166,11 @@ def scan_kernel(
         state = tl.load(first_ptr + row * DKV + e, mask=inside, other=0.0).to(tl.float32)
     else:
         state = tl.zeros([TILE], tl.float32)
-    slot = row * slots + (slots - 1 if REVERSE else 0)
+    slot = row * (segments + 1) + (segments if REVERSE else 0)
     tl.store(states_ptr + slot * DKV + e, state, mask=inside)
     for step in range(segments - 1):
         part = segments - 1 - step if REVERSE else step
-        slot = row * slots + (part if REVERSE else part + 1) * per
+        slot = row * (segments + 1) + (part if REVERSE else part + 1)
         at = states_ptr + slot * DKV + e
         total = tl.load(totals_ptr + row * segments + part)
         state = state * tl.exp2(total) + tl.load(at, mask=inside, other=0.0)
@@ -187,33 +183,34 @@ def segment_states(
     log_decay: Tensor,
     scale: float,
     first: Tensor | None,
-    states: Tensor,
     split: launch.Segments,
-    per: int,
     reverse: bool,
-) -> None:
-    """Fills ``states`` ``[B,H,slots,Dk,Dv]`` at the borders of the segments; the others are left as they are.
+) -> Tensor:
+    """States at the borders of the segments, ``[B,H,segments + 1,Dk,Dv]`` fp32.
 
-    Forwards (b, c) = (k, v) and ``first`` is the state before token 0, backwards (q, do) and the gradient of the
-    state after the last token. Slots are evenly spaced over the sequence, ``per`` to a segment; the last one stands
-    after the last token.
+    Forwards (b, c) = (k, v), ``first`` is the state before token 0 and the last slot is left unset; backwards they
+    are (q, do) and the gradient of the state after the last token, and slot 0 is left unset.
     """
-    batch, heads, slots, dk, dv = states.shape
-    length = b.shape[2]
+    heads = log_decay.shape[0 if log_decay.dim() == 1 else 1]
+    batch, _, length, dk = b.shape
+    dv = c.shape[3]
     cfg = launch.config(dk, dv, b.dtype)
     unit = launch.unit(b, c)
-    totals = torch.empty(batch * heads, split.count, dtype=torch.float32, device=b.device)
+    fp32 = {"dtype": torch.float32, "device": b.device}
+    states = torch.empty(batch, heads, split.count + 1, dk, dv, **fp32)
+    totals = torch.empty(batch * heads, split.count, **fp32)
     grid = (batch * heads * (split.count - 1) * triton.cdiv(dv, cfg.bv),)
     contributions_kernel[grid](
         b, c, log_decay, states, totals,
         *launch.strides(b, unit), *launch.strides(c, unit), *launch.decay_strides(log_decay), float(scale), heads,
-        heads // b.shape[1], heads // c.shape[1], length, split.tokens, split.count, per, slots,
+        heads // b.shape[1], heads // c.shape[1], length, split.tokens, split.count,
         DK=dk, DV=dv, BK=cfg.bk, BV=cfg.bv, CHUNK=cfg.chunk, UNIT=unit, REVERSE=reverse,
         PER_TOKEN=log_decay.dim() == 3, PRECISION=launch.precision(b.dtype),
         num_warps=cfg.warps, num_stages=cfg.stages,
     )  # fmt: skip
     tile = min(1024, launch.next_power_of_2(dk * dv))
     scan_kernel[(batch * heads * triton.cdiv(dk * dv, tile),)](
-        states, totals, states if first is None else first, split.count, per, slots,
+        states, totals, states if first is None else first, split.count,
         DKV=dk * dv, TILE=tile, REVERSE=reverse, HAS_FIRST=first is not None, num_warps=4,
     )  # fmt: skip
+    return states

@@ -54,14 +54,18 @@ def _weights(
 
     Differences are masked before the exponential, so that for log-decays <= 0 no exponent is ever positive.
     """
+    size = stop - start
+    causal = torch.ones(size, size, dtype=torch.bool, device=log_decay.device).tril()
     if log_decay.dim() == 1:
-        g = token_decay(log_decay.to(dtype), 1, heads, stop - start).cumsum(-1)
+        g = log_decay.to(dtype).reshape(1, heads, 1)
+        after = torch.arange(1, size + 1, dtype=dtype, device=g.device)
+        apart, total, left = g[..., None] * (after[:, None] - after), g * after, g * (size - after)
     else:
-        g = token_decay(log_decay[..., start:stop].to(dtype), batch, heads, stop - start).cumsum(-1)
-    causal = torch.ones(stop - start, stop - start, dtype=torch.bool, device=g.device).tril()
-    within = (g[..., :, None] - g[..., None, :]).masked_fill(~causal, float("-inf")).exp()
-    last = g[..., -1:]
-    return within, g.exp()[..., None], (last - g).exp()[..., None], last.exp()[..., None]
+        # Sums of many gates lose digits that their differences need.
+        run = token_decay(log_decay[..., start:stop].to(torch.float64), batch, heads, size).cumsum(-1)
+        apart, total, left = (x.to(dtype) for x in (run[..., :, None] - run[..., None, :], run, run[..., -1:] - run))
+    within = apart.masked_fill(~causal, float("-inf")).exp()
+    return within, total.exp()[..., None], left.exp()[..., None], total[..., -1:].exp()[..., None]
 
 
 def backward(
@@ -77,8 +81,8 @@ def backward(
     """Gradients of q, k, v, log_decay and the initial state, in the compute dtype.
 
     One pass forward for the state before each chunk, one pass back for the gradient of the state after it
-    (arXiv 2401.04658, algorithm 2). The decay's gradient is collected as that of the cumulative log-decay inside each
-    chunk, which never subtracts large sums over the whole length.
+    (arXiv 2401.04658, algorithm 2). The gradient of a token's log-decay is the weight of everything that passes it,
+    from before to after: sums only, where the difference of row and column sums would cancel.
     """
     heads = head_count(q, k, v, log_decay, initial_state)
     batch, _, length, dk = q.shape
@@ -107,17 +111,38 @@ def backward(
         dq = d_scores @ kc + from_state
         dkc = d_scores.transpose(-1, -2) @ qc + to_state
         dvc = scores.transpose(-1, -2) @ dc + (kc * to_end) @ ds
-        leaving = (kc * to_state).sum(-1)
         weight = scores * (dc @ vc.transpose(-1, -2))
-        d_cum = weight.sum(-1) - weight.sum(-2) + (qc * from_state).sum(-1) - leaving
-        d_cum[..., -1] += leaving.sum(-1) + (whole * state * ds).sum((-1, -2))
-        parts.append((dq, dkc, dvc, d_cum.flip(-1).cumsum(-1).flip(-1)))
+        entering, leaving = (qc * from_state).sum(-1), (kc * to_state).sum(-1)
+        passing = (whole * state * ds).sum((-1, -2))
+        dg = _decay_gradient(weight, entering, leaving, passing, per_head=log_decay.dim() == 1)
+        parts.append((dq, dkc, dvc, dg))
         ds = whole * ds + (qc * from_start).transpose(-1, -2) @ dc
     if not parts:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(log_decay), ds
     dq, dk_, dv, dg = (torch.cat([p[n] for p in reversed(parts)], 2) for n in range(4))
-    dg = dg.sum((0, 2)) if log_decay.dim() == 1 else dg
+    dg = dg.sum((0, 2), dtype=torch.float64).to(dtype) if log_decay.dim() == 1 else dg
     return _fold(dq, q.shape[1]), _fold(dk_, k.shape[1]), _fold(dv, v.shape[1]), dg, ds
+
+
+def _decay_gradient(weight: Tensor, entering: Tensor, leaving: Tensor, passing: Tensor, *, per_head: bool) -> Tensor:
+    """What passes each token of a chunk, ``[B,H,C]``; summed over the chunk, ``[B,H,1]``, where one decay serves all.
+
+    Args:
+        weight: gradient times value of each pair of tokens of the chunk, ``[B,H,C,C]``; zero above the diagonal.
+        entering: the same from the state before the chunk to each token, ``[B,H,C]``.
+        leaving: from each token to the state after the chunk, ``[B,H,C]``.
+        passing: from the state before to the state after, ``[B,H]``.
+        per_head: only the sum is wanted: each pair counts as often as its tokens lie apart.
+    """
+    size = weight.shape[-1]
+    after = torch.arange(1, size + 1, dtype=weight.dtype, device=weight.device)
+    if per_head:
+        apart = (after[:, None] - after[None, :]).tril()
+        total = (weight * apart).sum((-1, -2)) + entering @ after + leaving @ (size - after) + passing * size
+        return total[..., None]
+    later = torch.ones(size, size, dtype=weight.dtype, device=weight.device).triu()
+    inside = (later @ weight).tril(-1).sum(-1)
+    return inside + entering @ later.mT + leaving @ later.triu(1) + passing[..., None]
 
 
 def _fold(grad: Tensor, heads: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,19 +118,11 @@ def _compare(
     env = {n: _input(n, real, decays, by_value, generator) for n in inputs}
     _tame_decays(match, env, decays, by_value, reference)
     leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
-    results = []
-    for run in (
-        lambda e: _run_region(gm, region, e, real, match),
-        lambda e: _Recipe(e, reference)(match.replacement),
-    ):
-        fresh = {n: t.clone().requires_grad_() for n, t in leaves.items()}
-        # a product with one is no leaf of autograd: the region may write into its inputs
-        out = run({**env, **{n: t * 1.0 for n, t in fresh.items()}}).to(torch.float64)
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        grads: Sequence[Tensor | None] = [None] * len(fresh)
-        if out.requires_grad:
-            grads = torch.autograd.grad((out * weight).sum(), list(fresh.values()), allow_unused=True)
-        results.append((out.detach(), grads))
+    with _fp64_by_default():
+        results = [_run(run, env, leaves) for run in (
+            lambda e: _run_region(gm, region, e, real, match),
+            lambda e: _Recipe(e, reference)(match.replacement),
+        )]
     (want, want_grads), (got, got_grads) = results
     forward = _error(got, want)
     gradient = max((_error(_or_zero(g, x), _or_zero(w, x)) for g, w, x in zip(
@@ -151,6 +144,31 @@ def _compare(
             11,
         )
     return Validation(forward, gradient, seconds)
+
+
+def _run(
+    run: Callable[[dict[fx.Node, Any]], Tensor], env: dict[fx.Node, Any], leaves: dict[fx.Node, Tensor]
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """The output, and the gradients of a random combination of its elements."""
+    fresh = {n: t.clone().requires_grad_() for n, t in leaves.items()}
+    # a product with one is no leaf of autograd: the region may write into its inputs
+    out = run({**env, **{n: t * 1.0 for n, t in fresh.items()}}).to(torch.float64)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    grads: Sequence[Tensor | None] = [None] * len(fresh)
+    if out.requires_grad:
+        grads = torch.autograd.grad((out * weight).sum(), list(fresh.values()), allow_unused=True)
+    return out.detach(), grads
+
+
+@contextlib.contextmanager
+def _fp64_by_default() -> Iterator[None]:
+    """Tensors that the region makes itself are fp64 too."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _or_zero(grad: Tensor | None, like: Tensor) -> Tensor:

@@ -104,8 +104,8 @@ def separate_exponentials(q, k, v, slope):
 def infinite_fill(q, k, v, slope):
     n = q.shape[2]
     d = distance(n).float().masked_fill(~torch.ones(n, n, dtype=torch.bool).tril(), float("inf"))
-    weight = torch.nan_to_num(torch.exp(d * F.logsigmoid(slope)[:, None, None]))
-    return (q @ k.mT * weight) @ v
+    weight = torch.nan_to_num(torch.exp(d * F.logsigmoid(slope.detach())[:, None, None]))
+    return (q @ k.mT * weight) @ v * slope.sum()
 
 
 @register(PARALLEL)
@@ -318,6 +318,16 @@ def token_gates_loop(q, k, v, slope):
         state = state * g[:, :, t, None, None].exp() + k[:, :, t, :, None] * v[:, :, t, None, :]
         out.append(torch.einsum("bhd,bhde->bhe", q[:, :, t], state))
     return torch.stack(out, 2)
+
+
+@register(LOOPS)
+def sigmoid_gates_loop(q, k, v, slope):
+    gate = torch.sigmoid(k[..., 0] + 2)
+    state, out = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+    for t in range(q.shape[2]):
+        state = state * gate[:, :, t, None, None] + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((q[:, :, t, None] @ state)[:, :, 0])
+    return torch.stack(out, 2) * slope.sum()
 
 
 @register(LOOPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product as cartesian
@@ -12,6 +13,7 @@ import numpy as np
 import sympy
 import torch
 
+from ..._compat import outside_modes
 from .affine import INF, ONE, ZERO, Aff, Number, Range, box
 from .evaluate import Evaluator
 from .leaves import Argument, Extended, Leaf, Leaves, Opaque, Table
@@ -368,30 +370,30 @@ class Engine(Algebra):
 
         def fold(groups: list[tuple[Term, ...]]) -> Iterable[Term]:
             numbers = iter([number(g) for g in groups])
-            args = [torch.tensor(next(numbers), dtype=torch.float64) if isinstance(v, Val) else v for v in vals]
-            result = float(op(*args, **kwargs))
+            with outside_modes():
+                args = [torch.tensor(next(numbers), dtype=torch.float64) if isinstance(v, Val) else v for v in vals]
+                result = float(op(*args, **kwargs))
             if math.isnan(result):
                 raise GiveUp("a mask that is not a number")
             return [Term(result)] if result else []
 
         if tensors and all(number(c.terms) is not None for v in tensors for c in v.cases):
             return self.zip_cases(tensors, fold)
-        args = []
-        for v in vals:
-            if isinstance(v, Val):
-                (leaf, idx) = self.tabulate(v)
-                kind = self.leaves[leaf].kind
-                assert isinstance(kind, Table)
-                dims = [a.terms[0][0] for a in idx]
-                array = torch.from_numpy(kind.array.copy())
-                view = [1] * len(shape)
-                for axis, d in enumerate(dims):
-                    view[d] = array.shape[axis]
-                args.append(array.reshape(view))
-            else:
-                args.append(v)
-        result = op(*args, **kwargs)
-        return self.table_value(result.to(torch.float64).numpy(), shape)
+        tables = [self._as_array(v, len(shape)) if isinstance(v, Val) else v for v in vals]
+        with outside_modes():
+            args = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in tables]
+            result = op(*args, **kwargs).to(torch.float64).numpy()
+        return self.table_value(result, shape)
+
+    def _as_array(self, v: Val, rank: int) -> np.ndarray:
+        """The numbers of a table value, with one dimension for each of the tensor's."""
+        (leaf, idx) = self.tabulate(v)
+        kind = self.leaves[leaf].kind
+        assert isinstance(kind, Table)
+        view = [1] * rank
+        for axis, a in enumerate(idx):
+            view[a.terms[0][0]] = kind.array.shape[axis]
+        return kind.array.copy().reshape(view)
 
     def table_value(self, array: np.ndarray, shape: tuple[Aff, ...]) -> Val:
         """Known numbers as a value; only the dimensions that matter are kept, and a line 0, 1, 2 ... is an index."""
@@ -464,7 +466,7 @@ class Engine(Algebra):
                 raise GiveUp("a product of long sums")
             for x in left:
                 for y in right:
-                    t = self.product(x, y)
+                    t = self._infinite(x, y) or self.product(x, y)
                     if t is None or len(t.accs) > MAX_FACTORS:
                         raise GiveUp("a product of too many factors")
                     yield t
@@ -472,6 +474,20 @@ class Engine(Algebra):
         if a.single and b.single:
             return self.sum_of(a.shape, times([a.terms, b.terms]))
         return self.zip_cases([a, b], times)
+
+    def _infinite(self, x: Term, y: Term) -> Term | None:
+        """inf times something of known sign."""
+        if math.isinf(y.coef):
+            x, y = y, x
+        if not math.isinf(x.coef) or y.guards or not y.poly.is_const:
+            return None
+        sign = x.coef * y.coef
+        for leaf, _ in y.accs:
+            low, high = self.leaves[leaf].interval
+            if low <= 0 <= high:
+                return None
+            sign = sign if low > 0 else -sign
+        return Term(sign)
 
     def _mask_like(self, v: Val) -> bool:
         """A factor that weights or guards: multiplied into a product, it makes the product worth looking into."""
@@ -484,7 +500,7 @@ class Engine(Algebra):
                 return y
         if self.index_only(a) and self.index_only(b) or not a.single or not b.single:
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
-        if not self.structured(a) and not self.structured(b):
+        if not (self.structured(a) or self.structured(b) or self._moves(a) or self._moves(b)):
             if not (self._products(a) and self._products(b) and self._shares_signature(a, b)):
                 if not (self._summed(a) or self._summed(b)):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
@@ -499,6 +515,10 @@ class Engine(Algebra):
         except GiveUp:
             return None
 
+    def _moves(self, v: Val) -> bool:
+        """Proportional to an index, as a fixed decay's exponent is."""
+        return any(not t.poly.is_const for t in v.terms)
+
     def _summed(self, v: Val) -> bool:
         return any(x < 0 for t in v.terms for _, idx in t.accs for f in idx for x, _ in f.terms)
 
@@ -506,13 +526,18 @@ class Engine(Algebra):
         return any(len(t.accs) >= 2 for t in v.terms)
 
     def _shares_signature(self, a: Val, b: Val) -> bool:
-        return not {t.signature for t in a.terms}.isdisjoint({t.signature for t in b.terms if len(t.accs) >= 2})
+        """Some term of one side is a product that a term of the other contains: k v, and s k v."""
+        return any(
+            not Counter(x) - Counter(y) or not Counter(y) - Counter(x)
+            for x in {t.signature for t in a.terms if len(t.accs) >= 2}
+            for y in {t.signature for t in b.terms if len(t.accs) >= 2}
+        )
 
     def align_weights(
         self, a: Sequence[Term], b: Sequence[Term], shape: tuple[Aff, ...]
     ) -> tuple[list[Term], list[Term]]:
         """R7: in s*S + k v the factor s is a weight. Factors of one side beyond the other's move to the exponent."""
-        targets = [t for t in (*a, *b) if len(t.accs) >= 2]
+        targets = sorted((t for t in (*a, *b) if len(t.accs) >= 2), key=lambda t: len(t.accs))
 
         def lift(terms: Sequence[Term]) -> list[Term]:
             return [self._weigh(t, targets) for t in terms]

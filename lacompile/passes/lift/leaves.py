@@ -73,7 +73,7 @@ RANGE_OF: dict[Any, Interval] = {
     aten.exp: (5e-324, math.inf),
     aten.exp2: (5e-324, math.inf),
     aten.softplus: (5e-324, math.inf),
-    aten.log_sigmoid_forward: (-math.inf, 0.0),
+    aten.log_sigmoid: (-math.inf, -5e-324),
     aten.relu: (0.0, math.inf),
     aten.abs: (0.0, math.inf),
     aten.square: (0.0, math.inf),

@@ -28,7 +28,7 @@ from .affine import FIRST_DIV, ONE, TAU, ZERO, Aff
 from .emit import CannotEmit, Emitter, Piece, cast
 from .engine import Engine
 from .interpret import Fact, Interpreter
-from .leaves import Argument, Opaque, Symbol
+from .leaves import Argument, Opaque, Symbol, Table
 from .term import Access, Exponent, Mono, Term, sub_access
 
 aten = torch.ops.aten
@@ -65,12 +65,23 @@ class Proof:
     scale: float = 1.0
     state: list[Access] | None = None
     residual: list[Term] = field(default_factory=list)
+    shapes: dict[int, tuple[Aff, ...]] = field(default_factory=dict)
 
     @property
     def size(self) -> tuple[Aff, int]:
         """The length, and the number of elements of the value as far as they are numbers."""
         sizes = [int(n.const) for n in self.fact.value.shape if n.is_const]
         return self.roles[N_ROLE], math.prod(sizes)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether each operand is read in a part of its length only."""
+        length = self.roles[N_ROLE]
+        return all(self._position_size(a) not in (None, length) for a in (*self.q, *self.k, *self.v))
+
+    def _position_size(self, a: Access) -> Aff | None:
+        at = [n for n, i in enumerate(a[1]) if i.coef(N_ROLE)]
+        return self.shapes[a[0]][at[0]] if at else None
 
     @property
     def leaves(self) -> set[int]:
@@ -81,7 +92,7 @@ class Proof:
         return [r for r in self.roles if D_ROLE <= r < E_ROLE]
 
 
-def prove(engine: Engine, fact: Fact) -> Proof:
+def prove(engine: Engine, fact: Fact, explained: set[int] | None = None) -> Proof:
     """The decayed attention that this value is.
 
     Raises:
@@ -90,7 +101,7 @@ def prove(engine: Engine, fact: Fact) -> Proof:
     if not fact.value.single:
         raise Refused("one-case", "one sum", f"{len(fact.value.cases)} disjoint regions", 0)
     terms = [_windows_as_features(engine, t) for t in fact.value.terms]
-    main = _main_term(engine, terms, fact)
+    main = _main_term(engine, terms, set() if explained is None else explained)
     return _Prover(engine, fact, main, [t for t in terms if t is not main]).run()
 
 
@@ -105,8 +116,8 @@ def _windows_as_features(engine: Engine, t: Term) -> Term:
     return t
 
 
-def _main_term(engine: Engine, terms: Sequence[Term], fact: Fact) -> Term:
-    """The term with a sum over earlier positions."""
+def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Term:
+    """The term with a sum over earlier positions; ``explained`` collects culprits that need no second word."""
     found = [t for t in terms if _sequence_index(engine, t) is not None]
     if len(found) == 1:
         return found[0]
@@ -118,38 +129,34 @@ def _main_term(engine: Engine, terms: Sequence[Term], fact: Fact) -> Term:
             2,
             "pieces of a loop merge only if their weights agree exactly at the borders",
         )
-    _explain_missing(engine, terms, fact)
+    _explain_missing(engine, terms, explained)
     raise Refused("causal-range", "a sum over j <= i", "no sum whose range ends at a position", 0)
 
 
-def _explain_missing(engine: Engine, terms: Sequence[Term], fact: Fact) -> None:
+def _explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) -> None:
+    """Weights over earlier positions that the lift could not look into: W[.., i, j] times v[.., j, e].
+
+    Each such tensor is explained once: what follows it in the program holds it too.
+    """
     for t in terms:
         for v in sorted(t.bound(engine.space)):
-            holders = [(leaf, idx) for leaf, idx in t.accs if any(v in engine.space.vars(a) for a in idx)]
+            holders = [a for a in t.accs if any(v in engine.space.vars(i) for i in a[1])]
             for leaf, idx in holders:
-                free = {x for a in idx for x in engine.space.vars(a) if 0 <= x < 100}
-                others = [a for a in t.accs if a != (leaf, idx) and any(v in engine.space.vars(i) for i in a[1])]
-                shared = set.intersection(free, *[_free(engine, a) for a in others]) if others else free
-                kind = engine.leaves[leaf].kind
-                if others and free - shared and _moves(engine, idx, v) and len(idx) > len(others[0][1]) - 1:
-                    label = kind.label if isinstance(kind, Opaque) else "a function"
-                    node = kind.node if isinstance(kind, Opaque) else None
-                    where = f"{node.name} ({label})" if node is not None else label
-                    raise Refused(
-                        "separable",
-                        "weights exp(G_i - G_j) that are visible in the graph",
-                        f"a tensor holding both positions: {where}",
-                        1,
-                        "softmax and other weights computed from the scores are not decayed linear attention",
-                    )
-
-
-def _free(engine: Engine, a: Access) -> set[int]:
-    return {x for i in a[1] for x in engine.space.vars(i) if 0 <= x < 100}
-
-
-def _moves(engine: Engine, idx: Sequence[Aff], v: int) -> bool:
-    return sum(1 for a in idx if v in engine.space.vars(a)) == 1
+                kind, sizes = engine.leaves[leaf].kind, engine.leaf_shapes[leaf]
+                summed = [n for n, i in enumerate(idx) if i == Aff.var(v)]
+                square = [n for n, i in enumerate(idx) if n not in summed and i.terms and summed and sizes[n] == sizes[summed[0]]]
+                given = isinstance(kind, Table) or (isinstance(kind, Opaque) and kind.node is not None and kind.node.op == "placeholder")
+                if len(holders) < 2 or not square or given or leaf in explained:
+                    continue
+                explained.add(leaf)
+                label = kind.label if isinstance(kind, Opaque) else "a function"
+                raise Refused(
+                    "separable",
+                    "weights exp(G_i - G_j) that are visible in the graph",
+                    f"a tensor that holds both positions ({label.lstrip('_')})",
+                    1,
+                    "softmax and other functions of the scores are not decayed linear attention",
+                )
 
 
 def _sequence_index(engine: Engine, t: Term) -> tuple[int, int] | None:
@@ -255,7 +262,7 @@ class _Prover:
             roles[E_ROLE], place[E_ROLE] = self.shape[self.e_dim], self.e_dim
             if self.e is not None:
                 self.rename[self.e] = Aff.var(E_ROLE)
-        self.proof = Proof(self.fact, roles, list(range(len(batch_like))), place, scale=self.main.coef)
+        self.proof = Proof(self.fact, roles, list(range(len(batch_like))), place, scale=self.main.coef, shapes=self.engine.leaf_shapes)
 
     def _monos(self) -> Iterable[Mono]:
         for mono, _ in self.main.exp.lin:
@@ -774,15 +781,20 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
     proofs: list[tuple[Proof, DecayedAttention]] = []
     done: set[fx.Node] = set()
     states: list[Fact] = []
+    explained: set[int] = set()
     for node in interpreter.demanded:
         fact = interpreter.facts[node]
         if node in done:
             continue
+        best: Refusal | None = None
         if _looks_like_state(interpreter.engine, fact):
             states.append(fact)
+            try:
+                _explain_missing(interpreter.engine, fact.value.terms, explained)
+            except Refused as r:
+                refusals.append(Refusal("match", r.obligation, node, r.expected, r.found, r.hint, r.progress))
             continue
-        best: Refusal | None = None
-        frontier, seen = [node], set()
+        frontier, seen, whole = [node], set(), fact.tensor.numel()
         while frontier and len(seen) < MAX_STEPS_BACK:
             at = frontier.pop(0)
             if at in seen or at in done:
@@ -792,11 +804,14 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
             if fact is None or not interpreter.engine.contracts(fact.value):
                 continue
             try:
-                proof = prove(interpreter.engine, fact)
+                proof = prove(interpreter.engine, fact, explained)
+                if best is not None and best.progress >= 2 and proof.is_part:
+                    continue  # one chunk of a loop whose whole is something else
                 attention, replacement = builder.build(proof)
             except Refused as r:
                 refusal = Refusal("match", r.obligation, at, r.expected, r.found, r.hint, r.progress)
-                if best is None or refusal.progress > best.progress:
+                size = fact.tensor.numel()
+                if best is None or (refusal.progress > best.progress and size >= whole):
                     best = refusal
                 if r.progress or len(seen) == 1:
                     frontier += at.all_input_nodes

@@ -6,6 +6,7 @@ size does not depend on the number of chunks. The index may be bound (a sum that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from .affine import Aff, Number
@@ -46,6 +47,8 @@ def merge_sum(algebra: Algebra, terms: Iterable[Term], shape: tuple[Aff, ...], l
 def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
     if a.guards == b.guards and a.body == b.body:
         return a.but(coef=a.coef + b.coef)
+    if a.guards == b.guards and a.body[1:] == b.body[1:] and not math.isinf(a.coef + b.coef):
+        return a.but(coef=1.0, poly=a.poly * a.coef + b.poly * b.coef)
     if a.coef != b.coef and abs(a.coef - b.coef) > 1e-9 * abs(a.coef):
         return None
     if a.body == b.body and (out := _adjacent(algebra, a, b, shape)) is not None:

@@ -10,8 +10,8 @@ import torch
 
 from ..affine import ONE, TAU, ZERO, Aff, box
 from ..engine import Engine, GiveUp
-from ..leaves import Table
-from ..term import NO_GUARDS, Case, Exponent, Guards, Mono, Term, Val, constant, value
+from ..leaves import Opaque, Table
+from ..term import NO_EXPONENT, NO_GUARDS, Case, Exponent, Guards, Mono, Term, Val, constant, value
 from . import Op, rule
 from .arith import exact_index, number, operand
 
@@ -352,7 +352,7 @@ def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) ->
     for t in c.terms:
         bound = t.bound(engine.space)
         if t.exp:
-            raise GiveUp("exp of an exponential")
+            t = _without_exponential(engine, t)
         if not bound:
             if t.guards:
                 raise GiveUp("a guarded exponent")
@@ -383,6 +383,14 @@ def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) ->
     return [Case(c.guards, () if term is None else (term,))]
 
 
+def _without_exponential(engine: Engine, t: Term) -> Term:
+    """A rate such as -exp(a): its exponential is plain data, a function symbol."""
+    found = engine.term_access(Term(1.0, exp=t.exp), None)
+    if isinstance(found, float):
+        return t.but(coef=t.coef * found, exp=NO_EXPONENT)
+    return t.but(accs=tuple(sorted((*t.accs, found[0]))), exp=NO_EXPONENT)
+
+
 def _is_empty(engine: Engine, t: Term, guards: Guards, shape: tuple[Aff, ...]) -> bool:
     bound = t.bound(engine.space)
     if not bound:
@@ -410,6 +418,13 @@ def _prefix_sum(engine: Engine, t: Term, bound: set[int]) -> tuple[Mono, Aff, Af
     offset = where[0].without(b)
     shifted = t.sub(engine.space, {b: Aff.var(TAU) - offset})
     return shifted.accs, ends.low[0] + offset, ends.high[0] + offset
+
+
+@rule(aten.log_sigmoid_forward)
+def log_sigmoid(op: Op) -> list[Val]:
+    out, buffer = op.out
+    kept = op.engine.pointwise(aten.log_sigmoid.default, op.args, op.kwargs, out)
+    return [kept, op.engine.leaf(buffer, Opaque(None, "log_sigmoid_forward"))]
 
 
 @rule(aten.log)

@@ -129,6 +129,25 @@ class TestBackward:
             assert grad.shape == x.shape and not grad.count_nonzero()
 
 
+def test_the_gradient_of_a_decay_per_head_is_as_exact_as_eagers():
+    """It sums over all pairs of tokens. Several draws count as one: a single one says little about rounding."""
+    length, log_decay = 4 * C, -torch.tensor([0.05, 0.1, 0.2, 0.3])
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None, :]
+    ours, eagers, exact = [], [], []
+    for seed in range(12):
+        q, k, v = qkv(B, H, length, DK, seed=seed)
+        do = qkv(B, H, length, DK, seed=seed + 100)[0]
+        ours.append(cpu.backward(do, None, q, k, v, log_decay, 1.0, None)[3])
+        for dtype, found in ((torch.float32, eagers), (torch.float64, exact)):
+            g = log_decay.to(dtype, copy=True).requires_grad_()
+            weight = (g[:, None, None] * distance.clamp(min=0)).exp() * (distance >= 0)
+            out = (q.to(dtype) @ k.to(dtype).mT * weight) @ v.to(dtype)
+            found += torch.autograd.grad(out, g, do.to(dtype))
+    want = torch.cat(exact)
+    # tighter than the budget, whose floor is as large as the difference between a good sum and a bad one
+    assert relative_error(torch.cat(ours), want) <= 2 * relative_error(torch.cat(eagers), want)
+
+
 @DECAYS
 def test_the_two_definitions_agree(per_token):
     args = promoted(arguments(C + 5, per_token))

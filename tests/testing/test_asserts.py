@@ -19,13 +19,6 @@ from lacompile.testing import (
 from lacompile.testing.fp64 import in_fp64
 
 
-def retention(q, k, v, log_decay):
-    i = torch.arange(q.shape[2])
-    distance = i[:, None] - i[None, :]
-    weight = torch.where(distance >= 0, torch.exp(log_decay[:, None, None] * distance), 0.0)
-    return (q @ k.transpose(-1, -2) * weight.to(q.dtype)) @ v
-
-
 def undecayed(q, k, v):
     return (q @ k.transpose(-1, -2)).tril() @ v
 
@@ -126,8 +119,16 @@ class TestBudgets:
     def test_what_is_not_a_number_is_never_within_a_budget(self, bad):
         want = torch.ones(4, dtype=torch.float64)
         got = torch.tensor([1.0, 1.0, bad, 1.0])
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="relative error inf"):
             check_error("o", got, want)
+        with pytest.raises(AssertionError, match="relative error inf"):
+            check_error("o", want, got)
+
+    def test_an_eager_run_that_overflows_is_no_measure(self):
+        want = torch.ones(4, dtype=torch.float64)
+        check_error("o", want.float(), want, eager=torch.full((4,), float("nan")))
+        with pytest.raises(AssertionError, match="the budget is"):
+            check_error("o", 1.1 * want.float(), want, eager=torch.full((4,), float("nan")))
 
 
 class TestInputs:

@@ -44,7 +44,7 @@ def decay_grad_kernel(
     HAS_START: tl.constexpr,
     HAS_D_END: tl.constexpr,
 ):
-    """One program per (batch and head, span); the first half of a span is summed from its start, the rest from its end."""
+    """One program per (batch and head, span); a span's first half is summed from its start, the rest from its end."""
     pid = tl.program_id(0)
     row = (pid // spans).to(tl.int64)
     span = pid % spans

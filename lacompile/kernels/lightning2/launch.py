@@ -96,7 +96,7 @@ def plan(length: int, programs: int, granule: int, slots: int) -> Segments:
     as long as its segment, plus the pre-pass, which reads half of what the main pass reads and writes.
     """
     best, cost = Segments(max(length, 1), 1), float(-(-programs // slots) * length)
-    for count in range(2, MAX_SEGMENTS + 1):
+    for count in range(2, min(MAX_SEGMENTS, -(-length // granule)) + 1):
         tokens = -(-length // (count * granule)) * granule
         count = -(-length // tokens)
         # A tenth off: a split must be clearly better to be worth its two extra launches.

@@ -1,0 +1,270 @@
+"""The Triton kernels compute what the fp64 reference computes, run by Triton's interpreter on the CPU.
+
+Where Triton was imported before this module, or a GPU is there for the compiled kernels to run on, one test runs this
+file in a process of its own. bf16 is not here: the interpreter multiplies its bits as integers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from lacompile.kernels import cpu, reference
+from lacompile.testing import check_error, head_log_decay, qkv, relative_error, state, token_log_decay
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed", allow_module_level=True)
+
+HERE = os.environ.get("TRITON_INTERPRET") == "1"
+if not HERE and "triton.language" not in sys.modules and not torch.cuda.is_available():
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        from lacompile.kernels import lightning2
+    HERE = True
+elif HERE:
+    from lacompile.kernels import lightning2
+
+B, H, C = 1, 2, 64
+DECAYS = pytest.mark.parametrize("per_token", [False, True], ids=["per-head", "per-token"])
+STATES = pytest.mark.parametrize("states", ["", "initial", "final", "initial final"], ids=lambda s: s or "none")
+interpreted = pytest.mark.skipif(not HERE, reason="runs in a process of its own")
+
+
+@pytest.mark.skipif(HERE, reason="interpreted in this process")
+def test_in_a_process_of_its_own():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that is not written to holds NaN. Triton reads its variable again when it runs."""
+    if HERE:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def short_segments():
+    """Segments of two chunks and marks at every chunk, so that short sequences have many of both."""
+    launch = lightning2.launch
+
+    def plan(length, programs, granule, slots):
+        return launch.Segments(2 * C, -(-length // (2 * C)))
+
+    with mock.patch.multiple(launch, plan=plan, SPAN_PER_TOKEN=C, SPAN_FIXED=C):
+        yield
+
+
+def arguments(length, dk=16, dv=16, per_token=False, dtype=torch.float32, states="initial final", **more):
+    """q, k, v, log_decay, scale, initial state, and the gradients of the output and of the final state."""
+    q, k, v = qkv(B, H, length, dk, dv, dtype=dtype, **more)
+    log_decay = token_log_decay(B, H, length) if per_token else head_log_decay(H)
+    do = qkv(B, H, length, dk, dv, dtype=dtype, seed=7)[2]
+    initial = state(B, H, dk, dv) if "initial" in states else None
+    d_state = state(B, H, dk, dv, seed=8) if "final" in states else None
+    return (q, k, v, log_decay, 0.5, initial), do, d_state
+
+
+def wanted(args, do, d_state):
+    """Output, state and gradients of the fp64 reference; the initial state's is empty where there is none."""
+    exact = [x.detach().double().requires_grad_() if isinstance(x, torch.Tensor) else x for x in args]
+    out, last = reference.quadratic(*exact)
+    loss = (out * do.double()).sum() + (0 if d_state is None else (last * d_state.double()).sum())
+    leaves = [x for x in exact if isinstance(x, torch.Tensor)]
+    grads = list(torch.autograd.grad(loss, leaves))
+    return out, last, grads + [out.new_empty(0)] * (5 - len(grads))
+
+
+def check(args, do, d_state):
+    """Forward and backward within the budgets of the dtype."""
+    dtype = args[0].dtype
+    out, last = lightning2.forward(*args)
+    grads = lightning2.backward(do, d_state, *args)
+    want_out, want_last, want_grads = wanted(args, do, d_state)
+    assert out.dtype == dtype and last.dtype == torch.float32
+    check_error("o", out, want_out)
+    check_error("state", last, want_last, dtype=dtype)
+    for name, got, want in zip(("dq", "dk", "dv", "dg", "d_initial"), grads, want_grads, strict=True):
+        assert got.dtype == (dtype if name in ("dq", "dk", "dv") else torch.float32)
+        check_error(name, got, want, kind="gradient", dtype=dtype)
+
+
+@interpreted
+class TestAgainstTheReference:
+    @pytest.mark.parametrize("length", [1, 2, C - 1, C, C + 1, 2 * C + 7])
+    @DECAYS
+    def test_lengths(self, length, per_token):
+        check(*arguments(length, per_token=per_token))
+
+    @STATES
+    @DECAYS
+    def test_states(self, states, per_token):
+        check(*arguments(C + 5, per_token=per_token, states=states))
+
+    @pytest.mark.parametrize("dk, dv", [(32, 80), (80, 48), (24, 20), (192, 16), (16, 192), (128, 64)])
+    def test_head_sizes(self, dk, dv):
+        check(*arguments(C + 3, dk, dv, states="initial"))
+
+    @DECAYS
+    def test_half_precision(self, per_token):
+        check(*arguments(3 * C - 5, 32, 32, per_token, torch.float16))
+
+    @pytest.mark.parametrize(
+        "groups", [{"k_heads": 1, "v_heads": 1}, {"q_heads": 1, "k_heads": 1}, {"q_heads": 1}], ids=str
+    )
+    @DECAYS
+    def test_shared_heads(self, groups, per_token):
+        check(*arguments(C + 5, per_token=per_token, **groups))
+
+    @pytest.mark.parametrize("length", [2 * C, 4 * C + 9])
+    @STATES
+    @DECAYS
+    def test_segments(self, length, states, per_token, short_segments):
+        check(*arguments(length, per_token=per_token, states=states))
+
+    def test_segments_of_shared_heads(self, short_segments):
+        check(*arguments(3 * C, 32, 80, True, k_heads=1, v_heads=1))
+
+
+@interpreted
+class TestDecays:
+    @pytest.mark.parametrize("decay", [0.0, 1e-5, 1.0, 20.0, 500.0])
+    def test_strengths(self, decay, short_segments):
+        args, do, d_state = arguments(4 * C + 3)
+        args = (*args[:3], torch.full((H,), -decay), *args[4:])
+        out, last = lightning2.forward(*args)
+        want, want_last, _ = wanted(args, do, d_state)
+        check_error("o", out, want)
+        check_error("state", last, want_last)
+        assert all(x.isfinite().all() for x in lightning2.backward(do, d_state, *args))
+
+    @DECAYS
+    def test_minus_infinity_forgets_everything(self, per_token):
+        (q, k, v, g, scale, initial), _, _ = arguments(C + 9, per_token=per_token)
+        g = g.clone()
+        g[(..., 5) if per_token else ...] = float("-inf")
+        out, last = lightning2.forward(q, k, v, g, scale, initial)
+        want, want_last = reference.recurrence(*(x.double() for x in (q, k, v, g)), scale, initial.double())
+        # Tokens of the same chunk after the reset lose some digits of their decay to the clamped one.
+        assert relative_error(out, want) < 5e-6
+        check_error("state", last, want_last)
+
+    def test_nan_is_not_hidden(self):
+        (q, k, v, g, scale, _), _, _ = arguments(10, per_token=True)
+        g[0, 0, 4] = float("nan")
+        out, _ = lightning2.forward(q, k, v, g, scale, None)
+        assert out[0, 0, 4:].isnan().all() and not out[0, 1].isnan().any()
+
+    @DECAYS
+    def test_an_impulse_decays_exactly(self, per_token, short_segments):
+        """With q = 1, k and v one-hot at token j, ``o_i = 2^-(i - j)`` from j on: an off-by-one shows everywhere."""
+        length, j = 4 * C + 5, C - 2
+        q = torch.ones(B, H, length, 16)
+        k, v = torch.zeros_like(q), torch.zeros_like(q)
+        k[:, :, j, 0] = v[:, :, j, 0] = 1
+        g = torch.full((B, H, length) if per_token else (H,), -0.25).mul_(torch.tensor(2.0).log() * 4)
+        out, _ = lightning2.forward(q, k, v, g, 1.0, None)
+        gap = torch.arange(length, dtype=torch.float64) - j
+        want = torch.where(gap >= 0, torch.exp2(-gap), 0.0)
+        torch.testing.assert_close(out[0, 0, :, 0].double(), want, rtol=2e-5, atol=1e-37)
+        assert (out[..., 1:] == 0).all()
+
+    def test_small_integers_are_exact(self, short_segments):
+        generator = torch.Generator().manual_seed(0)
+        shape = (3, B, H, 3 * C + 1, 32)
+        q, k, v = torch.randint(-2, 3, shape, generator=generator).float().unbind()
+        args = (q, k, v, torch.zeros(H), 1.0, None)
+        out, last = lightning2.forward(*args)
+        want, want_last = reference.quadratic(*args)
+        assert torch.equal(out, want) and torch.equal(last, want_last)
+
+    def test_decay_gradient_may_be_left_out(self):
+        args, do, d_state = arguments(C + 5)
+        got = lightning2.backward(do, d_state, *args, want_decay=False)
+        want = lightning2.backward(do, d_state, *args)
+        assert (got[3] == 0).all() and want[3].any()
+        assert all(torch.equal(a, b) for n, (a, b) in enumerate(zip(got, want, strict=True)) if n != 3)
+
+
+@interpreted
+class TestLayouts:
+    @pytest.mark.parametrize("tokens_first", [False, True])
+    def test_the_output_is_laid_out_like_q(self, tokens_first):
+        args, _, _ = arguments(9, 16, 32, tokens_first=tokens_first)
+        out, _ = lightning2.forward(*args)
+        want = cpu.forward(*args)[0]
+        check_error("o", out, want.double())
+        assert out.transpose(1, 2).is_contiguous() == tokens_first
+
+    def test_any_strides(self, short_segments):
+        (q, k, v, g, scale, initial), do, d_state = arguments(2 * C + 9, 16, 16, True, tokens_first=True)
+        packed = torch.cat([q, k, v], 3)
+        q2, k2, v2 = packed.split(16, 3)
+        k2 = k2.transpose(2, 3).contiguous().transpose(2, 3)  # last stride is not 1
+        g2 = g.transpose(1, 2).contiguous().transpose(1, 2)
+        initial2 = initial.transpose(2, 3).contiguous().transpose(2, 3)
+        do2 = do[:, :, :, :1].expand(do.shape)
+        want = lightning2.forward(q, k, v, g, scale, initial)
+        got = lightning2.forward(q2, k2, v2, g2, scale, initial2)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        want = lightning2.backward(do2.contiguous(), d_state, q, k, v, g, scale, initial)
+        got = lightning2.backward(do2, d_state.mT.contiguous().mT, q2, k2, v2, g2, scale, initial2)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+    def test_odd_strides(self):
+        """Rows that start at an odd offset, which vector loads cannot read."""
+        (q, k, v, g, scale, initial), do, d_state = arguments(C + 9)
+        wide = torch.zeros(*q.shape[:3], 17)
+        wide[..., 1:] = q
+        args = (wide[..., 1:], k, v, g, scale, initial)
+        check(args, do, d_state)
+
+    @pytest.mark.parametrize("shape", [(B, H, 0, 16), (0, H, 5, 16)])
+    def test_nothing_to_do(self, shape):
+        q = torch.zeros(shape)
+        initial = torch.ones(shape[0], H, 16, 16)
+        out, last = lightning2.forward(q, q, q, torch.zeros(H), 1.0, initial)
+        assert out.shape == shape and torch.equal(last, initial)
+        grads = lightning2.backward(q, 2 * initial, q, q, q, torch.zeros(H), 1.0, initial)
+        assert [x.shape for x in grads[:4]] == [shape] * 3 + [(H,)]
+        assert (grads[3] == 0).all() and torch.equal(grads[4], 2 * initial)
+
+    def test_two_runs_are_the_same_bits(self, short_segments):
+        args, do, d_state = arguments(3 * C, per_token=True)
+        one, two = (lightning2.forward(*args) + lightning2.backward(do, d_state, *args) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+    def test_pieces_make_the_whole(self):
+        """The final state of one call as the initial state of the next: prefill in pieces."""
+        (q, k, v, g, scale, _), _, _ = arguments(2 * C + 20)
+        whole, last = lightning2.forward(q, k, v, g, scale, None)
+        cut, carried, out = C + 11, None, []
+        for piece in (slice(0, cut), slice(cut, None)):
+            o, carried = lightning2.forward(*(x[:, :, piece] for x in (q, k, v)), g, scale, carried)
+            out.append(o)
+        assert relative_error(torch.cat(out, 2), whole) < 1e-6 and relative_error(carried, last) < 1e-6
+
+
+@interpreted
+class TestPlan:
+    def test_one_segment_when_the_device_is_full(self):
+        assert lightning2.launch.plan(4096, 256, 512, 132).count == 1
+
+    def test_segments_when_it_is_not(self):
+        split = lightning2.launch.plan(32768, 32, 512, 132)
+        assert split.count > 2 and split.tokens % 512 == 0
+        assert (split.count - 1) * split.tokens < 32768 <= split.count * split.tokens
+
+    @pytest.mark.parametrize("length", [0, 1, 511, 512])
+    def test_short_sequences_stay_whole(self, length):
+        assert lightning2.launch.plan(length, 1, 512, 132).count == 1

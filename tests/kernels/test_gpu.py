@@ -1,0 +1,231 @@
+"""The compiled Triton kernels against fp64, on a GPU: ``pytest -m gpu``.
+
+Each test fills unwritten memory with NaN. Reference and inputs are on the GPU; the reference is the quadratic form,
+or for long sequences the chunked form, in fp64.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+
+import pytest
+import torch
+
+from lacompile.kernels import cpu, reference
+from lacompile.testing import budget, head_log_decay, qkv, relative_error, state, token_log_decay
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+B, H = 2, 3
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+DECAYS = pytest.mark.parametrize("per_token", [False, True], ids=["per-head", "per-token"])
+HEAD_SIZES = [(d, d) for d in (16, 32, 48, 64, 80, 96, 112, 128, 192, 256)]
+HEAD_SIZES += [(128, 64), (64, 128), (16, 256), (24, 20)]
+LENGTHS = (1, 2, 63, 64, 65, 200, 513)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from lacompile.kernels import lightning2
+
+    return lightning2
+
+
+@contextlib.contextmanager
+def poisoned():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def arguments(
+    length, dk=64, dv=64, per_token=False, dtype=torch.bfloat16, states="initial final", batch=B, heads=H, **more
+):
+    """q, k, v, log_decay, scale, initial state, and the gradients of the output and of the final state."""
+    q, k, v = qkv(batch, heads, length, dk, dv, dtype=dtype, device="cuda", **more)
+    if per_token:
+        log_decay = token_log_decay(batch, heads, length, device="cuda")
+    else:
+        log_decay = head_log_decay(heads, device="cuda")
+    do = qkv(batch, heads, length, dk, dv, dtype=dtype, device="cuda", seed=7)[2]
+    initial = state(batch, heads, dk, dv, device="cuda") if "initial" in states else None
+    d_state = state(batch, heads, dk, dv, device="cuda", seed=8) if "final" in states else None
+    return (q, k, v, log_decay, 0.5, initial), do, d_state
+
+
+def exact(args, do, d_state):
+    """Output, state and gradients in fp64; the initial state's gradient is empty where there is none."""
+    args = [x.double() if isinstance(x, torch.Tensor) else x for x in args]
+    if do.shape[2] > 1024:
+        grads = cpu.backward(do.double(), None if d_state is None else d_state.double(), *args)
+        out, last = cpu.forward(*args)
+        return out, last, [*grads[:4], grads[4] if args[5] is not None else out.new_empty(0)]
+    args = [x.requires_grad_() if isinstance(x, torch.Tensor) else x for x in args]
+    out, last = reference.quadratic(*args)
+    loss = (out * do.double()).sum() + (0 if d_state is None else (last * d_state.double()).sum())
+    leaves = [x for x in args if isinstance(x, torch.Tensor)]
+    grads = list(torch.autograd.grad(loss, leaves))
+    return out, last, grads + [out.new_empty(0)] * (5 - len(grads))
+
+
+def row_error(got, want):
+    """The largest error of a row against its size, or against a tenth of the usual one if it is smaller than that."""
+    got, want = got.double().flatten(0, -2), want.double().flatten(0, -2)
+    size = want.norm(dim=-1)
+    return float(((got - want).norm(dim=-1) / size.clamp_min(0.1 * float(size.square().mean().sqrt()))).max())
+
+
+def check(kernels, args, do, d_state, rows=True):
+    """Forward and backward within the budgets of the dtype, as a whole and row by row. All faults are named at once."""
+    with poisoned():
+        out, last = kernels.forward(*args)
+        grads = kernels.backward(do, d_state, *args)
+    want_out, want_last, want_grads = exact(args, do, d_state)
+    allowed = budget(args[0].dtype)
+    found = [("o", out, want_out, allowed.output), ("state", last, want_last, allowed.output)]
+    names = ("dq", "dk", "dv", "dg", "d_initial")
+    found += [(n, g, w, allowed.gradient) for n, g, w in zip(names, grads, want_grads, strict=True)]
+    faults = []
+    for name, got, want, limit in found:
+        error = relative_error(got, want)
+        if not error <= limit:
+            faults.append(f"{name}: relative error {error:.2e}, allowed {limit:.2e}")
+        if rows and name in ("o", "dq", "dk", "dv") and got.numel():
+            error = row_error(got, want)
+            if not error <= 16 * limit:
+                faults.append(f"{name}: relative error of a row {error:.2e}, allowed {16 * limit:.2e}")
+    assert not faults, "; ".join(faults)
+
+
+class TestEveryShape:
+    @pytest.mark.parametrize("dk, dv", HEAD_SIZES)
+    @DTYPES
+    @DECAYS
+    def test_head_sizes_and_lengths(self, kernels, dk, dv, dtype, per_token):
+        for length in LENGTHS:
+            check(kernels, *arguments(length, dk, dv, per_token, dtype))
+
+    @pytest.mark.parametrize("states", ["", "initial", "final", "initial final"], ids=lambda s: s or "none")
+    @pytest.mark.parametrize("size", [64, 128])
+    @DTYPES
+    @DECAYS
+    def test_states(self, kernels, states, size, dtype, per_token):
+        check(kernels, *arguments(150, size, size, per_token, dtype, states))
+
+    @pytest.mark.parametrize(
+        "groups", [{"k_heads": 1, "v_heads": 1}, {"q_heads": 2, "k_heads": 2}, {"v_heads": 2}], ids=str
+    )
+    @pytest.mark.parametrize("tokens_first", [False, True])
+    @DECAYS
+    def test_shared_heads(self, kernels, groups, tokens_first, per_token):
+        check(kernels, *arguments(333, per_token=per_token, heads=4, tokens_first=tokens_first, **groups))
+
+
+class TestLongSequences:
+    @pytest.mark.parametrize("size", [64, 128, 256])
+    @pytest.mark.parametrize("length", [4096, 16384 + 37])
+    @DECAYS
+    def test_segments(self, kernels, size, length, per_token):
+        split = kernels.launch.plan(length, 1, 512, 132)
+        assert split.count > 1
+        check(kernels, *arguments(length, size, size, per_token, batch=1, heads=1))
+
+    @DECAYS
+    def test_segments_agree_with_one_segment(self, kernels, per_token, monkeypatch):
+        args, do, d_state = arguments(8192, 128, 128, per_token, batch=1, heads=2)
+        split = (*kernels.forward(*args), *kernels.backward(do, d_state, *args))
+        monkeypatch.setattr(kernels.launch, "plan", lambda length, *_: kernels.launch.Segments(length, 1))
+        whole = (*kernels.forward(*args), *kernels.backward(do, d_state, *args))
+        for n, (a, b) in enumerate(zip(split, whole, strict=True)):
+            assert relative_error(a, b) < 1e-2, n
+
+    def test_slow_decay_over_a_long_sequence(self, kernels):
+        args, do, d_state = arguments(32768, 128, 128, states="", batch=1, heads=2)
+        args = (*args[:3], torch.tensor([-1e-4, 0.0], device="cuda"), *args[4:])
+        check(kernels, args, do, d_state)
+
+
+class TestExactness:
+    @pytest.mark.parametrize("size", [32, 64, 128, 256])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_small_integers(self, kernels, size, dtype, monkeypatch):
+        """Without decay sums of small integers are exact: one lost or doubled product shows, whatever the tolerance."""
+        monkeypatch.setattr(kernels.launch, "plan", lambda length, *_: kernels.launch.Segments(512, -(-length // 512)))
+        generator = torch.Generator("cuda").manual_seed(0)
+        length = 1024 + 77
+        sparse = torch.rand(3, B, H, length, size, generator=generator, device="cuda") < 4 / size
+        signs = torch.randint(0, 2, sparse.shape, generator=generator, device="cuda") * 2 - 1
+        q, k, v = (sparse * signs).to(dtype).unbind()
+        args = (q, k, v, torch.zeros(H, device="cuda"), 1.0, None)
+        for _ in range(3):
+            out, last = kernels.forward(*args)
+            grads = kernels.backward(v, None, *args)
+            want, want_last, want_grads = exact(args, v, None)
+            assert want.abs().max() <= 256 and want_last.abs().max() <= 256  # else bf16 would round
+            assert torch.equal(out.double(), want) and torch.equal(last.double(), want_last)
+            for got, expected in zip(grads[:3], want_grads[:3], strict=True):
+                assert torch.equal(got, expected.to(dtype))
+
+    @DECAYS
+    def test_impulses(self, kernels, per_token):
+        """With q = 1, k and v one-hot at token j, ``o_i = 2^-(i - j)``: an off-by-one shows everywhere."""
+        length, size = 1500, 64
+        for j in (0, 63, 64, 511, 512, 700, 1499):
+            q = torch.ones(1, 1, length, size, device="cuda", dtype=torch.bfloat16)
+            k, v = torch.zeros_like(q), torch.zeros_like(q)
+            k[:, :, j, 0] = v[:, :, j, 0] = 1
+            g = torch.full((1, 1, length) if per_token else (1,), -math.log(2), device="cuda")
+            out, _ = kernels.forward(q, k, v, g, 1.0, None)
+            gap = torch.arange(length, dtype=torch.float64, device="cuda") - j
+            want = torch.where((gap >= 0) & (gap < 100), torch.exp2(-gap), 0.0)
+            torch.testing.assert_close(out[0, 0, :, 0].double(), want, rtol=2**-8, atol=2.0**-99)
+            assert (out[..., 1:] == 0).all()
+
+    @pytest.mark.parametrize("size", [64, 128])
+    @DECAYS
+    def test_two_runs_are_the_same_bits(self, kernels, size, per_token):
+        args, do, d_state = arguments(5000, size, size, per_token)
+        first = (*kernels.forward(*args), *kernels.backward(do, d_state, *args))
+        for _ in range(5):
+            again = (*kernels.forward(*args), *kernels.backward(do, d_state, *args))
+            assert all(torch.equal(a, b) for a, b in itertools.zip_longest(first, again))
+
+
+class TestMemory:
+    def test_strided_inputs(self, kernels):
+        (q, k, v, g, scale, initial), do, d_state = arguments(300, per_token=True, tokens_first=True)
+        packed = torch.cat([q, k, v], 3).transpose(1, 2).contiguous().transpose(1, 2)
+        check(kernels, (*packed.split(64, 3), g.mT.contiguous().mT, scale, initial), do, d_state)
+        check(kernels, (q, k, v, g, scale, initial), do[..., :1].expand(do.shape), d_state)
+
+    def test_rows_at_odd_offsets(self, kernels):
+        (q, k, v, g, scale, initial), do, d_state = arguments(300)
+        wide = torch.zeros(*q.shape[:3], 67, device="cuda", dtype=q.dtype)
+        wide[..., 1:65] = q
+        check(kernels, (wide[..., 1:65], k, v, g, scale, initial), do, d_state)
+
+    def test_offsets_beyond_31_bits(self, kernels):
+        args, do, d_state = arguments(600, batch=1, heads=1)
+        far = torch.zeros(600 * 2**22, device="cuda", dtype=torch.bfloat16)
+        views = [far.as_strided(args[0].shape, (0, 0, 2**22, 1), 64 * n) for n in range(3)]
+        for view, x in zip(views, args, strict=False):
+            view.copy_(x)
+        check(kernels, (*views, *args[3:]), do, d_state)
+
+    def test_many_heads(self, kernels):
+        args, do, d_state = arguments(65, 16, 16, batch=300, heads=256, states="")
+        check(kernels, args, do, d_state, rows=False)
+
+    def test_nothing_outside_is_written(self, kernels):
+        """The kernels write where the launcher says; NaN around the inputs does not leak in either."""
+        args, do, d_state = arguments(70, 80, 80)
+        guarded = []
+        for x in args[:3]:
+            around = torch.full((B, H, 70 + 64, 96), float("nan"), device="cuda", dtype=x.dtype)
+            around[:, :, :70, :80] = x
+            guarded.append(around[:, :, :70, :80])
+        check(kernels, (*guarded, *args[3:]), do, d_state)

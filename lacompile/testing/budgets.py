@@ -98,7 +98,7 @@ def check_error(
     error = relative_error(got, want)
     found = f"{what}: relative error {error:.2e} against fp64"
     if eager is not None:
-        of_eager = eager if isinstance(eager, float) else relative_error(eager, want)
+        of_eager = relative_error(eager, want) if isinstance(eager, Tensor) else eager
         found += f", eager's is {of_eager:.2e}"
         # twice the roundings, as in the budgets: once forward, once back
         floor = allowed.floor if kind == "output" else 2 * allowed.floor

@@ -50,7 +50,8 @@ def config(dk: int, dv: int, dtype: torch.dtype) -> Config:
     bk = max(64, next_power_of_2(dk))
     bv = max(16, min(64, next_power_of_2(dv)))
     if dtype == torch.float32:
-        return Config(bk, min(bv, 64 if bk <= 64 else 32 if bk <= 128 else 16), 32, 4, 1)
+        # Three products for one leave few registers: short chunks, and more warps for large heads.
+        return Config(bk, min(bv, 32), 16, 4, 2) if bk == 64 else Config(bk, min(bv, 32), 16, 8, 1)
     if bk == 256:
         return Config(bk, min(bv, 32), CHUNK, 4, 2)
     return Config(bk, bv, CHUNK, 4, 3)

@@ -14,6 +14,7 @@ from torch import fx
 from . import _compat, guards, ops, report
 from .errors import LacompileError, NotRewritten
 from .options import Options, check_mode
+from .passes.capture import fake_mode_of
 from .passes.facts import Analysis, DecayedAttention, Match, Refusal
 from .passes.legality import illegal
 from .passes.lift import analyse
@@ -101,6 +102,12 @@ def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     start = time.perf_counter()
     if _compat.functorch_active():
         return _left_alone("a functorch transform or forward-mode AD is active")
+    with _compat.suppressed_guards(fake_mode_of(gm)):
+        return _guardless(gm, example_inputs, options, start)
+
+
+def _guardless(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, start: float) -> Decision:
+    """:func:`decide`; what it asks of symbolic sizes must not specialise the compiled program."""
     found = analyse(gm, example_inputs, buffers=options.buffers)
     try:
         return _decide(gm, example_inputs, options, found, start)

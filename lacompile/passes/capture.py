@@ -227,7 +227,7 @@ class Capture(TorchDispatchMode):
 
     def run(self, example_inputs: Sequence[Any]) -> None:
         """Interprets the whole graph. A node that cannot run on fakes yields unknown tensors, nothing worse."""
-        fake_mode = _fake_mode(self.gm)
+        fake_mode = fake_mode_of(self.gm)
         env: dict[fx.Node, Any] = {}
         reals = iter(example_inputs)
         with contextlib.ExitStack() as stack:
@@ -319,7 +319,8 @@ class Capture(TorchDispatchMode):
             self.records[id(t)].value = v
 
 
-def _fake_mode(gm: fx.GraphModule) -> Any:
+def fake_mode_of(gm: fx.GraphModule) -> Any:
+    """The mode the graph was traced in; None for a graph without tensors."""
     for node in gm.graph.nodes:
         example = node.meta.get("example_value", node.meta.get("val"))
         for t in tree_leaves(example):

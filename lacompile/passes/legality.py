@@ -27,11 +27,39 @@ def illegal(gm: fx.GraphModule, match: Match) -> Refusal | None:
         written = writes_into(node)
         if written is not None and _aliases(written, read):
             return _refusal(match, "unchanged", f"{node.name} writes into a tensor the replacement reads")
-    first = min((order[n] for n in read), default=0)
-    for node in gm.graph.nodes:
-        if first < order[node] < at and node.op == "call_function" and node.target in GRAD_MODE:
-            return _refusal(match, "one-grad-mode", f"{node.name} switches gradients inside the region")
+    modes = _grad_modes(gm)
+    for node in _between(match, read):
+        if not modes[node] and modes[match.target] and node.all_input_nodes and _is_float(node):
+            return _refusal(match, "one-grad-mode", f"{node.name} is computed without gradients inside the region")
     return None
+
+
+def _between(match: Match, read: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that compute the target from the values the replacement reads."""
+    seen: set[fx.Node] = set()
+    work = [match.target]
+    while work:
+        node = work.pop()
+        if node not in seen and node not in read and node.op not in ("placeholder", "get_attr"):
+            seen.add(node)
+            work += node.all_input_nodes
+    return seen
+
+
+def _grad_modes(gm: fx.GraphModule) -> dict[fx.Node, bool]:
+    """Whether gradients are recorded at each node."""
+    enabled = torch.is_grad_enabled()
+    out = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and node.target in GRAD_MODE and isinstance(node.args[0], bool):
+            enabled = node.args[0]
+        out[node] = enabled
+    return out
+
+
+def _is_float(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    return isinstance(example, torch.Tensor) and example.is_floating_point()
 
 
 def _aliases(written: fx.Node, read: set[fx.Node]) -> bool:

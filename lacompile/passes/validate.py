@@ -221,7 +221,7 @@ def _run_region(
     held = dict(env)
     for node in region:
         if node.op == "placeholder":
-            held[node] = _in_fp64(real[node])
+            held[node] = _in_fp64(real[node]) if not isinstance(real[node], torch.SymInt) else _int(real[node])
         elif node.op == "get_attr":
             held[node] = _in_fp64(operator.attrgetter(str(node.target))(gm))
         elif node.op == "call_function" and node.target in (*GRAD_MODE, *AUTOCAST):
@@ -250,6 +250,8 @@ def _plain(arg: Any) -> Any:
     """Arguments that name a low precision or another device, made fp64 on CPU."""
     if isinstance(arg, torch.dtype):
         return torch.float64 if arg.is_floating_point else arg
+    if isinstance(arg, torch.SymInt):
+        return _int(arg)
     if isinstance(arg, torch.device):
         return torch.device("cpu")
     if isinstance(arg, dict):

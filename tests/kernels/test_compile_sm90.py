@@ -13,30 +13,33 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-# name: (kernel, element type, Dk, Dv, per-token decay, bytes of stack per thread that are let pass)
+# name: (kernel, element type, Dk, Dv, per-token decay, tensor descriptors, bytes of stack per thread that are let pass)
 CASES = {
-    "forward bf16 64": ("forward", "bf16", 64, 64, False, 0),
-    "forward bf16 128": ("forward", "bf16", 128, 128, False, 48),
-    "forward bf16 128x64 per token": ("forward", "bf16", 128, 64, True, 80),
-    "forward bf16 256": ("forward", "bf16", 256, 256, False, 64),
-    "forward fp16 80": ("forward", "fp16", 80, 80, False, 32),
-    "backward bf16 64": ("backward", "bf16", 64, 64, False, 0),
-    "backward bf16 128": ("backward", "bf16", 128, 128, False, 64),
-    "backward bf16 128 per token": ("backward", "bf16", 128, 128, True, 144),
-    "segments bf16 128": ("contributions", "bf16", 128, 128, False, 0),
-    "segments bf16 128 per token": ("contributions", "bf16", 128, 128, True, 0),
-    "scan": ("scan", "fp32", 128, 128, False, 0),
-    "decay gradient": ("decay_grad", "bf16", 128, 128, True, 0),
+    "forward bf16 64": ("forward", "bf16", 64, 64, False, True, 0),
+    "forward bf16 128": ("forward", "bf16", 128, 128, False, True, 0),
+    "forward bf16 128x64 per token": ("forward", "bf16", 128, 64, True, True, 48),
+    "forward bf16 256": ("forward", "bf16", 256, 256, False, True, 0),
+    "forward fp16 80 by pointer": ("forward", "fp16", 80, 80, True, False, 96),
+    "forward fp32 64": ("forward", "fp32", 64, 64, False, False, 0),
+    "backward bf16 64 per token": ("backward", "bf16", 64, 64, True, True, 0),
+    "backward bf16 128": ("backward", "bf16", 128, 128, False, True, 0),
+    "backward bf16 128 per token": ("backward", "bf16", 128, 128, True, True, 48),
+    "backward fp16 96 by pointer": ("backward", "fp16", 96, 96, False, False, 144),
+    "segments bf16 128": ("contributions", "bf16", 128, 128, False, True, 0),
+    "segments bf16 128 per token": ("contributions", "bf16", 128, 128, True, True, 0),
+    "scan": ("scan", "fp32", 128, 128, False, False, 0),
+    "decay gradient": ("decay_grad", "bf16", 128, 128, True, False, 0),
 }
-TENSORS = {"q_ptr", "k_ptr", "v_ptr", "o_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr", "b_ptr", "c_ptr"}
-MARKS = {"marks_ptr", "d_marks_ptr"}
 
 
-def sizes(kernel: str, element: str, dk: int, dv: int, per_token: bool) -> tuple[object, dict[str, object], int, int]:
-    """A kernel, its compile-time arguments, warps and stages, as its launcher would choose them."""
+def kernel_and_arguments(
+    kernel: str, element: str, dk: int, dv: int, per_token: bool, tma: bool
+) -> tuple[Any, dict[str, Any], dict[str, int], int, int]:
+    """A kernel, its compile-time arguments, the columns of its tiles, warps and stages, as its launcher chooses."""
     import torch
 
     from lacompile.kernels.lightning2 import launch
@@ -46,40 +49,49 @@ def sizes(kernel: str, element: str, dk: int, dv: int, per_token: bool) -> tuple
     from lacompile.kernels.lightning2.segments import contributions_kernel, scan_kernel
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[element]
-    for_v, for_k = launch.config(dk, dv, dtype), launch.config(dv, dk, dtype)
-    common = {"DK": dk, "DV": dv, "CHUNK": for_v.chunk, "UNIT": 8, "PER_TOKEN": per_token}
+    v, k = launch.config(dk, dv, dtype), launch.config(dv, dk, dtype)
+    common = {"DK": dk, "DV": dv, "CHUNK": v.chunk, "UNIT": 8, "PER_TOKEN": per_token, "TMA": tma}
     common["PRECISION"] = launch.precision(dtype)
-    own = {"BK": for_v.bk, "BV": for_v.bv}
+    own = {"BK": v.bk, "BV": v.bv}
     if kernel == "forward":
-        const = common | own | {"HAS_START": True, "STORE_END": True}
-        return forward_kernel, const, for_v.warps, for_v.stages
+        columns = {"q_source": v.bk, "k_source": v.bk, "v_source": v.bv, "o_target": v.bv}
+        return forward_kernel, common | own | {"HAS_START": True, "STORE_END": True}, columns, v.warps, v.stages
     if kernel == "backward":
-        blocks = {"K_FULL": for_v.bk, "V_FULL": for_k.bk, "K_PART": for_k.bv, "V_PART": for_v.bv}
+        blocks = {"K_FULL": v.bk, "V_FULL": k.bk, "K_PART": k.bv, "V_PART": v.bv}
         flags = {"HAS_START": True, "HAS_D_START": True, "STORE_D_END": True, "DECAY_GRAD": True}
-        return backward_kernel, common | blocks | flags, for_v.warps, min(for_v.stages, for_k.stages)
+        columns = {"q_full": v.bk, "k_full": v.bk, "v_full": k.bk, "do_full": k.bk, "q_part": k.bv, "k_part": k.bv}
+        columns |= {"do_part": v.bv, "dq_part": k.bv, "dk_part": k.bv, "dv_part": v.bv}
+        return backward_kernel, common | blocks | flags, columns, v.warps, min(v.stages, k.stages)
     if kernel == "contributions":
-        return contributions_kernel, common | own | {"REVERSE": True}, for_v.warps, for_v.stages
+        columns = {"b_source": v.bk, "c_source": v.bv}
+        return contributions_kernel, common | own | {"REVERSE": True}, columns, v.warps, v.stages
     if kernel == "scan":
-        return scan_kernel, {"DKV": dk * dv, "TILE": 1024, "REVERSE": True, "HAS_FIRST": True}, 4, 1
+        return scan_kernel, {"DKV": dk * dv, "TILE": 1024, "REVERSE": True, "HAS_FIRST": True}, {}, 4, 1
     const = {"DKV": dk * dv, "BLOCKS": 2, "SPAN": launch.span(per_token), "PER_TOKEN": per_token}
-    return decay_grad_kernel, const | {"HAS_START": True, "HAS_D_END": True}, 4, 1
+    return decay_grad_kernel, const | {"HAS_START": True, "HAS_D_END": True}, {}, 4, 1
 
 
-def compiled(kernel: str, element: str, dk: int, dv: int, per_token: bool) -> dict[str, int]:
+def compiled(kernel: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) -> dict[str, int]:
     """Registers, stack bytes per thread, shared memory and warp-group products of one kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function, const, warps, stages = sizes(kernel, element, dk, dv, per_token)
+    function, const, columns, warps, stages = kernel_and_arguments(kernel, element, dk, dv, per_token, tma)
     names = function.arg_names
-    types = {name: f"*{element}" if name in TENSORS | MARKS else "*fp32" for name in names if name.endswith("_ptr")}
-    types |= {name: "i32" for name in names if name not in types and name not in const} | {"scale": "fp32"}
+    types = {name: "i32" for name in names if name not in const} | {"scale": "fp32"}
+    for name in names:
+        if name in columns and tma:
+            types[name] = f"tensordesc<{element}[1,1,{const['CHUNK']},{columns[name]}]>"
+        elif name in columns or "marks" in name:
+            types[name] = f"*{element}"
+        elif name.endswith("_ptr"):
+            types[name] = "*fp32"
     source = ASTSource(
         function,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in const.items()},
-        {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if name.endswith("_ptr")},
+        {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types.get(name, "").startswith("*")},
     )
     options = {"num_warps": warps, "num_stages": stages}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -88,10 +100,11 @@ def compiled(kernel: str, element: str, dk: int, dv: int, per_token: bool) -> di
         file.write(made.asm["cubin"])
         file.flush()
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
     return {
-        "registers": int(registers),
-        "stack": int(stack),
+        "registers": int(found[1]),
+        "stack": int(found[2]),
         "shared": made.metadata.shared,
         "products": made.asm["ptx"].count("wgmma.mma_async"),
     }
@@ -118,4 +131,4 @@ def test_fits(case, results):
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: compiled(*case[:5]) for name, case in CASES.items()}))
+    print(json.dumps({name: compiled(*case[:-1]) for name, case in CASES.items()}))

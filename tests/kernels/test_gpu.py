@@ -26,10 +26,13 @@ HEAD_SIZES += [(128, 64), (64, 128), (16, 256), (24, 20)]
 LENGTHS = (1, 2, 63, 64, 65, 200, 513)
 
 
-@pytest.fixture(scope="module")
-def kernels():
+@pytest.fixture(params=["descriptors", "pointers"])
+def kernels(request, monkeypatch):
     from lacompile.kernels import lightning2
 
+    if request.param == "descriptors" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("no tensor memory accelerator")
+    monkeypatch.setattr(lightning2.launch, "TMA", request.param == "descriptors")
     return lightning2
 
 
@@ -91,6 +94,8 @@ def check(kernels, args, do, d_state, rows=True):
     found += [(n, g, w, allowed.gradient) for n, g, w in zip(names, grads, want_grads, strict=True)]
     faults = []
     for name, got, want, limit in found:
+        if name == "dg" and got.dim() == 1:
+            limit *= 4  # a sum over all tokens of terms of either sign, each within the budget
         error = relative_error(got, want)
         if not error <= limit:
             faults.append(f"{name}: relative error {error:.2e}, allowed {limit:.2e}")

@@ -13,6 +13,7 @@ from .body import attend
 from .decay import to_log2
 from .decay_grad import decay_grad
 from .segments import segment_states
+from .tiles import of_head
 
 
 @triton.jit(
@@ -24,13 +25,16 @@ from .segments import segment_states
     ]
 )  # fmt: skip
 def backward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    do_ptr,
-    dq_ptr,
-    dk_ptr,
-    dv_ptr,
+    q_full,  # tiles of all columns, as in tiles.py
+    k_full,
+    v_full,
+    do_full,
+    q_part,  # tiles of a block of columns
+    k_part,
+    do_part,
+    dq_part,
+    dk_part,
+    dv_part,
     g_ptr,
     q_rows_ptr,  # [blocks, rows, N] fp32: sums of q * dq over a block's columns
     k_rows_ptr,  # the same of k * dk
@@ -87,6 +91,7 @@ def backward_kernel(
     HAS_D_START: tl.constexpr,
     STORE_D_END: tl.constexpr,
     DECAY_GRAD: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program per (batch and head, segment, gradient, block of columns), those of one segment next to each other.
@@ -100,14 +105,13 @@ def backward_kernel(
     use = pid % uses
     part = (pid // uses) % segments
     row = (pid // uses) // segments
-    b = (row // heads).to(tl.int64)
-    h = (row % heads).to(tl.int64)
+    b = row // heads
+    h = row % heads
     row = row.to(tl.int64)
-    q_at = q_ptr + (b * q_b + h // q_group * q_h) * UNIT
-    k_at = k_ptr + (b * k_b + h // k_group * k_h) * UNIT
-    v_at = v_ptr + (b * v_b + h // v_group * v_h) * UNIT
-    do_at = do_ptr + (b * do_b + h * do_h) * UNIT
-    g_at = g_ptr + b * g_b + h * g_h
+    q_from = h // q_group
+    k_from = h // k_group
+    v_from = h // v_group
+    g_at = g_ptr + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
     begin = part * segment
     stop = tl.minimum(begin + segment, length)
@@ -116,30 +120,38 @@ def backward_kernel(
     marks = row * (tl.cdiv(length, span) + 1) * (DK * DV)
     if use < k_blocks:
         attend(
-            do_at, v_at, k_at, dq_ptr + (b * dq_b + h * dq_h) * UNIT, q_at,
+            of_head(do_full, b, h, do_b, do_h, UNIT, TMA), of_head(v_full, b, v_from, v_b, v_h, UNIT, TMA),
+            of_head(k_part, b, k_from, k_b, k_h, UNIT, TMA), of_head(dq_part, b, h, dq_b, dq_h, UNIT, TMA),
+            of_head(q_part, b, q_from, q_b, q_h, UNIT, TMA),
             q_rows_ptr + (use * rows + row) * length, marks_ptr + marks, g_at, start_at, d_end_ptr,
+            b, h, v_from, k_from, h, q_from,
             do_t * UNIT, v_t * UNIT, k_t * UNIT, dq_t * UNIT, q_t * UNIT, g_t, g_head, scale,
             begin, stop, span, False, use,
             DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN,
-            HAS_START=HAS_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, PRECISION=PRECISION,
+            HAS_START=HAS_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, TMA=TMA, PRECISION=PRECISION,
         )  # fmt: skip
     elif use < 2 * k_blocks:
         attend(
-            v_at, do_at, q_at, dk_ptr + (b * dk_b + h * dk_h) * UNIT, k_at,
+            of_head(v_full, b, v_from, v_b, v_h, UNIT, TMA), of_head(do_full, b, h, do_b, do_h, UNIT, TMA),
+            of_head(q_part, b, q_from, q_b, q_h, UNIT, TMA), of_head(dk_part, b, h, dk_b, dk_h, UNIT, TMA),
+            of_head(k_part, b, k_from, k_b, k_h, UNIT, TMA),
             k_rows_ptr + ((use - k_blocks) * rows + row) * length, d_marks_ptr + marks, g_at, d_start_at, d_end_ptr,
+            b, v_from, h, q_from, h, k_from,
             v_t * UNIT, do_t * UNIT, q_t * UNIT, dk_t * UNIT, k_t * UNIT, g_t, g_head, scale,
             begin, stop, span, False, use - k_blocks,
             DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN,
-            HAS_START=HAS_D_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, PRECISION=PRECISION,
+            HAS_START=HAS_D_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, TMA=TMA, PRECISION=PRECISION,
         )  # fmt: skip
     else:
         attend(
-            k_at, q_at, do_at, dv_ptr + (b * dv_b + h * dv_h) * UNIT, v_at,
+            of_head(k_full, b, k_from, k_b, k_h, UNIT, TMA), of_head(q_full, b, q_from, q_b, q_h, UNIT, TMA),
+            of_head(do_part, b, h, do_b, do_h, UNIT, TMA), of_head(dv_part, b, h, dv_b, dv_h, UNIT, TMA), do_part,
             q_rows_ptr, marks_ptr, g_at, d_start_at, d_end_ptr + row * (DK * DV),
-            k_t * UNIT, q_t * UNIT, do_t * UNIT, dv_t * UNIT, v_t * UNIT, g_t, g_head, scale,
+            b, k_from, q_from, h, h, h,
+            k_t * UNIT, q_t * UNIT, do_t * UNIT, dv_t * UNIT, do_t * UNIT, g_t, g_head, scale,
             begin, stop, span, part == 0, use - 2 * k_blocks,
             DK=DK, DV=DV, BK=K_FULL, BV=V_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN,
-            HAS_START=HAS_D_START, STORE_END=STORE_D_END, TRANSPOSED=False, AUDIT=False, PRECISION=PRECISION,
+            HAS_START=HAS_D_START, STORE_END=STORE_D_END, TRANSPOSED=False, AUDIT=False, TMA=TMA, PRECISION=PRECISION,
         )  # fmt: skip
 
 
@@ -206,15 +218,19 @@ def _backward(
     marks = torch.empty(marks_shape, dtype=launch.mark_dtype(q.dtype), device=q.device)
     d_marks = torch.empty_like(marks)
     unit = launch.unit(q, k, v, do, dq, dk_, dv_)
+    tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
+    chunk = min(for_k.chunk, for_v.chunk)
+    boxes = [(q, for_v.bk), (k, for_v.bk), (v, for_k.bk), (do, for_k.bk), (q, for_k.bv), (k, for_k.bv), (do, for_v.bv)]
+    boxes += [(dq, for_k.bv), (dk_, for_k.bv), (dv_, for_v.bv)]
     backward_kernel[(programs * split.count,)](
-        q, k, v, do, dq, dk_, dv_, log_decay, q_rows, k_rows,
+        *(launch.source(x, tma, chunk, columns) for x, columns in boxes), log_decay, q_rows, k_rows,
         q_rows if start is None else start, q_rows if d_start is None else d_start, marks, d_marks, d_initial,
         *launch.strides(q, unit), *launch.strides(k, unit), *launch.strides(v, unit), *launch.strides(do, unit),
         *launch.strides(dq, unit), *launch.strides(dk_, unit), *launch.strides(dv_, unit),
         *launch.decay_strides(log_decay), float(scale), rows, heads, *groups, length,
         split.tokens, split.count, span, slots,
         DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv,
-        CHUNK=min(for_k.chunk, for_v.chunk), UNIT=unit,
+        CHUNK=chunk, UNIT=unit, TMA=tma,
         PER_TOKEN=log_decay.dim() == 3, HAS_START=start is not None, HAS_D_START=d_start is not None,
         STORE_D_END=initial_state is not None, DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype),
         num_warps=max(for_k.warps, for_v.warps), num_stages=min(for_k.stages, for_v.stages),

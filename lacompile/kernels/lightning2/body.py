@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .decay import between, chunk_sums
+from .tiles import read, write
 
 
 @triton.jit
@@ -26,16 +27,22 @@ def state_offsets(
 
 @triton.jit
 def attend(
-    a_ptr,  # [N, DK] of one head
-    b_ptr,  # [N, DK]
-    c_ptr,  # [N, DV]
-    y_ptr,  # [N, DV] output
-    x_ptr,  # [N, DV] factor of y in the row sums, if AUDIT
+    a_source,  # [N, DK] of one head, as in tiles.py
+    b_source,  # [N, DK]
+    c_source,  # [N, DV]
+    y_target,  # [N, DV] output
+    x_source,  # [N, DV] factor of y in the row sums, if AUDIT
     rows_ptr,  # [N] fp32 output: sum over this block's columns of x * y, if AUDIT
     marks_ptr,  # output: states before token 0, span, 2 span, ..., and after the last token, if AUDIT
     g_ptr,  # [N] log-decays if PER_TOKEN
     start_ptr,  # fp32 state to begin with, if HAS_START
     end_ptr,  # fp32 state at the end, if STORE_END
+    batch,
+    a_head,
+    b_head,
+    c_head,
+    y_head,
+    x_head,
     a_stride,
     b_stride,
     c_stride,
@@ -60,25 +67,16 @@ def attend(
     STORE_END: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     AUDIT: tl.constexpr,  # also write what the decay's gradient is made of
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Tokens ``[begin, stop)`` of one head, columns ``[block * BV, block * BV + BV)`` of the output.
 
     Forwards the state is that of the operator, ``S = sum b c`` up to the token, and the output carries ``scale``;
     backwards it is the state's gradient, which carries ``scale`` itself. Strides are those of tokens; the last one is
-    1. Offsets inside a tile are int32, the tile's own is int64. States are ``[DK, DV]``, or ``[DV, DK]`` if
-    TRANSPOSED. ``span`` is a multiple of CHUNK and divides ``begin``.
+    1. States are ``[DK, DV]``, or ``[DV, DK]`` if TRANSPOSED. ``span`` is a multiple of CHUNK and divides ``begin``.
     """
-    t = tl.arange(0, CHUNK)
-    k = tl.arange(0, BK)
-    n = block * BV + tl.arange(0, BV)
-    in_k = k < DK
-    in_v = n < DV
-    a_tile = t[:, None] * a_stride + k[None, :]
-    b_tile = k[:, None] + t[None, :] * b_stride  # read transposed: both products want b that way round
-    c_tile = t[:, None] * c_stride + n[None, :]
-    y_tile = t[:, None] * y_stride + n[None, :]
-    x_tile = t[:, None] * x_stride + n[None, :]
+    column = block * BV
     at_state, in_state = state_offsets(block, DK, DV, TRANSPOSED, BK, BV)
     if HAS_START:
         state = tl.load(start_ptr + at_state, mask=in_state, other=0.0).to(tl.float32)
@@ -88,11 +86,9 @@ def attend(
     chunks = tl.cdiv(stop - begin, CHUNK)
     for step in range(chunks):
         at = begin + (chunks - 1 - step if REVERSE else step) * CHUNK
-        at64 = at.to(tl.int64)
-        here = t < stop - at
-        a = tl.load(a_ptr + at64 * a_stride + a_tile, mask=here[:, None] & in_k[None, :], other=0.0)
-        b = tl.load(b_ptr + at64 * b_stride + b_tile, mask=in_k[:, None] & here[None, :], other=0.0)
-        c = tl.load(c_ptr + at64 * c_stride + c_tile, mask=here[:, None] & in_v[None, :], other=0.0)
+        a = read(a_source, batch, a_head, a_stride, at, stop, 0, CHUNK, BK, DK, TMA)
+        b = tl.trans(read(b_source, batch, b_head, b_stride, at, stop, 0, CHUNK, BK, DK, TMA))
+        c = read(c_source, batch, c_head, c_stride, at, stop, column, CHUNK, BV, DV, TMA)
         sums, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN)
         weight = between(sums, g_head, REVERSE, CHUNK, PER_TOKEN)
         if REVERSE:
@@ -111,11 +107,11 @@ def attend(
         scores = tl.dot(a, b, input_precision=PRECISION) * (weight * scale)
         y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION)
 
-        out = here[:, None] & in_v[None, :]
-        tl.store(y_ptr + at64 * y_stride + y_tile, y.to(y_ptr.dtype.element_ty), mask=out)
+        write(y_target, y, batch, y_head, y_stride, at, stop, column, CHUNK, BV, DV, TMA)
         if AUDIT:
-            x = tl.load(x_ptr + at64 * x_stride + x_tile, mask=out, other=0.0)
-            tl.store(rows_ptr + at64 + t, tl.sum(x.to(tl.float32) * y, 1), mask=here)
+            x = read(x_source, batch, x_head, x_stride, at, stop, column, CHUNK, BV, DV, TMA)
+            t = tl.arange(0, CHUNK)
+            tl.store(rows_ptr + at.to(tl.int64) + t, tl.sum(x.to(tl.float32) * y, 1), mask=t < stop - at)
             border = at if REVERSE else at + CHUNK
             if (border % span == 0) | (border >= stop):
                 mark = tl.cdiv(border, span).to(tl.int64) * (DK * DV)

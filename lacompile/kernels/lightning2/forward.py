@@ -12,6 +12,7 @@ from . import launch
 from .body import attend
 from .decay import to_log2
 from .segments import segment_states
+from .tiles import of_head
 
 
 @triton.jit(
@@ -21,10 +22,10 @@ from .segments import segment_states
     ]
 )  # fmt: skip
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    o_ptr,
+    q_source,
+    k_source,
+    v_source,
+    o_target,
     g_ptr,
     start_ptr,
     end_ptr,
@@ -61,6 +62,7 @@ def forward_kernel(
     PER_TOKEN: tl.constexpr,
     HAS_START: tl.constexpr,
     STORE_END: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program per (batch and head, segment, block of columns), the blocks of a head next to each other.
@@ -72,24 +74,25 @@ def forward_kernel(
     block = pid % blocks
     part = (pid // blocks) % segments
     row = (pid // blocks) // segments
-    b = (row // heads).to(tl.int64)
-    h = (row % heads).to(tl.int64)
+    b = row // heads
+    h = row % heads
     row = row.to(tl.int64)
-    q_at = q_ptr + (b * q_b + h // q_group * q_h) * UNIT
-    k_at = k_ptr + (b * k_b + h // k_group * k_h) * UNIT
-    v_at = v_ptr + (b * v_b + h // v_group * v_h) * UNIT
-    g_at = g_ptr + b * g_b + h * g_h
+    q_at = of_head(q_source, b, h // q_group, q_b, q_h, UNIT, TMA)
+    k_at = of_head(k_source, b, h // k_group, k_b, k_h, UNIT, TMA)
+    v_at = of_head(v_source, b, h // v_group, v_b, v_h, UNIT, TMA)
+    o_at = of_head(o_target, b, h, o_b, o_h, UNIT, TMA)
+    g_at = g_ptr + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
     begin = part * segment
     stop = tl.minimum(begin + segment, length)
-    start_at = start_ptr + (row * start_slots + part) * (DK * DV)
     attend(
-        q_at, k_at, v_at, o_ptr + (b * o_b + h * o_h) * UNIT, q_at, end_ptr, end_ptr, g_at,
-        start_at, end_ptr + row * (DK * DV),
+        q_at, k_at, v_at, o_at, q_at, end_ptr, end_ptr, g_at,
+        start_ptr + (row * start_slots + part) * (DK * DV), end_ptr + row * (DK * DV),
+        b, h // q_group, h // k_group, h // v_group, h, h,
         q_t * UNIT, k_t * UNIT, v_t * UNIT, o_t * UNIT, q_t * UNIT, g_t, g_head, scale,
         begin, stop, segment, part == segments - 1, block,
         DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN,
-        HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False, PRECISION=PRECISION,
+        HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False, TMA=TMA, PRECISION=PRECISION,
     )  # fmt: skip
 
 
@@ -128,13 +131,15 @@ def _forward(
         slots = split.count + 1
         start = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
     unit = launch.unit(q, k, v, o)
+    tma = launch.use_tma(q, k, v, o)
+    boxes = [launch.source(x, tma, c.chunk, n) for x, n in ((q, c.bk), (k, c.bk), (v, c.bv), (o, c.bv))]
     forward_kernel[(programs * split.count,)](
-        q, k, v, o, log_decay, q if start is None else start, state,
+        *boxes, log_decay, q if start is None else start, state,
         *launch.strides(q, unit), *launch.strides(k, unit), *launch.strides(v, unit), *launch.strides(o, unit),
         *launch.decay_strides(log_decay), float(scale), heads,
         heads // q.shape[1], heads // k.shape[1], heads // v.shape[1], length, split.tokens, split.count, slots,
         DK=dk, DV=dv, BK=c.bk, BV=c.bv, CHUNK=c.chunk, UNIT=unit, PER_TOKEN=log_decay.dim() == 3,
-        HAS_START=start is not None, STORE_END=want_state, PRECISION=launch.precision(q.dtype),
+        HAS_START=start is not None, STORE_END=want_state, TMA=tma, PRECISION=launch.precision(q.dtype),
         num_warps=c.warps, num_stages=c.stages,
     )  # fmt: skip
     return o, state

@@ -8,8 +8,10 @@ from math import gcd
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 CHUNK = 64
+TMA = True  # read and write by tensor descriptors where that is possible
 # Tokens between two states that are written down when the decay's gradient is wanted (see decay_grad.py); powers of
 # two and multiples of every chunk. Between them rounding accumulates. A fixed decay sums its gradient over all tokens,
 # which amplifies that, so it gets a mark at every chunk; per token, marks add 7 % to the bytes of the backward pass.
@@ -54,7 +56,8 @@ def config(dk: int, dv: int, dtype: torch.dtype) -> Config:
         return Config(bk, min(bv, 32), 16, 4, 2) if bk == 64 else Config(bk, min(bv, 32), 16, 8, 1)
     if bk == 256:
         return Config(bk, min(bv, 32), CHUNK, 4, 2)
-    return Config(bk, bv, CHUNK, 4, 3)
+    # Two programs share a multiprocessor: at most 255 registers to a thread and 113 KiB of shared memory each.
+    return Config(bk, bv, CHUNK, 4, 3 if bk == 64 else 2, resident=2)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -123,6 +126,38 @@ def unit(*tensors: Tensor) -> int:
         for n in range(x.dim() - 1):
             common = gcd(common, x.stride(n))
     return 8 if common == 8 else 1
+
+
+@cache
+def has_tma(device: torch.device) -> bool:
+    """Whether a device has a tensor memory accelerator (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def use_tma(*tensors: Tensor) -> bool:
+    """Whether every tensor ``[B,H,N,D]`` can be read by descriptor: 16-bit, rows aligned to 16 bytes, none repeated."""
+    if not TMA or not has_tma(tensors[0].device):
+        return False
+    return all(
+        x.element_size() == 2
+        and x.data_ptr() % 16 == 0
+        and all(size == 1 or (stride % 8 == 0 and 0 < stride < 2**38) for size, stride in _outer(x))
+        for x in tensors
+    )
+
+
+def _outer(x: Tensor) -> list[tuple[int, int]]:
+    """(size, stride) of all dimensions but the last."""
+    return list(zip(x.shape[:-1], x.stride()[:-1], strict=True))
+
+
+def source(x: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
+    """What a kernel reads tiles ``[rows, columns]`` of one head of x from, or writes them to (tiles.py)."""
+    if not tma:
+        return x
+    # The stride of a dimension of one element means nothing but must be a valid one.
+    steps = [8 if size == 1 else stride for size, stride in _outer(x)]
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, columns])
 
 
 def strides(x: Tensor, unit: int) -> tuple[int, int, int]:

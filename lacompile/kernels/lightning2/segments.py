@@ -14,6 +14,7 @@ from torch import Tensor
 from . import launch
 from .body import state_offsets
 from .decay import chunk_sums, to_log2
+from .tiles import of_head, read
 
 # Fixed decay: what is older than this many halvings is below the rounding of the fp32 state and is not read.
 HALVINGS = tl.constexpr(40.0)
@@ -21,9 +22,12 @@ HALVINGS = tl.constexpr(40.0)
 
 @triton.jit
 def contribution(
-    b_ptr,
-    c_ptr,
+    b_source,
+    c_source,
     g_ptr,
+    batch,
+    b_head,
+    c_head,
     b_stride,
     c_stride,
     g_stride,
@@ -39,19 +43,13 @@ def contribution(
     CHUNK: tl.constexpr,
     REVERSE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """(``[BK, BV]`` sum of decayed ``scale b c`` over tokens ``[begin, stop)``, the decay over all of them in log2).
 
     Forwards each token decays to the segment's end, backwards to its start.
     """
-    t = tl.arange(0, CHUNK)
-    k = tl.arange(0, BK)
-    n = block * BV + tl.arange(0, BV)
-    in_k = k < DK
-    in_v = n < DV
-    b_tile = k[:, None] + t[None, :] * b_stride
-    c_tile = t[:, None] * c_stride + n[None, :]
     total = tl.full((), 0.0, tl.float32)
     if not PER_TOKEN:
         total = (stop - begin).to(tl.float32) * g_head
@@ -66,10 +64,8 @@ def contribution(
     chunks = tl.cdiv(stop - begin, CHUNK)
     for step in range(chunks):
         at = begin + (chunks - 1 - step if REVERSE else step) * CHUNK
-        at64 = at.to(tl.int64)
-        here = t < stop - at
-        b = tl.load(b_ptr + at64 * b_stride + b_tile, mask=in_k[:, None] & here[None, :], other=0.0)
-        c = tl.load(c_ptr + at64 * c_stride + c_tile, mask=here[:, None] & in_v[None, :], other=0.0)
+        b = tl.trans(read(b_source, batch, b_head, b_stride, at, stop, 0, CHUNK, BK, DK, TMA))
+        c = read(c_source, batch, c_head, c_stride, at, stop, block * BV, CHUNK, BV, DV, TMA)
         sums, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN)
         to_state = tl.exp2(sums if REVERSE else last - sums) * scale
         weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
@@ -86,8 +82,8 @@ def contribution(
     ]
 )  # fmt: skip
 def contributions_kernel(
-    b_ptr,
-    c_ptr,
+    b_source,
+    c_source,
     g_ptr,
     states_ptr,  # [rows, segments + 1, DK, DV] fp32: each segment's contribution, in the slot it leads to
     totals_ptr,  # [rows, segments] fp32: log2-decay over each segment
@@ -115,6 +111,7 @@ def contributions_kernel(
     UNIT: tl.constexpr,
     REVERSE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
+    TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One program per (batch and head, segment but the last in this direction of time, block of columns).
@@ -127,16 +124,17 @@ def contributions_kernel(
     block = pid % blocks
     part = (pid // blocks) % (segments - 1) + (1 if REVERSE else 0)
     row = (pid // blocks) // (segments - 1)
-    b = (row // heads).to(tl.int64)
-    h = (row % heads).to(tl.int64)
+    b = row // heads
+    h = row % heads
     row = row.to(tl.int64)
-    g_at = g_ptr + b * g_b + h * g_h
+    g_at = g_ptr + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
     begin = part * segment
     state, total = contribution(
-        b_ptr + (b * b_b + h // b_group * b_h) * UNIT, c_ptr + (b * c_b + h // c_group * c_h) * UNIT, g_at,
+        of_head(b_source, b, h // b_group, b_b, b_h, UNIT, TMA),
+        of_head(c_source, b, h // c_group, c_b, c_h, UNIT, TMA), g_at, b, h // b_group, h // c_group,
         b_t * UNIT, c_t * UNIT, g_t, g_head, scale, begin, tl.minimum(begin + segment, length), block,
-        DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, PRECISION,
+        DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, TMA, PRECISION,
     )  # fmt: skip
     at_state, in_state = state_offsets(block, DK, DV, False, BK, BV)
     slot = row * (segments + 1) + (part if REVERSE else part + 1)
@@ -195,17 +193,17 @@ def segment_states(
     batch, _, length, dk = b.shape
     dv = c.shape[3]
     cfg = launch.config(dk, dv, b.dtype)
-    unit = launch.unit(b, c)
+    unit, tma = launch.unit(b, c), launch.use_tma(b, c)
     fp32 = {"dtype": torch.float32, "device": b.device}
     states = torch.empty(batch, heads, split.count + 1, dk, dv, **fp32)
     totals = torch.empty(batch * heads, split.count, **fp32)
     grid = (batch * heads * (split.count - 1) * triton.cdiv(dv, cfg.bv),)
     contributions_kernel[grid](
-        b, c, log_decay, states, totals,
+        launch.source(b, tma, cfg.chunk, cfg.bk), launch.source(c, tma, cfg.chunk, cfg.bv), log_decay, states, totals,
         *launch.strides(b, unit), *launch.strides(c, unit), *launch.decay_strides(log_decay), float(scale), heads,
         heads // b.shape[1], heads // c.shape[1], length, split.tokens, split.count,
         DK=dk, DV=dv, BK=cfg.bk, BV=cfg.bv, CHUNK=cfg.chunk, UNIT=unit, REVERSE=reverse,
-        PER_TOKEN=log_decay.dim() == 3, PRECISION=launch.precision(b.dtype),
+        PER_TOKEN=log_decay.dim() == 3, TMA=tma, PRECISION=launch.precision(b.dtype),
         num_warps=cfg.warps, num_stages=cfg.stages,
     )  # fmt: skip
     tile = min(1024, launch.next_power_of_2(dk * dv))

@@ -58,8 +58,9 @@ def lightning(
     if compiled is None:
         compiled = hand_over(gm, example_inputs)
     elif settings.buffers != "trust":
+        again = _Again(gm, settings, hand_over, decision.rewritten, compiled)
         compiled = guards.guarded(
-            compiled, lambda: hand_over(gm, example_inputs), decision.assumptions(gm), example_inputs
+            compiled, lambda: hand_over(gm, example_inputs), decision.assumptions(gm), example_inputs, again
         )
     final = replace(decision.report, notes=decision.report.notes + tuple(hand_over.notes))
     report.publish(final)
@@ -94,7 +95,8 @@ class Decision:
         target = self.matches[0].target if self.matches else None
         miss = NearMiss.of(Refusal(stage, "internal-error", target, "a graph that compiles", why))
         near_misses = (*self.report.near_misses, miss)
-        return Decision(None, (), replace(self.report, rewrites=(), near_misses=near_misses))
+        nodes = self.report.nodes_before
+        return Decision(None, (), replace(self.report, rewrites=(), near_misses=near_misses, nodes_after=nodes))
 
 
 def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Decision:
@@ -155,7 +157,8 @@ def _decide(
         for f in m.facts
     )
     seconds = {**found.seconds, "total": time.perf_counter() - start}
-    return Decision(rewritten, tuple(kept), Report(rewrites, tuple(map(NearMiss.of, refusals)), 1, seconds))
+    nodes = {"nodes_before": len(gm.graph.nodes), "nodes_after": len((rewritten or gm).graph.nodes)}
+    return Decision(rewritten, tuple(kept), Report(rewrites, tuple(map(NearMiss.of, refusals)), 1, seconds, **nodes))
 
 
 def _is_state(match: Match) -> bool:
@@ -186,6 +189,33 @@ def _reference(fact: DecayedAttention, q: Any, k: Any, v: Any, log_decay: Any, s
     from .kernels import cpu
 
     return cpu.forward(q, k, v, log_decay, fact.scale, state)
+
+
+class _Again:
+    """The same graph for inputs of other values; rewrites that bake no number are the same graph and not compiled again."""
+
+    def __init__(self, gm: fx.GraphModule, settings: Options, hand_over: _HandOver, rewritten: Any, compiled: Any):
+        self.gm, self.settings, self.hand_over = gm, settings, hand_over
+        self.known = {rewritten.code: compiled}
+        self.symbolic = any(n.op == "placeholder" and _is_symbolic(n) for n in gm.graph.nodes)
+
+    def __call__(self, args: Sequence[Any]) -> tuple[Callable[..., Any], list[tuple[int, Any]]] | None:
+        decision = decide(self.gm, args, self.settings)
+        if decision.rewritten is None:
+            return None
+        code = decision.rewritten.code
+        if code not in self.known:
+            if self.symbolic:  # sizes can only be compiled for while Dynamo traces
+                return None
+            self.known[code] = self.hand_over(decision.rewritten, args)
+        report.publish(decision.report)
+        return self.known[code], decision.assumptions(self.gm)
+
+
+def _is_symbolic(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    sizes = example.shape if isinstance(example, torch.Tensor) else (example,)
+    return any(isinstance(s, torch.SymInt) for s in sizes)
 
 
 class _HandOver:

@@ -1,51 +1,100 @@
-"""Buffers are not guarded by Dynamo: what a rewrite assumed about a tensor is checked before each call."""
+"""Buffers are not guarded by Dynamo: what a rewrite assumed about a tensor is checked before each call.
+
+Layers of one class share one graph, so the same graph is called with the buffers of each. Where an assumption does not
+hold of them the graph is analysed again, with their values: what comes out serves those buffers from then on.
+"""
 
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .passes.facts import Assumption
+from .passes.facts import Assumption, unchanged
 
 log = logging.getLogger("lacompile")
 
 Compiled = Callable[..., Any]
+Assumed = Sequence[tuple[int, Assumption]]
+"""Positions among the inputs, and what is assumed of the tensors there."""
+
+MAX_VARIANTS = 64
+MAX_KNOWN = 256
 
 
 def guarded(
     compiled: Compiled,
     fallback: Callable[[], Compiled],
-    assumptions: Sequence[tuple[int, Assumption]],
+    assumptions: Assumed,
     example_inputs: Sequence[Any],
+    specialise: Callable[[Sequence[Any]], tuple[Compiled, Assumed] | None] | None = None,
 ) -> Compiled:
-    """``compiled`` while the assumptions hold, else the un-rewritten graph, compiled when first needed.
+    """``compiled`` while the assumptions hold, else what ``specialise`` makes of the new values, else the original.
 
     Args:
         compiled: the rewritten graph.
-        fallback: compiles the original one.
-        assumptions: position among the inputs, and what was assumed of the tensor there.
-        example_inputs: the tensors of which it is known already.
+        fallback: compiles the original one, when it is first needed.
+        assumptions: of the rewritten graph.
+        example_inputs: the tensors of which they are known to hold.
+        specialise: analyses the original graph again for other inputs; None where it cannot be rewritten for them.
     """
     if not assumptions:
         return compiled
-    checks = [_Check(i, a, example_inputs[i]) for i, a in assumptions]
+    variants = [_Variant(compiled, assumptions, example_inputs)]
     original: Compiled | None = None
 
     def call(*args: Any) -> Any:
         nonlocal original
-        for check in checks:
-            if not check(args):
-                if original is None:
-                    log.warning("%s no longer holds; running the original graph", check.assumption.text)
-                    original = fallback()
-                return original(*args)
-        return compiled(*args)
+        for variant in variants:
+            if variant.holds(args):
+                return (variant.compiled or original)(*args)  # type: ignore[misc]
+        if specialise is not None and len(variants) < MAX_VARIANTS:
+            found = specialise(args)
+            if found is not None:
+                variants.append(_Variant(*found, args))
+                return found[0](*args)
+        if original is None:
+            original = fallback()
+            log.warning("%s no longer holds; running the original graph", variants[0].broken(args))
+        if specialise is not None and len(variants) < MAX_VARIANTS:
+            # These values are known to have no rewrite: no second analysis while they last.
+            as_now = [(i, Assumption(a.node, a.kind, a.text, unchanged(args[i]))) for i, a in assumptions]
+            variants.append(_Variant(None, as_now, args))
+        return original(*args)
 
     call._boxed_call = False  # type: ignore[attr-defined]
     return call
+
+
+class _Variant:
+    """One compiled graph and what it rests on; ``compiled`` is None for the original graph."""
+
+    def __init__(self, compiled: Compiled | None, assumptions: Assumed, example_inputs: Sequence[Any]):
+        self.compiled = compiled
+        self.checks = [_Check(i, a, example_inputs[i]) for i, a in assumptions]
+
+    def holds(self, args: Sequence[Any]) -> bool:
+        return all(check(args) for check in self.checks)
+
+    def broken(self, args: Sequence[Any]) -> str:
+        return next(check.assumption.text for check in self.checks if not check(args))
+
+
+@dataclass
+class _Seen:
+    """A tensor at one of its versions, and whether the assumption held of it then."""
+
+    tensor: weakref.ref[torch.Tensor]
+    address: int
+    version: int
+    held: bool
+
+    def is_now(self, tensor: torch.Tensor) -> bool:
+        return self.tensor() is tensor and self.address == tensor.data_ptr() and self.version == tensor._version
 
 
 class _Check:
@@ -53,18 +102,23 @@ class _Check:
 
     def __init__(self, position: int, assumption: Assumption, tensor: torch.Tensor):
         self.position, self.assumption = position, assumption
-        self.seen = _identity(tensor)
-        self.held = True
+        self.known: dict[int, _Seen] = {}
+        self._note(tensor, True)
 
     def __call__(self, args: Sequence[Any]) -> bool:
         tensor = args[self.position]
-        now = _identity(tensor)
-        if now is None or now != self.seen:
-            self.held = self.assumption.holds(tensor.detach())
-            self.seen = now
-        return self.held
+        if tensor.is_inference():  # PyTorch does not count what is written into these
+            return self.assumption.holds(tensor.detach())
+        seen = self.known.get(id(tensor))
+        if seen is not None and seen.is_now(tensor):
+            return seen.held
+        held = self.assumption.holds(tensor.detach())
+        self._note(tensor, held)
+        return held
 
-
-def _identity(tensor: torch.Tensor) -> tuple[int, int] | None:
-    """Where the tensor lives and how often it was written; None where PyTorch does not count (inference tensors)."""
-    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+    def _note(self, tensor: torch.Tensor, held: bool) -> None:
+        if tensor.is_inference():
+            return
+        if len(self.known) >= MAX_KNOWN:
+            self.known.clear()
+        self.known[id(tensor)] = _Seen(weakref.ref(tensor), tensor.data_ptr(), tensor._version, held)

@@ -110,6 +110,16 @@ class Assumption:
     holds: Callable[[torch.Tensor], bool] = field(compare=False)
 
 
+def unchanged(tensor: torch.Tensor) -> Callable[[torch.Tensor], bool]:
+    """Whether another tensor has the dtype, shape and values that this one has now."""
+    seen = tensor.detach().clone()
+
+    def holds(now: torch.Tensor) -> bool:
+        return now.dtype == seen.dtype and now.shape == seen.shape and bool(torch.equal(now.to(seen.device), seen))
+
+    return holds
+
+
 # -------------------------------------------------------------------------------------------------------------- facts
 
 Formulation = Literal["parallel", "chunkwise", "recurrent"]

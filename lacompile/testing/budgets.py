@@ -2,7 +2,7 @@
 
 An error is a relative L2 error against the same computation in fp64: ``||got - want|| / ||want||``. Two rules hold:
 
-1. it is within the budget of its dtype;
+1. it is within the budget of its dtype, unless eager itself is not, as in a deep model;
 2. it is at most twice what eager PyTorch makes in the same dtype on the same inputs, plus a floor.
 
 The second rule catches a kernel that is worse than what it replaces but still within the budget. The floor is there
@@ -104,6 +104,8 @@ def check_error(
         floor = allowed.floor if kind == "output" else 2 * allowed.floor
         if not error <= 2 * of_eager + floor:
             raise AssertionError(f"{found}; allowed is twice that plus {floor:.2e}")
+        if limit < of_eager < math.inf:
+            return error
     if not error <= limit:
         raise AssertionError(f"{found}; the budget is {limit:.2e}")
     return error

@@ -14,9 +14,9 @@ import sympy
 import torch
 
 from ..._compat import outside_modes
-from .affine import INF, ONE, ZERO, Aff, Number, Range, box
+from .affine import INF, ONE, ZERO, Aff, Number
 from .evaluate import Evaluator
-from .leaves import Argument, Extended, Leaf, Leaves, Opaque, Table
+from .leaves import Leaf, Leaves, Opaque, Table
 from .merge import TooManyTerms, merge_sum
 from .normal import Algebra
 from .term import NO_GUARDS, Access, Case, Exponent, Guards, Mono, Term, Val, constant, value

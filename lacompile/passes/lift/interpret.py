@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_leaves
 
 from ..._compat import outside_modes
 from ..capture import Capture, ViewStep
-
 from .engine import Engine, GiveUp
 from .leaves import Opaque
 from .statics import Statics

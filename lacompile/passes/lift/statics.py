@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..facts import Assumption
+from ..facts import Assumption, unchanged
 from ..names import source_name, spoken
 from .affine import ONE, Aff
 from .buffers import Family, Fit, aligned, families, fit, head_index
@@ -79,7 +79,7 @@ class Statics:
         """What a rewrite that rests on these inputs takes for granted."""
         for node in nodes:
             if node in self._used:
-                yield Assumption(node, "values", f"the values of {spoken(node)}", _unchanged(self.real[node]))
+                yield Assumption(node, "values", f"the values of {spoken(node)}", unchanged(self.real[node]))
 
     # -------------------------------------------------------------------------------------------------------- details
 
@@ -169,13 +169,4 @@ def belongs_to_module(node: fx.Node, real: torch.Tensor) -> bool:
     if getattr(real, "_dynamo_static_input_type", None) is not None or "_buffers" in name:
         return True
     return name.startswith("G[") or name.startswith("L['self'].") or "__closure__" in name
-
-
-def _unchanged(real: torch.Tensor) -> Callable[[torch.Tensor], bool]:
-    seen = real.detach().clone()
-
-    def holds(now: torch.Tensor) -> bool:
-        return now.dtype == seen.dtype and now.shape == seen.shape and bool(torch.equal(now.to(seen.device), seen))
-
-    return holds
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..affine import ONE, TAU, ZERO, Aff, box
+from ..affine import ONE, TAU, ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..leaves import Opaque, Table
 from ..term import NO_EXPONENT, NO_GUARDS, Case, Exponent, Guards, Mono, Term, Val, constant, value

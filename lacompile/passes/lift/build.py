@@ -1,0 +1,298 @@
+"""From a proof to the recipe that replaces its target."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from ..facts import Assumption, Attend, Call, Const, DecayedAttention, Expr, values_of
+from ..names import spoken
+from .affine import ONE, Aff
+from .emit import CannotEmit, Emitter, Piece, cast
+from .interpret import Interpreter
+from .leaves import Argument, Opaque, Symbol
+from .proof import E_ROLE, N_ROLE, Proof, Refused
+from .term import Access, Mono, Term
+
+aten = torch.ops.aten
+
+
+class Builder:
+    """Turns a proof into the recipe that replaces its target."""
+
+    def __init__(self, interpreter: Interpreter, held: dict[int, tuple[fx.Node, tuple[Aff, ...]]]):
+        self.interpreter, self.engine, self.held = interpreter, interpreter.engine, held
+
+    def build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
+        """The fact and the replacement.
+
+        Raises:
+            Refused: a factor cannot be read off the graph.
+        """
+        try:
+            return self._build(p)
+        except CannotEmit as e:
+            raise Refused("emission", e.expected, e.found, 8) from None
+
+    def _build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
+        everything = [*p.q, *p.k, *p.v, *p.outer, *(p.state or ())]
+        for mono, _ in (*p.q_weights, *p.k_weights, *p.outer_weights, *p.fixed, *p.tokens):
+            everything += mono
+        target_of = {d: Aff.var(r) for r, d in p.place.items() if p.fact.value.shape[d] != ONE}
+        residual = [t.sub(self.engine.space, target_of) for t in p.residual]
+        for t in residual:
+            everything += t.accs
+            everything += [a for mono, _ in t.exp.lin for a in mono]
+        like = self._some_node(p.q)
+        self.emitter = Emitter(self.engine, p.roles, everything, self.held, like)
+        heads, batch = self._head_roles(p)
+        dtype = p.fact.compute
+        groups_q = [batch, heads, [N_ROLE], p.key_features]
+        e_group = [E_ROLE] if E_ROLE in p.roles else []
+        q = self._operand(p.q, p.q_weights, groups_q, dtype, p)
+        k = self._operand(p.k, p.k_weights, groups_q, dtype, p)
+        v = self._operand(p.v, [], [batch, heads, [N_ROLE], e_group], dtype, p)
+        log_decay, source = self._log_decay(p, batch, heads)
+        state = None
+        if p.state is not None:
+            piece = self.emitter.product(p.state)
+            assert piece is not None
+            state = self.emitter.assemble(cast(piece, torch.float32), [batch, heads, p.key_features, e_group])
+        fact = DecayedAttention(
+            q=q,
+            k=k,
+            v=v,
+            log_decay=log_decay,
+            scale=p.scale,
+            initial_state=state,
+            batch=self._length(p, batch),
+            heads=self._length(p, heads),
+            length=self._length(p, [N_ROLE]),
+            dk=int(math.prod(self._length(p, [d]) for d in p.key_features)),
+            dv=int(self._length(p, e_group)),
+            dtype=dtype,
+            decay_per_token=bool(p.tokens),
+            formulation=formulation(p, {x.node for e in (q, k, v) for x in values_of(e)}),
+            decay_source=source,
+            assumptions=tuple(self._assumptions(p, [q, k, v, log_decay, *([] if state is None else [state])])),
+        )
+        return fact, self._replacement(p, fact, batch, heads, e_group, residual)
+
+    def _length(self, p: Proof, roles: Sequence[int]) -> Any:
+        total: Any = 1
+        for r in roles:
+            size = p.roles[r]
+            if size.is_const:
+                total = total * int(size.const)
+            else:
+                total = total * p.fact.tensor.shape[p.place[r]]
+        return total
+
+    def _some_node(self, accesses: Sequence[Access]) -> fx.Node:
+        for leaf, _ in accesses:
+            kind = self.engine.leaves[leaf].kind
+            if isinstance(kind, Opaque) and kind.node is not None:
+                return kind.node
+            if isinstance(kind, Symbol):
+                for a in kind.args:
+                    if isinstance(a, Argument):
+                        try:
+                            return self._some_node([(a.leaf, ())])
+                        except CannotEmit:
+                            continue
+        raise CannotEmit("a value of the traced graph", "queries made of constants")
+
+    def _head_roles(self, p: Proof) -> tuple[list[int], list[int]]:
+        """Heads are the batch-like roles that a fixed decay depends on; without one, the innermost."""
+        space = self.engine.space
+        monos = [m for m, _ in (*p.fixed, *p.tokens)]
+        used = {v for m in monos for _, idx in m for x in idx for v in space.vars(x)}
+        if p.tokens:
+            heads = p.batch_like[1:] if len(p.batch_like) > 1 else p.batch_like
+        else:
+            heads = [r for r in p.batch_like if r in used] or p.batch_like[-1:]
+        return heads, [r for r in p.batch_like if r not in heads]
+
+    def _operand(
+        self,
+        accesses: Sequence[Access],
+        weights: Sequence[tuple[Mono, float]],
+        groups: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        p: Proof,
+    ) -> Expr:
+        factors = [self.emitter.exponential(m, c) for m, c in weights]
+        piece = self.emitter.product(accesses, factors)
+        if piece is None:
+            ones = Const(1.0, self.emitter.like, dtype)
+            expr: Expr = ones
+            for _ in self.emitter.order:
+                expr = Call(torch.unsqueeze, (expr, 0))
+            piece = Piece(expr, frozenset(), dtype)
+        return self.emitter.assemble(cast(piece, dtype), groups, shrink=(1,))
+
+    def _log_decay(self, p: Proof, batch: list[int], heads: list[int]) -> tuple[Expr, str]:
+        total: Piece | None = None
+        sources = []
+        for mono, c in (*p.fixed, *p.tokens):
+            piece = self.emitter.product(mono)
+            if piece is None:
+                expr: Expr = Const(c, self.emitter.like)
+                for _ in self.emitter.order:
+                    expr = Call(torch.unsqueeze, (expr, 0))
+                piece = Piece(expr, frozenset(), torch.float32)
+                sources.append(f"the constant {math.exp(c):.6g}")
+            else:
+                piece = cast(piece, torch.float32)
+                if c != 1:
+                    piece = Piece(Call(torch.mul, (piece.expr, c)), piece.present, piece.dtype)
+                sources.append(self._named(mono, c))
+            if total is None:
+                total = piece
+            else:
+                total = Piece(Call(torch.add, (total.expr, piece.expr)), total.present | piece.present, torch.float32)
+        if total is None:
+            expr = Const(0.0, self.emitter.like)
+            for _ in self.emitter.order:
+                expr = Call(torch.unsqueeze, (expr, 0))
+            total = Piece(expr, frozenset(), torch.float32)
+            sources.append("none (un-decayed)")
+        groups = [batch, heads, [N_ROLE]] if p.tokens else [heads]
+        return self.emitter.assemble(total, groups), " + ".join(sources)
+
+    def _named(self, mono: Mono, c: float) -> str:
+        def name(leaf: int) -> str:
+            kind = self.engine.leaves[leaf].kind
+            if isinstance(kind, Opaque):
+                return spoken(kind.node) if kind.node is not None else kind.label
+            if isinstance(kind, Symbol):
+                inner = ", ".join(name(a.leaf) for a in kind.args if isinstance(a, Argument))
+                op = getattr(kind.op, "overloadpacket", kind.op)
+                return f"{getattr(op, '__name__', op)}({inner})"
+            return "a table of numbers"
+
+        factors = " * ".join(name(leaf) for leaf, _ in mono)
+        return factors if c == 1 else f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"
+
+    def _assumptions(self, p: Proof, operands: Sequence[Expr]) -> Iterable[Assumption]:
+        """log(x) in a weight is the logarithm of a factor: right only where x > 0. And buffers that were read by value."""
+        if self.interpreter.statics is not None:
+            read = {v.node for e in operands for v in values_of(e)}
+            yield from self.interpreter.statics.assumptions(sorted(read | sources_of(p.fact.node, read)))
+        seen: set[int] = set()
+
+        def visit(leaf: int) -> Iterable[Assumption]:
+            if leaf in seen:
+                return
+            seen.add(leaf)
+            kind = self.engine.leaves[leaf].kind
+            if not isinstance(kind, Symbol):
+                return
+            children = [a.leaf for a in kind.args if isinstance(a, Argument)]
+            if kind.op is aten.log.default and children and self.engine.leaves[children[0]].interval[0] <= 0:
+                base = self.engine.leaves[children[0]].kind
+                if not isinstance(base, Opaque) or base.node is None or base.node.op != "placeholder":
+                    raise Refused(
+                        "decay",
+                        "a positive base of the decay",
+                        "a computed base whose sign is not known",
+                        6,
+                        "write the decay as exp of a log-decay, or bound it with sigmoid",
+                    )
+                yield Assumption(
+                    base.node, "positive", f"{spoken(base.node)} > 0 (it is the base of a power)", _all_positive
+                )
+            for c in children:
+                yield from visit(c)
+
+        for mono, _ in (*p.fixed, *p.tokens):
+            for leaf, _ in mono:
+                yield from visit(leaf)
+
+    def _replacement(
+        self, p: Proof, fact: DecayedAttention, batch: list[int], heads: list[int], e_group: list[int], residual: list[Term]
+    ) -> Expr:
+        """The operator's output in the target's dimensions, times row factors, plus residual terms."""
+        expr: Expr = Attend(fact, 0)
+        order: list[int] = []
+        at = 0
+        for group in (batch, heads, [N_ROLE], e_group):
+            if not group:
+                expr = Call(torch.squeeze, (expr, at))
+                continue
+            if len(group) > 1:
+                sizes = [self._length(p, [r]) for r in group]
+                if any(not isinstance(s, int) for s in sizes):
+                    raise CannotEmit("known sizes", "several symbolic batch dimensions")
+                expr = Call(torch.unflatten, (expr, at, sizes))
+            order += group
+            at += len(group)
+        dims = [p.place[r] for r in order]
+        permutation = [dims.index(d) for d in range(len(dims))]
+        if permutation != list(range(len(permutation))):
+            expr = Call(torch.permute, (expr, permutation))
+        target_groups = [[r] for r in sorted(p.place, key=lambda r: p.place[r])]
+        factors = [self.emitter.exponential(m, c) for m, c in p.outer_weights]
+        outer = self.emitter.product(p.outer, factors)
+        if outer is not None:
+            expr = Call(torch.mul, (expr, self._in_target(outer, target_groups)))
+        for t in residual:
+            factors = [self.emitter.exponential(m, float(f.const)) for m, f in t.exp.lin if m]
+            coef = t.coef * math.exp(sum(float(f.const) for m, f in t.exp.lin if not m))
+            piece = self.emitter.product(t.accs, factors)
+            added: Any = coef
+            if piece is not None:
+                added = self._in_target(piece, target_groups)
+                if coef != 1:
+                    added = Call(torch.mul, (added, coef))
+            expr = Call(torch.add, (expr, added))
+        return expr
+
+    def _in_target(self, piece: Piece, groups: list[list[int]]) -> Expr:
+        return self.emitter.assemble(piece, groups, shrink=range(len(groups)))
+
+
+
+
+def sources_of(node: fx.Node, given: set[fx.Node]) -> set[fx.Node]:
+    """The inputs of the graph that a value is computed from, other than through the ``given`` values."""
+    seen: set[fx.Node] = set()
+    work = [node]
+    while work:
+        at = work.pop()
+        if at not in seen and at not in given:
+            seen.add(at)
+            work += at.all_input_nodes
+    return {n for n in seen if n.op == "placeholder"}
+
+
+def _all_positive(tensor: torch.Tensor) -> bool:
+    return bool((tensor > 0).all())
+
+
+def formulation(p: Proof, given: set[fx.Node]) -> Literal["parallel", "chunkwise", "recurrent"]:
+    """How the program wrote it, between the ``given`` values and the result; for the report only."""
+    length = p.roles[N_ROLE]
+    steps, seen, work = 0, set(given), [p.fact.node]
+    square = False
+    while work:
+        node = work.pop()
+        if node in seen or node.op == "placeholder":
+            continue
+        seen.add(node)
+        example = node.meta.get("example_value")
+        if isinstance(example, torch.Tensor):
+            sizes = [s for s in example.shape[-2:] if isinstance(s, int) and length.is_const and s == length.const]
+            symbolic = [s for s in example.shape if not isinstance(s, int)]
+            square |= len(sizes) >= 2 or len({str(s) for s in symbolic}) < len(symbolic)
+            steps += 1
+        work += node.all_input_nodes
+    if not length.is_const or length.const <= 1:
+        return "parallel" if square else "recurrent" if length.is_const else "chunkwise"
+    if steps > 4 * length.const:
+        return "recurrent"
+    return "parallel" if square else "chunkwise"

@@ -1,0 +1,77 @@
+"""A proved decayed attention, read off a normal form: which accesses are q, k, v, and what the decay is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from .affine import TAU, Aff
+from .interpret import Fact
+from .term import Access, Mono, Term
+
+N_ROLE, D_ROLE, E_ROLE = 90, 91, 95  # positions, key features (91..94), value features; below 90: batch and heads
+
+
+class Refused(Exception):
+    """An obligation that does not hold; caught by the search and turned into a Refusal."""
+
+    def __init__(self, obligation: str, expected: str, found: str, progress: int, hint: str = ""):
+        super().__init__(found)
+        self.obligation, self.expected, self.found = obligation, expected, found
+        self.progress, self.hint = progress, hint
+
+
+@dataclass
+class Proof:
+    """A decayed attention read off one value, its accesses over role variables."""
+
+    fact: Fact
+    roles: dict[int, Aff]  # batch-like roles first, then N_ROLE, the key features, E_ROLE
+    batch_like: list[int]
+    place: dict[int, int]  # role -> dimension of the target (features of keys have none)
+    q: list[Access] = field(default_factory=list)
+    k: list[Access] = field(default_factory=list)
+    v: list[Access] = field(default_factory=list)
+    q_weights: list[tuple[Mono, float]] = field(default_factory=list)
+    k_weights: list[tuple[Mono, float]] = field(default_factory=list)
+    outer: list[Access] = field(default_factory=list)
+    outer_weights: list[tuple[Mono, float]] = field(default_factory=list)
+    fixed: list[tuple[Mono, float]] = field(default_factory=list)
+    tokens: list[tuple[Mono, float]] = field(default_factory=list)
+    scale: float = 1.0
+    state: list[Access] | None = None
+    residual: list[Term] = field(default_factory=list)
+    shapes: dict[int, tuple[Aff, ...]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[Aff, int]:
+        """The length, and the number of elements of the value as far as they are numbers."""
+        sizes = [int(n.const) for n in self.fact.value.shape if n.is_const]
+        return self.roles[N_ROLE], math.prod(sizes)
+
+    @property
+    def is_part(self) -> bool:
+        """Whether each operand is read in a part of its length only."""
+        length = self.roles[N_ROLE]
+        return all(self._position_size(a) not in (None, length) for a in (*self.q, *self.k, *self.v))
+
+    def _position_size(self, a: Access) -> Aff | None:
+        at = [n for n, i in enumerate(a[1]) if i.coef(N_ROLE)]
+        return self.shapes[a[0]][at[0]] if at else None
+
+    @property
+    def leaves(self) -> set[int]:
+        return {a[0] for a in (*self.q, *self.k, *self.v, *self.outer)}
+
+    @property
+    def key_features(self) -> list[int]:
+        return [r for r in self.roles if D_ROLE <= r < E_ROLE]
+
+
+def at_position(mono: Mono) -> Mono:
+    """The summand of a prefix sum at position i: the running position becomes the position role."""
+    def at(a: Aff) -> Aff:
+        c = a.coef(TAU)
+        return a.without(TAU) + Aff.var(N_ROLE) * c if c else a
+
+    return tuple((leaf, tuple(at(x) for x in idx)) for leaf, idx in mono)

@@ -1,0 +1,383 @@
+"""Which values are decayed attentions: the obligations of design section 1, checked one by one on the normal form.
+
+Every obligation that fails is a :class:`~lacompile.passes.facts.Refusal` naming it. Their ids, in the order checked:
+
+    one-case       the value is one sum, not a piecewise mask
+    causal-range   one sequence index j, running over 0 <= j <= i and nothing else
+    whole-features feature indices are summed in full
+    separable      no leaf holds both i and j, none both kinds of feature
+    decay          the weight is exp(G_i - G_j) with G from head- or token-wise scalars
+    unit-diagonal  the weight is 1 at j = i (times a constant scale)
+    single-term    nothing else is added, but an initial state and a residual without a sum
+    emission       every factor can be read off a value of the graph
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from .affine import ONE, Aff
+from .engine import Engine
+from .interpret import Fact
+from .leaves import Opaque, Table
+from .proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused, at_position
+from .term import Access, Exponent, Mono, Term, sub_access
+
+
+def prove(engine: Engine, fact: Fact, explained: set[int] | None = None) -> Proof:
+    """The decayed attention that this value is.
+
+    Raises:
+        Refused: an obligation does not hold.
+    """
+    if not fact.value.single:
+        raise Refused("one-case", "one sum", f"{len(fact.value.cases)} disjoint regions", 0)
+    terms = [_windows_as_features(engine, t) for t in fact.value.terms]
+    main = _main_term(engine, terms, set() if explained is None else explained)
+    return _Prover(engine, fact, main, [t for t in terms if t is not main]).run()
+
+
+def _windows_as_features(engine: Engine, t: Term) -> Term:
+    """An index over a window of constant length, k[.., 48 h + d], counts from the start of the window."""
+    for v in sorted(t.bound(engine.space)):
+        ends = engine.bounds(v, t.guards)
+        if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or ends.low[0].is_const:
+            continue
+        if (ends.high[0] - ends.low[0]).is_const:
+            t = t.sub(engine.space, {v: Aff.var(v) + ends.low[0]})
+    return t
+
+
+def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Term:
+    """The term with a sum over earlier positions; ``explained`` collects culprits that need no second word."""
+    found = [t for t in terms if sequence_index(engine, t) is not None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise Refused(
+            "single-term",
+            "one sum over j <= i",
+            f"{len(found)} sums that do not merge: {found[0]!r} and {found[1]!r}",
+            2,
+            "pieces of a loop merge only if their weights agree exactly at the borders",
+        )
+    explain_missing(engine, terms, explained)
+    raise Refused("causal-range", "a sum over j <= i", "no sum whose range ends at a position", 0)
+
+
+def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) -> None:
+    """Weights over earlier positions that the lift could not look into: W[.., i, j] times v[.., j, e].
+
+    Each such tensor is explained once: what follows it in the program holds it too.
+    """
+    for t in terms:
+        for v in sorted(t.bound(engine.space)):
+            holders = [a for a in t.accs if any(v in engine.space.vars(i) for i in a[1])]
+            for leaf, idx in holders:
+                kind, sizes = engine.leaves[leaf].kind, engine.leaf_shapes[leaf]
+                summed = [n for n, i in enumerate(idx) if i == Aff.var(v)]
+                square = [n for n, i in enumerate(idx) if n not in summed and i.terms and summed and sizes[n] == sizes[summed[0]]]
+                given = isinstance(kind, Table) or (isinstance(kind, Opaque) and kind.node is not None and kind.node.op == "placeholder")
+                if len(holders) < 2 or not square or given or leaf in explained:
+                    continue
+                explained.add(leaf)
+                label = kind.label if isinstance(kind, Opaque) else "a function"
+                raise Refused(
+                    "separable",
+                    "weights exp(G_i - G_j) that are visible in the graph",
+                    f"a tensor that holds both positions ({label.lstrip('_')})",
+                    1,
+                    "softmax and other functions of the scores are not decayed linear attention",
+                )
+
+
+def sequence_index(engine: Engine, t: Term) -> tuple[int, int] | None:
+    """(bound index, free dimension) where a guard ties the range of the one to the other."""
+    for g in sorted(t.guards):
+        bound = [v for v in engine.space.vars(g) if v < 0]
+        free = [v for v in engine.space.vars(g) if 0 <= v < 100]
+        if len(bound) == 1 and free:
+            return bound[0], free[0]
+    return None
+
+
+class _Prover:
+    def __init__(self, engine: Engine, fact: Fact, main: Term, rest: list[Term]):
+        self.engine, self.space, self.fact = engine, engine.space, fact
+        self.main, self.rest = main, rest
+        self.shape = fact.value.shape
+
+    def run(self) -> Proof:
+        found = sequence_index(self.engine, self.main)
+        assert found is not None
+        self.j, self.n = found
+        self._check_ranges()
+        self._assign_roles()
+        self._sort_factors()
+        self._sort_weights()
+        for t in self.rest:
+            self._other_term(t)
+        return self.proof
+
+    # ---------------------------------------------------------------------------------------------------- obligations
+
+    def _check_ranges(self) -> None:
+        j, i = Aff.var(self.j), Aff.var(self.n)
+        bound = self.main.bound(self.space)
+        about_j = {g for g in self.main.guards if self.j in self.space.vars(g)}
+        if about_j != {j, i - j}:
+            found = ", ".join(f"{g} >= 0" for g in sorted(about_j)).replace(f"j{-self.j}", "j").replace(f"x{self.n}", "i")
+            hint = "the diagonal is left out" if i - j - 1 in about_j else ""
+            raise Refused("causal-range", "0 <= j <= i", found, 3, hint)
+        self.features: dict[int, tuple[int, int]] = {}
+        for d in sorted(bound - {self.j}, reverse=True):
+            ends = self.engine.bounds(d, self.main.guards)
+            if (
+                ends.other
+                or len(ends.low) != 1
+                or len(ends.high) != 1
+                or not ends.low[0].is_const
+                or not ends.high[0].is_const
+            ):
+                raise Refused("whole-features", "feature sums over constant ranges", f"index {Aff.var(d)}", 3)
+            self.features[d] = (int(ends.low[0].const), int(ends.high[0].const))
+        loose = {g for g in self.main.guards - about_j if not any(g.coef(d) for d in self.features)}
+        if loose:
+            raise Refused(
+                "causal-range",
+                "every position of the result computed the same way",
+                "only where " + " and ".join(f"{g} >= 0" for g in sorted(loose)),
+                3,
+            )
+        if len(self.features) > 4:
+            raise Refused("whole-features", "at most four feature indices", f"{len(self.features)}", 3)
+
+    def _holds(self, a: Access, v: int) -> bool:
+        return any(v in self.space.vars(i) for i in a[1])
+
+    def _assign_roles(self) -> None:
+        accs = self.main.accs
+        for a in accs:
+            if self._holds(a, self.j) and self._holds(a, self.n):
+                kind = self.engine.leaves[a[0]].kind
+                label = kind.label if isinstance(kind, Opaque) else "a function of both positions"
+                raise Refused("separable", "weights exp(G_i - G_j)", f"a factor holding both positions: {label}", 4)
+        with_j = [a for a in accs if self._holds(a, self.j)]
+        with_d = [a for a in accs if any(self._holds(a, d) for d in self.features)]
+        weights = [a for mono in self._monos() for a in mono]
+        free = [d for d in range(len(self.shape)) if d != self.n and self.shape[d] != ONE]
+        query_side = [a for a in accs if not self._holds(a, self.j) or a in with_d]
+        value_only = [
+            d
+            for d in free
+            if any(self._holds(a, d) for a in with_j)
+            and not any(self._holds(a, d) for a in query_side if self._holds(a, self.n) and a in with_d)
+            and not any(self._holds(a, d) for a in with_j if a in with_d)
+            and not any(self._holds(a, d) for a in weights)
+        ]
+        self.e = value_only[-1] if value_only else None
+        batch_like = [d for d in range(len(self.shape)) if d not in (self.n, self.e)]
+        if self.e is None and len(batch_like) > 1 and self.shape[batch_like[-1]] == ONE:
+            self.e_dim: int | None = batch_like.pop()  # a value of one feature: its dimension holds no index
+        else:
+            self.e_dim = self.e
+        roles: dict[int, Aff] = {r: self.shape[d] for r, d in enumerate(batch_like)}
+        place = dict(enumerate(batch_like))
+        roles[N_ROLE], place[N_ROLE] = self.shape[self.n], self.n
+        self.rename: dict[int, Aff] = {d: Aff.var(r) for r, d in enumerate(batch_like) if self.shape[d] != ONE}
+        self.rename[self.n] = Aff.var(N_ROLE)
+        self.rename[self.j] = Aff.var(N_ROLE)
+        for n, (d, (low, high)) in enumerate(self.features.items()):
+            roles[D_ROLE + n] = Aff.lit(high - low + 1)
+            self.rename[d] = Aff.var(D_ROLE + n) + low
+        if self.e_dim is not None:
+            roles[E_ROLE], place[E_ROLE] = self.shape[self.e_dim], self.e_dim
+            if self.e is not None:
+                self.rename[self.e] = Aff.var(E_ROLE)
+        self.proof = Proof(self.fact, roles, list(range(len(batch_like))), place, scale=self.main.coef, shapes=self.engine.leaf_shapes)
+
+    def _monos(self) -> Iterable[Mono]:
+        for mono, _ in self.main.exp.lin:
+            yield mono
+        for (mono, _), _ in self.main.exp.sums:
+            yield mono
+
+    def _renamed(self, a: Access) -> Access:
+        return sub_access(self.space, a, self.rename)
+
+    def _sort_factors(self) -> None:
+        p = self.proof
+        for a in self.main.accs:
+            with_d = any(self._holds(a, d) for d in self.features)
+            with_e = self.e is not None and self._holds(a, self.e)
+            if with_d and with_e:
+                raise Refused("separable", "keys and values in separate tensors", "one factor with both features", 4)
+            into = (
+                (p.v if with_e else p.k)
+                if self._holds(a, self.j)
+                else p.q
+                if with_d
+                else p.outer
+            )
+            into.append(self._renamed(a))
+        if not self.features:
+            # One key feature: what depends on i is the query, what depends on j alone the key.
+            p.q = [a for a in p.outer if self._has_role(a, N_ROLE) and not self._has_role(a, E_ROLE)]
+            p.outer = [a for a in p.outer if a not in p.q]
+        if not p.q or not (p.k or p.v):
+            raise Refused("separable", "queries and keys", "a plain decayed sum without queries", 1)
+
+    def _has_role(self, a: Access, role: int) -> bool:
+        return any(role in self.space.vars(i) for i in a[1])
+
+    # ------------------------------------------------------------------------------------------------------- weights
+
+    def _sort_weights(self) -> None:
+        i, j = self.n, self.j
+        for mono, f in self.main.exp.lin:
+            holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set()) | self.space.vars(f)
+            if holders & set(self.features) or (self.e is not None and self.e in holders):
+                self._feature_weight(mono, f, holders)
+            elif not mono:
+                self._constant_weight(f)
+            elif i not in holders and j not in holders:
+                if not f.is_const:
+                    raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
+                raise Refused("unit-diagonal", "weight 1 at j = i", "a weight off by a power of the decay", 5)
+            elif f.is_const:
+                if i in holders and j in holders:
+                    raise Refused("separable", "weights exp(G_i - G_j)", "an exponent holding both positions", 4)
+                into = self.proof.outer_weights if i in holders else self.proof.k_weights
+                into.append((self._renamed_mono(mono), float(f.const)))
+            else:
+                self._fixed_decay(mono, f)
+        self._token_decays()
+
+    def _feature_weight(self, mono: Mono, f: Aff, holders: set[int] | frozenset[int]) -> None:
+        """exp of plain data (a feature map) is a factor of its side; a decay that differs by feature is refused."""
+        if not f.is_const or (self.n in holders and self.j in holders):
+            raise Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+        with_e = self.e is not None and self.e in holders
+        if self.j in holders and not with_e:
+            self.proof.k_weights.append((self._renamed_mono(mono), float(f.const)))
+        elif self.n in holders and not with_e:
+            self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
+        else:
+            raise Refused("decay", "one decay per head", "an exponential of a value feature", 5)
+
+    def _constant_weight(self, f: Aff) -> None:
+        step = f.coef(self.n)
+        if f != Aff.var(self.n) * step - Aff.var(self.j) * step + f.const:
+            raise Refused("decay", "a weight of i - j", f"exp({f})", 5)
+        if step:
+            self.proof.fixed.append(((), float(step)))
+        self.proof.scale *= math.exp(f.const)
+
+    def _fixed_decay(self, mono: Mono, f: Aff) -> None:
+        step = f.coef(self.n)
+        shape = Aff.var(self.n) * step - Aff.var(self.j) * step
+        if f.without(self.n).without(self.j).terms or f - f.const != shape or not step:
+            raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
+        if any(self.space.vars(x) & {self.n, self.j} for _, idx in mono for x in idx):
+            raise Refused("decay", "one decay per head", "a slope that differs by position", 5)
+        if f.const:
+            raise Refused("unit-diagonal", "weight 1 at j = i", f"a weight off by {f.const} steps of the decay", 5)
+        self.proof.fixed.append((self._renamed_mono(mono), float(step)))
+
+    def _token_decays(self) -> None:
+        groups: dict[Mono, dict[Aff, float]] = {}
+        for (mono, pos), c in self.main.exp.sums:
+            groups.setdefault(mono, {})[pos] = c
+        for mono, ends in groups.items():
+            up, down = Aff.var(self.n) + 1, Aff.var(self.j) + 1
+            holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set())
+            if holders & set(self.features) or (self.e is not None and self.e in holders):
+                raise Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+            if set(ends) != {up, down} or abs(ends[up] + ends[down]) > 1e-9:
+                shown = ", ".join(f"{c:+g} P({p})" for p, c in ends.items())
+                raise Refused("unit-diagonal", "prefix sums P(i+1) - P(j+1)", shown, 5)
+            if holders & {self.n, self.j}:
+                raise Refused("decay", "one decay per token", "a decay that depends on both positions", 5)
+            self.proof.tokens.append((self._renamed_mono(at_position(mono)), float(ends[up])))
+
+    def _renamed_mono(self, mono: Mono) -> Mono:
+        return tuple(sorted(self._renamed(a) for a in mono))
+
+    # --------------------------------------------------------------------------------------------------- other terms
+
+    def _other_term(self, t: Term) -> None:
+        if sequence_index(self.engine, t) is None and self._is_state_term(t):
+            return
+        if not t.bound(self.space) and not t.guards and t.poly.is_const and not t.exp.sums:
+            if all(f.is_const for _, f in t.exp.lin):
+                self.proof.residual.append(t)
+                return
+        raise Refused("single-term", "one sum over j <= i (and an initial state)", f"also {t!r}", 6)
+
+    def _is_state_term(self, t: Term) -> bool:
+        """exp(G_i) q_i S_init: the weight is the main one at j = -1, the query the same."""
+        wanted = self.main.exp.sub(self.space, {self.j: Aff.lit(-1)})
+        expected = self._without_keys(wanted)
+        if t.exp != expected or t.coef != self.main.coef:
+            return False
+        bound = t.bound(self.space)
+        queries = [a for a in t.accs if any(self._same_query(a, b, bound) for b in self._main_queries())]
+        states = [a for a in t.accs if a not in queries]
+        mapping = self._feature_map(t, queries)
+        if mapping is None or not states:
+            return False
+        if any(self._holds(a, self.n) for a in states):
+            return False
+        rename = {**self.rename, **mapping}
+        renamed = [sub_access(self.space, a, rename) for a in states]
+        seen = sorted(sub_access(self.space, a, rename) for a in queries)
+        if seen != sorted([*self.proof.q, *self.proof.outer]):
+            return False
+        if self._extra_guards(t, mapping):
+            return False
+        self.proof.state = renamed
+        return True
+
+    def _without_keys(self, exp: Exponent) -> Exponent:
+        lin = [
+            (m, f)
+            for m, f in exp.lin
+            if not (f.is_const and m and (self._renamed_mono(m), float(f.const)) in self.proof.k_weights)
+        ]
+        return Exponent.of(lin, exp.sums)
+
+    def _main_queries(self) -> list[Access]:
+        return [a for a in self.main.accs if not self._holds(a, self.j)]
+
+    def _same_query(self, a: Access, b: Access, bound: set[int]) -> bool:
+        if a[0] != b[0]:
+            return False
+        for x, y in zip(a[1], b[1], strict=True):
+            dx, dy = [v for v in self.space.vars(x) if v < 0], [v for v in self.space.vars(y) if v < 0]
+            if len(dx) != len(dy) or (not dx and x != y):
+                return False
+        return True
+
+    def _feature_map(self, t: Term, queries: Sequence[Access]) -> dict[int, Aff] | None:
+        """Feature indices of the state term over the roles of the main term, read off the shared query."""
+        out: dict[int, Aff] = {}
+        for a in queries:
+            for b in self._main_queries():
+                if not self._same_query(a, b, set()):
+                    continue
+                for x, y in zip(a[1], b[1], strict=True):
+                    bound = [(v, c) for v, c in x.terms if v < 0]
+                    if len(bound) != 1 or bound[0][1] != 1:
+                        continue
+                    v = bound[0][0]
+                    out.setdefault(v, self.space.sub(y, self.rename) - self.space.sub(x.without(v), self.rename))
+        return out if t.bound(self.space) <= out.keys() else None
+
+    def _extra_guards(self, t: Term, mapping: dict[int, Aff]) -> bool:
+        rename = {**self.rename, **mapping}
+        mine = {self.space.sub(g, rename) for g in t.guards}
+        theirs = {
+            self.space.sub(g, self.rename) for g in self.main.guards if self.j not in self.space.vars(g)
+        }
+        return mine != theirs

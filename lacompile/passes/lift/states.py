@@ -1,0 +1,137 @@
+"""Values that are the state after the last position: the second output of an attention that was proved already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..facts import Attend, Call, DecayedAttention, Expr, Match
+from .affine import ONE, TAU, ZERO, Aff
+from .engine import Engine
+from .interpret import Fact, Interpreter
+from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
+from .prove import sequence_index
+from .term import Exponent, sub_access
+
+
+def looks_like_state(engine: Engine, fact: Fact) -> bool:
+    """A weighted sum of outer products over all positions: no position is left."""
+    if not fact.value.single:
+        return False
+    return any(t.bound(engine.space) and sequence_index(engine, t) is None for t in fact.value.terms) and not any(
+        sequence_index(engine, t) is not None for t in fact.value.terms
+    )
+
+
+def final_states(
+    interpreter: Interpreter, states: Sequence[Fact], proofs: Sequence[tuple[Proof, DecayedAttention]]
+) -> list[Match]:
+    out: list[Match] = []
+    for fact in states:
+        for proof, attention in proofs:
+            expr = final_state(interpreter.engine, fact, proof, attention)
+            if expr is not None:
+                out.append(Match(fact.node, expr, (attention,), fact.after))
+                break
+    return out
+
+
+def final_state(engine: Engine, fact: Fact, p: Proof, attention: DecayedAttention) -> Expr | None:
+    """``fact`` as the state after the last position of a proved attention; None if it is not that state."""
+    shape = fact.value.shape
+    real = [d for d in range(len(shape)) if shape[d] != ONE]
+    features = len(p.key_features)
+    has_e = E_ROLE in p.roles and p.roles[E_ROLE] != ONE
+    if features > 1 or not fact.value.single:
+        return None
+    last = p.roles[N_ROLE] - 1
+    for d in real if features and p.roles[D_ROLE] != ONE else [None]:
+        for e in [x for x in real if x != d] if has_e else [None]:
+            batch = [x for x in range(len(shape)) if x not in (d, e)]
+            want = [r for r in p.batch_like if p.roles[r] != ONE]
+            have = [x for x in batch if shape[x] != ONE]
+            if [p.roles[r] for r in want] != [shape[x] for x in have]:
+                continue
+            rename = {x: Aff.var(r) for r, x in zip(want, have, strict=True)}
+            if d is not None:
+                if shape[d] != p.roles[D_ROLE]:
+                    continue
+                rename[d] = Aff.var(D_ROLE)
+            if e is not None:
+                if shape[e] != p.roles[E_ROLE]:
+                    continue
+                rename[e] = Aff.var(E_ROLE)
+            if _is_state(engine, fact, p, rename, last):
+                return _state_expr(p, attention, shape, want, have, d, e)
+    return None
+
+
+def _is_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, Aff], last: Aff) -> bool:
+    space = engine.space
+    seen_sum = seen_start = False
+    for t in fact.value.terms:
+        bound = t.bound(space)
+        if not bound and p.state is not None and not seen_start:
+            accs = sorted(sub_access(space, a, rename) for a in t.accs)
+            weight = _decay_over(p, last + 1, ZERO)
+            if accs == sorted(p.state) and t.exp.sub(space, rename) == weight and not t.guards and t.coef == 1:
+                seen_start = True
+                continue
+            return False
+        if len(bound) != 1 or seen_sum or t.coef != 1:
+            return False
+        (j,) = bound
+        if t.guards != {Aff.var(j), last - Aff.var(j)}:
+            return False
+        rename_j = {**rename, j: Aff.var(N_ROLE)}
+        accs = sorted(sub_access(space, a, rename_j) for a in t.accs)
+        if accs != sorted([*p.k, *p.v]):
+            return False
+        weight = _decay_over(p, last + 1, Aff.var(N_ROLE) + 1)
+        for mono, c in p.k_weights:
+            weight = weight + Exponent.of([(mono, Aff.lit(c))], ())
+        if t.exp.sub(space, rename_j) != weight:
+            return False
+        seen_sum = True
+    return seen_sum and seen_start == (p.state is not None)
+
+
+def _decay_over(p: Proof, end: Aff, start: Aff) -> Exponent:
+    """G(end) - G(start) in prefix-sum positions."""
+    lin = [(mono, (end - start) * c) for mono, c in p.fixed]
+    sums = []
+    for mono, c in p.tokens:
+        running = tuple(
+            sorted(
+                (leaf, tuple(a.without(N_ROLE) + Aff.var(TAU) * a.coef(N_ROLE) if a.coef(N_ROLE) else a for a in idx))
+                for leaf, idx in mono
+            )
+        )
+        sums += [((running, end), c), ((running, start), -c)]
+    return Exponent.of(lin, sums)
+
+
+def _state_expr(
+    p: Proof,
+    attention: DecayedAttention,
+    shape: Sequence[Aff],
+    want: Sequence[int],
+    have: Sequence[int],
+    d: int | None,
+    e: int | None,
+) -> Expr:
+    """The operator's second output in the dimensions of the value it replaces."""
+    order = [*have]
+    tail = [x for x in (d, e) if x is not None]
+    expr: Expr = Attend(attention, 1)
+    sizes = [int(shape[x].const) if shape[x].is_const else -1 for x in (*order, *tail)]
+    expr = Call(torch.reshape, (expr, sizes))
+    dims = [*order, *tail]
+    ranked = sorted(range(len(dims)), key=lambda n: dims[n])
+    if ranked != list(range(len(ranked))):
+        expr = Call(torch.permute, (expr, ranked))
+    for x, n in enumerate(shape):
+        if n == ONE:
+            expr = Call(torch.unsqueeze, (expr, x))
+    return expr

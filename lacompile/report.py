@@ -127,13 +127,18 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class Report:
-    """What the backend did to one graph, or to all graphs of one call."""
+    """What the backend did to one graph, or to all graphs of one call.
+
+    ``nodes_before`` counts the nodes that Dynamo captured, ``nodes_after`` those that Inductor got; 0 where not counted.
+    """
 
     rewrites: tuple[Rewrite, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     graphs: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    nodes_before: int = 0
+    nodes_after: int = 0
 
     def __add__(self, other: Report) -> Report:
         seconds = {k: self.seconds.get(k, 0) + other.seconds.get(k, 0) for k in {**self.seconds, **other.seconds}}
@@ -143,6 +148,8 @@ class Report:
             self.graphs + other.graphs,
             seconds,
             tuple(dict.fromkeys(self.notes + other.notes)),
+            self.nodes_before + other.nodes_before,
+            self.nodes_after + other.nodes_after,
         )
 
     def __str__(self) -> str:
@@ -156,6 +163,8 @@ class Report:
             lines += [f"      validated: {r.validation}"] if r.validation else []
         lines += [f"  - {m}" for m in self.near_misses]
         lines += [f"  note: {n}" for n in self.notes]
+        if self.nodes_after != self.nodes_before:
+            lines.append(f"  graph nodes: {self.nodes_before} -> {self.nodes_after}")
         if self.seconds:
             lines.append("  seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items()))
         return "\n".join(lines)

@@ -108,7 +108,7 @@ class TestText:
         assert NearMiss.of(replace(refusal, node=None)).node == ""
 
     def test_a_report(self):
-        whole = Report((REWRITE,), (MISS,), 2, {"lift": 0.25, "match": 0.5}, ("a note",))
+        whole = Report((REWRITE,), (MISS,), 2, {"lift": 0.25, "match": 0.5}, ("a note",), 40, 7)
         assert str(whole).splitlines() == [
             "rewrote 1 decayed attention in 2 graphs; 1 near miss",
             f"  + {REWRITE}",
@@ -116,6 +116,7 @@ class TestText:
             "      validated: fp64 difference 1.0e-16, gradients 2.0e-16",
             f"  - {MISS}",
             "  note: a note",
+            "  graph nodes: 40 -> 7",
             "  seconds: lift 0.250, match 0.500",
         ]
 
@@ -132,9 +133,9 @@ class TestText:
 
 
 def test_reports_add_up():
-    a = Report((REWRITE,), (), 1, {"lift": 1.0}, ("same", "a"))
-    b = Report((), (MISS,), 2, {"lift": 0.5, "match": 2.0}, ("same", "b"))
-    assert a + b == Report((REWRITE,), (MISS,), 3, {"lift": 1.5, "match": 2.0}, ("same", "a", "b"))
+    a = Report((REWRITE,), (), 1, {"lift": 1.0}, ("same", "a"), 40, 7)
+    b = Report((), (MISS,), 2, {"lift": 0.5, "match": 2.0}, ("same", "b"), 10, 10)
+    assert a + b == Report((REWRITE,), (MISS,), 3, {"lift": 1.5, "match": 2.0}, ("same", "a", "b"), 50, 17)
 
 
 def test_json_holds_every_field():
@@ -206,6 +207,7 @@ class TestThroughTheBackend:
         assert (rewrite.length, rewrite.heads, rewrite.dk, rewrite.dv, rewrite.dtype) == ("8", "3", 4, 6, "float32")
         assert "fp64 difference" in rewrite.validation
         assert {"lift", "match", "total"} <= set(found.seconds)
+        assert 0 < found.nodes_after < found.nodes_before
         torch._dynamo.reset()
         assert lacompile.last_report() is None
 
@@ -216,6 +218,7 @@ class TestThroughTheBackend:
         assert torch.allclose(out, undecayed(*args), atol=1e-5)
         found = lacompile.last_report()
         assert found is not None and len(found.rewrites) == 1
+        assert found.nodes_after == found.nodes_before > 0
 
     def test_explain_sums_all_graphs_and_publishes_nothing(self):
         def two_graphs(q, k, v):

@@ -135,8 +135,7 @@ class TestLongSequences:
     @pytest.mark.parametrize("length", [4096, 16384 + 37])
     @DECAYS
     def test_segments(self, kernels, size, length, per_token):
-        split = kernels.launch.plan(length, 1, 512, 132)
-        assert split.count > 1
+        assert kernels.launch.plan(length, 4, 264, 0.4).count > 1
         check(kernels, *arguments(length, size, size, per_token, batch=1, heads=1))
 
     @DECAYS
@@ -198,6 +197,26 @@ class TestExactness:
         for _ in range(5):
             again = (*kernels.forward(*args), *kernels.backward(do, d_state, *args))
             assert all(torch.equal(a, b) for a, b in itertools.zip_longest(first, again))
+
+
+class TestCompilation:
+    def test_none_per_length_or_batch(self, kernels):
+        from lacompile.kernels.lightning2.backward import backward_kernel
+        from lacompile.kernels.lightning2.forward import forward_kernel
+
+        def compiled():
+            return sum(len(cache[0]) for k in (forward_kernel, backward_kernel) for cache in k.device_caches.values())
+
+        def run(length, batch, heads):
+            args, do, d_state = arguments(length, 64, 64, batch=batch, heads=heads, tokens_first=True)
+            kernels.forward(*args)
+            kernels.backward(do, d_state, *args)
+
+        run(100, 2, 3)
+        before = compiled()
+        for length, batch, heads in ((1, 1, 1), (16, 1, 3), (101, 2, 3), (64, 16, 16), (5000, 1, 2), (8192, 2, 1)):
+            run(length, batch, heads)
+        assert compiled() == before
 
 
 class TestMemory:

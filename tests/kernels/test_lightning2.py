@@ -79,7 +79,7 @@ def short_segments():
     """Segments of two chunks and marks at every chunk, so that short sequences have many of both."""
     launch = lightning2.launch
 
-    def plan(length, programs, granule, slots):
+    def plan(length, programs, slots, prepass):
         return launch.Segments(2 * C, -(-length // (2 * C)))
 
     with mock.patch.multiple(launch, plan=plan, SPAN_PER_TOKEN=C, SPAN_FIXED=C):
@@ -303,13 +303,19 @@ class TestLayouts:
 @interpreted
 class TestPlan:
     def test_one_segment_when_the_device_is_full(self):
-        assert lightning2.launch.plan(4096, 256, 512, 132).count == 1
+        assert lightning2.launch.plan(4096, 256, 264, 0.4).count == 1
 
-    def test_segments_when_it_is_not(self):
-        split = lightning2.launch.plan(32768, 32, 512, 132)
-        assert split.count > 2 and split.tokens % 512 == 0
-        assert (split.count - 1) * split.tokens < 32768 <= split.count * split.tokens
+    @pytest.mark.parametrize("length", [32768, 131072, 40001])
+    def test_segments_when_it_is_not(self, length):
+        split = lightning2.launch.plan(length, 32, 264, 0.4)
+        assert split.count > 2 and split.tokens % lightning2.launch.GRANULE == 0
+        assert (split.count - 1) * split.tokens < length <= split.count * split.tokens
 
     @pytest.mark.parametrize("length", [0, 1, 511, 512])
     def test_short_sequences_stay_whole(self, length):
-        assert lightning2.launch.plan(length, 1, 512, 132).count == 1
+        assert lightning2.launch.plan(length, 1, 264, 0.4).count == 1
+
+    def test_segments_end_at_marks_and_chunks(self):
+        launch = lightning2.launch
+        assert launch.GRANULE % launch.SPAN_PER_TOKEN == launch.GRANULE % launch.SPAN_FIXED == 0
+        assert launch.SPAN_FIXED % launch.CHUNK == launch.SPAN_PER_TOKEN % launch.CHUNK == 0

@@ -204,7 +204,7 @@ def _backward(
     rows = batch * heads
     programs = rows * (2 * k_blocks + v_blocks)
     resident = min(for_k.resident, for_v.resident)
-    split = launch.plan(length, programs, launch.GRANULE, launch.processors(q.device) * resident)
+    split = launch.plan(length, programs, launch.processors(q.device) * resident, launch.PREPASS_BACKWARD)
     start, d_start, slots = initial_state, d_state, 1
     if split.count > 1:
         start = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)

@@ -125,7 +125,7 @@ def _forward(
     initial_state = launch.dense_state(initial_state)
     c = launch.config(dk, dv, q.dtype)
     programs = batch * heads * triton.cdiv(dv, c.bv)
-    split = launch.plan(length, programs, launch.GRANULE, launch.processors(q.device) * c.resident)
+    split = launch.plan(length, programs, launch.processors(q.device) * c.resident, launch.PREPASS_FORWARD)
     start, slots = initial_state, 1
     if split.count > 1:
         slots = split.count + 1

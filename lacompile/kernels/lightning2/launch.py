@@ -84,6 +84,9 @@ class Segments:
 
 
 MAX_SEGMENTS = 64
+# Share of the pre-pass in the time of a pass, by its bytes and products: k and v of q, k, v and o and one product of
+# four forwards; two of them beside three uses backwards.
+PREPASS_FORWARD, PREPASS_BACKWARD = 0.4, 0.25
 
 
 @cache
@@ -93,18 +96,18 @@ def processors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=4096)
-def plan(length: int, programs: int, granule: int, slots: int) -> Segments:
+def plan(length: int, programs: int, slots: int, prepass: float) -> Segments:
     """How to split ``length`` tokens when one segment would make ``programs`` programs and ``slots`` run at a time.
 
-    Segments are multiples of ``granule`` tokens. Time is modelled as waves of programs, each
-    as long as its segment, plus the pre-pass, which reads half of what the main pass reads and writes.
+    Segments are multiples of GRANULE tokens. Time is modelled as waves of programs, each as long as its segment, plus
+    the pre-pass, which costs ``prepass`` times as much.
     """
     best, cost = Segments(max(length, 1), 1), float(-(-programs // slots) * length)
-    for count in range(2, min(MAX_SEGMENTS, -(-length // granule)) + 1):
-        tokens = -(-length // (count * granule)) * granule
+    for count in range(2, min(MAX_SEGMENTS, -(-length // GRANULE)) + 1):
+        tokens = -(-length // (count * GRANULE)) * GRANULE
         count = -(-length // tokens)
-        # A tenth off: a split must be clearly better to be worth its two extra launches.
-        this = 1.1 * tokens * (-(-programs * count // slots) + 0.5 * -(-programs * (count - 1) // slots))
+        # A tenth more: a split must be clearly better to be worth its extra launches.
+        this = 1.1 * tokens * -(-programs * count // slots) * (1 + prepass)
         if count > 1 and this < cost:
             best, cost = Segments(tokens, count), this
     return best

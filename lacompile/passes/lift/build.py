@@ -221,7 +221,7 @@ class Builder:
         order: list[int] = []
         at = 0
         for group in (batch, heads, [N_ROLE], e_group):
-            if not group:
+            if not group or group[0] not in p.place:
                 expr = Call(torch.squeeze, (expr, at))
                 continue
             if len(group) > 1:
@@ -291,8 +291,6 @@ def formulation(p: Proof, given: set[fx.Node]) -> Literal["parallel", "chunkwise
             square |= len(sizes) >= 2 or len({str(s) for s in symbolic}) < len(symbolic)
             steps += 1
         work += node.all_input_nodes
-    if not length.is_const or length.const <= 1:
-        return "parallel" if square else "recurrent" if length.is_const else "chunkwise"
-    if steps > 4 * length.const:
+    if length == ONE or length.is_const and steps > 4 * length.const:
         return "recurrent"
     return "parallel" if square else "chunkwise"

@@ -158,11 +158,13 @@ class Engine(Algebra):
         return False
 
     def structured(self, v: Val) -> bool:
+        if v.alt is not None and v.single and len(v.terms) > 1 and any(m for t in v.terms for m, _ in t.exp.lin):
+            return True  # a state and its update
         return any(self.structured_term(t) for c in v.cases for t in c.terms)
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""
-        return any(
+        return (v.alt is not None and self.structured(v)) or any(
             len(t.accs) >= 2 and any(x < 0 for _, idx in t.accs for a in idx for x, _ in a.terms)
             for c in v.cases
             for t in c.terms
@@ -502,7 +504,7 @@ class Engine(Algebra):
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
         if not (self.structured(a) or self.structured(b) or self._moves(a) or self._moves(b)):
             if not (self._products(a) and self._products(b) and self._shares_signature(a, b)):
-                if not (self._summed(a) or self._summed(b)):
+                if not (self._summed(a) or self._summed(b) or self._updates(a, b) or self._updates(b, a)):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
                 alt = self._alt_of_sum(a, b, out)
                 return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
@@ -514,6 +516,11 @@ class Engine(Algebra):
             return self.pointwise(aten.add.Tensor, [a, b], {}, out).one
         except GiveUp:
             return None
+
+    def _updates(self, a: Val, b: Val) -> bool:
+        """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""
+        weighted = any(m for t in a.terms for m, _ in t.exp.lin if t.accs)
+        return weighted and len(a.terms) == len(b.terms) == 1 and any(len(t.accs) >= 2 and not t.exp for t in b.terms)
 
     def _moves(self, v: Val) -> bool:
         """Proportional to an index, as a fixed decay's exponent is."""

@@ -12,6 +12,7 @@ from .leaves import Symbol
 from .proof import Proof, Refused
 from .prove import explain_missing, prove
 from .states import final_states, looks_like_state
+from .step import prove_step
 
 MAX_STEPS_BACK = 24
 
@@ -56,12 +57,15 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
             continue
         best: Refusal | None = None
         if looks_like_state(interpreter.engine, fact):
-            states.append(fact)
-            try:
-                explain_missing(interpreter.engine, fact.value.terms, explained)
-            except Refused as r:
-                refusals.append(Refusal("match", r.obligation, node, r.expected, r.found, r.hint, r.progress))
-            continue
+            behind = _step_behind(interpreter, node)
+            if behind is None:
+                states.append(fact)
+                try:
+                    explain_missing(interpreter.engine, fact.value.terms, explained)
+                except Refused as r:
+                    refusals.append(Refusal("match", r.obligation, node, r.expected, r.found, r.hint, r.progress))
+                continue
+            node, fact = behind.node, behind
         frontier, seen, whole = [node], set(), fact.tensor.numel()
         while frontier and len(seen) < MAX_STEPS_BACK:
             at = frontier.pop(0)
@@ -96,6 +100,21 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
             refusals.append(best)
     matches += final_states(interpreter, states, proofs)
     return matches, sorted(refusals, key=lambda r: -r.progress)
+
+
+def _step_behind(interpreter: Interpreter, node: fx.Node) -> Fact | None:
+    """The decode step that a value without positions is a view of, or a row-wise function."""
+    work, seen = [node], set()
+    while work and len(seen) < MAX_STEPS_BACK:
+        at = work.pop(0)
+        fact = interpreter.facts.get(at)
+        if at in seen or fact is None or not interpreter.engine.contracts(fact.value) or not fact.value.single:
+            continue
+        seen.add(at)
+        if prove_step(interpreter.engine, fact, fact.value.terms) is not None:
+            return fact
+        work += at.all_input_nodes
+    return None
 
 
 def _closest(

@@ -22,6 +22,7 @@ from .engine import Engine
 from .interpret import Fact
 from .leaves import Opaque, Table
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused, at_position
+from .step import prove_step
 from .term import Access, Exponent, Mono, Term, sub_access
 
 
@@ -34,6 +35,8 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None) -> Proo
     if not fact.value.single:
         raise Refused("one-case", "one sum", f"{len(fact.value.cases)} disjoint regions", 0)
     terms = [_windows_as_features(engine, t) for t in fact.value.terms]
+    if not any(sequence_index(engine, t) for t in terms) and (step := prove_step(engine, fact, terms)) is not None:
+        return step
     main = _main_term(engine, terms, set() if explained is None else explained)
     return _Prover(engine, fact, main, [t for t in terms if t is not main]).run()
 

@@ -12,13 +12,16 @@ from .engine import Engine
 from .interpret import Fact, Interpreter
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 from .prove import sequence_index
+from .step import prove_step
 from .term import Exponent, sub_access
 
 
 def looks_like_state(engine: Engine, fact: Fact) -> bool:
-    """A weighted sum of outer products over all positions: no position is left."""
-    if not fact.value.single:
+    """A weighted sum of outer products over all positions, or a state and one update: no position is left."""
+    if not fact.value.single or prove_step(engine, fact, fact.value.terms) is not None:
         return False
+    if len(fact.value.terms) == 2 and not any(t.bound(engine.space) for t in fact.value.terms):
+        return True
     return any(t.bound(engine.space) and sequence_index(engine, t) is None for t in fact.value.terms) and not any(
         sequence_index(engine, t) is not None for t in fact.value.terms
     )
@@ -78,7 +81,14 @@ def _is_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, Aff], last
             if accs == sorted(p.state) and t.exp.sub(space, rename) == weight and not t.guards and t.coef == 1:
                 seen_start = True
                 continue
-            return False
+            if p.roles[N_ROLE] != ONE:
+                return False
+        if p.roles[N_ROLE] == ONE and not bound:
+            accs = sorted(sub_access(space, a, rename) for a in t.accs)
+            if seen_sum or t.coef != 1 or t.exp or t.guards or accs != sorted([*p.k, *p.v]):
+                return False
+            seen_sum = True
+            continue
         if len(bound) != 1 or seen_sum or t.coef != 1:
             return False
         (j,) = bound

@@ -53,6 +53,12 @@ def _output_like(q: Tensor, heads: int, dv: int) -> Tensor:
     return q.new_empty(batch, heads, length, dv)
 
 
+def _in_memory_of(promised: Tensor, made: Tensor) -> Tensor:
+    """``made`` with the dtype and strides that the fake promised; a copy only where it has others."""
+    same = made.dtype == promised.dtype and made.stride() == promised.stride()
+    return made if same else promised.copy_(made)
+
+
 def _own_precision(q: Tensor) -> torch.autocast:
     """Implementations choose their own precision: autocast would round fp32 operands inside them."""
     return torch.autocast(q.device.type, enabled=False)
@@ -73,8 +79,10 @@ def decayed_attention_op(
 
     _refuse_forward_mode()
     with _own_precision(q):
-        out, state = implementation(q.device.type).forward(q, k, v, log_decay, scale, initial_state)
-    o = _output_like(q, out.shape[1], out.shape[3]).copy_(out)
+        out, state = implementation(q, v).forward(
+            q, k, v, log_decay, scale, initial_state, return_final_state
+        )
+    o = _in_memory_of(_output_like(q, out.shape[1], out.shape[3]), out)
     return o, state if return_final_state else state.new_empty(0)
 
 
@@ -97,25 +105,28 @@ def decayed_attention_backward_op(
     log_decay: Tensor,
     scale: float,
     initial_state: Tensor | None,
+    decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and the initial state (an empty tensor where there is none)."""
+    """Gradients of q, k, v, log_decay and the initial state; an empty tensor for each that is not there or not wanted."""
     from .kernels.select import implementation
 
     _refuse_forward_mode()
     with _own_precision(q):
-        dq, dk, dv, dg, ds = implementation(q.device.type).backward(
-            do, d_state, q, k, v, log_decay, scale, initial_state
+        dq, dk, dv, dg, ds = implementation(q, v).backward(
+            do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient
         )
-    grads = [torch.empty_like(x).copy_(g) for x, g in ((q, dq), (k, dk), (v, dv), (log_decay, dg))]
-    d_initial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state).copy_(ds)
-    return grads[0], grads[1], grads[2], grads[3], d_initial
+    grads = [_in_memory_of(torch.empty_like(x), g) for x, g in ((q, dq), (k, dk), (v, dv))]
+    d_log_decay = _in_memory_of(torch.empty_like(log_decay), dg) if decay_gradient else log_decay.new_empty(0)
+    d_initial = q.new_empty(0) if initial_state is None else _in_memory_of(torch.empty_like(initial_state), ds)
+    return grads[0], grads[1], grads[2], d_log_decay, d_initial
 
 
 @decayed_attention_backward_op.register_fake
-def _(do, d_state, q, k, v, log_decay, scale, initial_state):  # type: ignore[no-untyped-def]
+def _(do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient):  # type: ignore[no-untyped-def]
     _refuse_forward_mode()
+    d_log_decay = torch.empty_like(log_decay) if decay_gradient else log_decay.new_empty(0)
     d_initial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
-    return (*(torch.empty_like(x) for x in (q, k, v, log_decay)), d_initial)
+    return (*(torch.empty_like(x) for x in (q, k, v)), d_log_decay, d_initial)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -128,17 +139,20 @@ def _backward(ctx: Any, do: Tensor, d_state: Tensor | None) -> tuple[Any, ...]:
     q, k, v, log_decay, initial_state = ctx.saved_tensors
     if not ctx.return_final_state:
         d_state = None
-    dq, dk, dv, dg, ds = decayed_attention_backward_op(do, d_state, q, k, v, log_decay, ctx.scale, initial_state)
-    return dq, dk, dv, dg, None, ds if initial_state is not None else None, None
+    wanted = ctx.needs_input_grad[3]
+    dq, dk, dv, dg, ds = decayed_attention_backward_op(
+        do, d_state, q, k, v, log_decay, ctx.scale, initial_state, wanted
+    )
+    return dq, dk, dv, dg if wanted else None, None, ds if initial_state is not None else None, None
 
 
 decayed_attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    do, d_state, q, k, v, log_decay, scale, initial_state = inputs
+    do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient = inputs
     ctx.save_for_backward(do, d_state, q, k, v, log_decay, initial_state)
-    ctx.scale = scale
+    ctx.scale, ctx.decay_gradient = scale, decay_gradient
 
 
 def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
@@ -157,9 +171,10 @@ def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         inputs = [x for x in (q, k, v, log_decay, initial_state) if x is not None]
         grads = _vector_jacobian(results, inputs, (do, d_state), create_graph=True)
         wanted = [x for x in saved if x is not None]
-        found = iter(_vector_jacobian(grads, wanted, cotangents, create_graph=create_graph))
+        weights = [c if n != 3 or ctx.decay_gradient else None for n, c in enumerate(cotangents)]
+        found = iter(_vector_jacobian(grads, wanted, weights, create_graph=create_graph))
     d_do, d_d_state, d_q, d_k, d_v, d_log_decay, d_initial = (None if x is None else next(found) for x in saved)
-    return d_do, d_d_state, d_q, d_k, d_v, d_log_decay, None, d_initial
+    return d_do, d_d_state, d_q, d_k, d_v, d_log_decay, None, d_initial, None
 
 
 def _own_leaf(x: Tensor) -> Tensor:

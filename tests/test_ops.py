@@ -114,7 +114,7 @@ class TestRegistration:
         q, k, v, g, initial = arguments(per_token, groups, with_state)
         do = torch.randn(1, 2, 7, 3, dtype=FP64)
         d_state = torch.randn(1, 2, 2, 3, dtype=FP64) if with_state else None
-        opcheck(decayed_attention_backward_op, (do, d_state, q, k, v, g, 0.7, initial), test_utils=CHEAP_CHECKS)
+        opcheck(decayed_attention_backward_op, (do, d_state, q, k, v, g, 0.7, initial, True), test_utils=CHEAP_CHECKS)
 
     @pytest.mark.parametrize(("per_token", "groups", "with_state"), [(False, None, False), (True, GROUPED, True)])
     def test_forward_traced_with_symbolic_sizes(self, per_token, groups, with_state):
@@ -127,7 +127,7 @@ class TestRegistration:
         q, k, v, g, initial = arguments(per_token, groups, with_state)
         do = torch.randn(1, 2, 7, 3, dtype=FP64, requires_grad=True)
         d_state = torch.randn(1, 2, 2, 3, dtype=FP64, requires_grad=True) if with_state else None
-        opcheck(decayed_attention_backward_op, (do, d_state, q, k, v, g, 0.7, initial))
+        opcheck(decayed_attention_backward_op, (do, d_state, q, k, v, g, 0.7, initial, True))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_low_precision_and_transposed_layouts(self, dtype):

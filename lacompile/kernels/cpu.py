@@ -21,9 +21,18 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, initial_state: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    want_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B,H,N,Dv]`` in q's dtype and final state ``[B,H,Dk,Dv]`` in the compute dtype."""
+    """Output ``[B,H,N,Dv]`` in q's dtype and final state ``[B,H,Dk,Dv]`` in the compute dtype.
+
+    The state is there on the way: ``want_state`` saves nothing here.
+    """
     heads = head_count(q, k, v, log_decay, initial_state)
     batch, _, length, dk = q.shape
     dv = v.shape[-1]
@@ -77,8 +86,9 @@ def backward(
     log_decay: Tensor,
     scale: float,
     initial_state: Tensor | None,
+    want_decay: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and the initial state, in the compute dtype.
+    """Gradients of q, k, v, log_decay (empty unless wanted) and the initial state, in the compute dtype.
 
     One pass forward for the state before each chunk, one pass back for the gradient of the state after it
     (arXiv 2401.04658, algorithm 2). The gradient of a token's log-decay is the weight of everything that passes it,
@@ -111,14 +121,16 @@ def backward(
         dq = d_scores @ kc + from_state
         dkc = d_scores.transpose(-1, -2) @ qc + to_state
         dvc = scores.transpose(-1, -2) @ dc + (kc * to_end) @ ds
-        weight = scores * (dc @ vc.transpose(-1, -2))
-        entering, leaving = (qc * from_state).sum(-1), (kc * to_state).sum(-1)
-        passing = (whole * state * ds).sum((-1, -2))
-        dg = _decay_gradient(weight, entering, leaving, passing, per_head=log_decay.dim() == 1)
+        dg = zeros.new_empty(batch, heads, 0)
+        if want_decay:
+            weight = scores * (dc @ vc.transpose(-1, -2))
+            entering, leaving = (qc * from_state).sum(-1), (kc * to_state).sum(-1)
+            passing = (whole * state * ds).sum((-1, -2))
+            dg = _decay_gradient(weight, entering, leaving, passing, per_head=log_decay.dim() == 1)
         parts.append((dq, dkc, dvc, dg))
         ds = whole * ds + (qc * from_start).transpose(-1, -2) @ dc
     if not parts:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(log_decay), ds
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), torch.zeros_like(log_decay), ds.clone()
     dq, dk_, dv, dg = (torch.cat([p[n] for p in reversed(parts)], 2) for n in range(4))
     dg = dg.sum((0, 2), dtype=torch.float64).to(dtype) if log_decay.dim() == 1 else dg
     return _fold(dq, q.shape[1]), _fold(dk_, k.shape[1]), _fold(dv, v.shape[1]), dg, ds

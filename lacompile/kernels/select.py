@@ -34,8 +34,16 @@ def refusal(*, device_type: str, dtype: torch.dtype, dk: int, dv: int) -> str | 
     return None
 
 
-def implementation(device_type: str) -> ModuleType:
-    """The module whose ``forward`` and ``backward`` run on this device."""
+def implementation(q: torch.Tensor, v: torch.Tensor) -> ModuleType:
+    """The module whose ``forward`` and ``backward`` run on these tensors.
+
+    Triton's kernels where they serve, else the chunked form in ATen, which any device, dtype and head size can run.
+    """
+    device = q.device.type
+    if device == "cuda" and refusal(device_type=device, dtype=q.dtype, dk=q.shape[3], dv=v.shape[3]) is None:
+        from . import lightning2
+
+        return lightning2
     from . import cpu
 
     return cpu

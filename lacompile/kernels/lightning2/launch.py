@@ -19,7 +19,6 @@ SPAN_PER_TOKEN = 512
 SPAN_FIXED = 64
 # Segments are multiples of this many tokens; a multiple of the spans.
 GRANULE = 512
-LOG2_E = 1.4426950408889634
 
 
 @dataclass(frozen=True)
@@ -126,8 +125,8 @@ def unit(*tensors: Tensor) -> int:
     """
     common = 8
     for x in tensors:
-        for n in range(x.dim() - 1):
-            common = gcd(common, x.stride(n))
+        for size, stride in _outer(x):
+            common = gcd(common, stride) if size > 1 else common
     return 8 if common == 8 else 1
 
 

@@ -145,7 +145,13 @@ class TestLongSequences:
         monkeypatch.setattr(kernels.launch, "plan", lambda length, *_: kernels.launch.Segments(length, 1))
         whole = (*kernels.forward(*args), *kernels.backward(do, d_state, *args))
         for n, (a, b) in enumerate(zip(split, whole, strict=True)):
-            assert relative_error(a, b) < 1e-2, n
+            if n != 5 or per_token:
+                assert relative_error(a, b) < 1e-2, n
+        if not per_token:
+            # One decay's gradient is a sum over all tokens that nearly cancels: judged by the size of its terms.
+            each = args[3][None, :, None].expand(1, 2, 8192).contiguous()
+            terms = kernels.backward(do, d_state, *args[:3], each, *args[4:])[3]
+            assert ((split[5] - whole[5]).abs() < 1e-3 * terms.abs().sum((0, 2))).all()
 
     def test_slow_decay_over_a_long_sequence(self, kernels):
         args, do, d_state = arguments(32768, 128, 128, states="", batch=1, heads=2)

@@ -194,9 +194,12 @@ def _backward(
     dq, dk_, dv_ = (launch.grad_like(x, heads) for x in (q, k, v))
     d_decay = torch.zeros(log_decay.shape, dtype=torch.float32, device=q.device)
     fp32 = {"dtype": torch.float32, "device": q.device}
-    d_initial = torch.empty((batch, heads, dk, dv) if initial_state is not None else (0,), **fp32)
+    # Triton 3.6 pipelines heads of 256 into more shared memory than there is unless the last state is stored.
+    store_end = initial_state is not None or launch.next_power_of_2(max(dk, dv)) == 256
+    d_initial = torch.empty((batch, heads, dk, dv) if store_end else (0,), **fp32)
     if batch * heads * length == 0:
         d_initial = d_initial.zero_() if d_state is None or initial_state is None else d_initial.copy_(d_state)
+        d_initial = d_initial if initial_state is not None else d_initial.new_empty(0)
         return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)
     initial_state, d_state = launch.dense_state(initial_state), launch.dense_state(d_state)
     for_k, for_v = launch.config(dv, dk, q.dtype), launch.config(dk, dv, q.dtype)
@@ -215,7 +218,7 @@ def _backward(
     q_rows = torch.empty((k_blocks, rows, length) if want_decay else (0,), **fp32)
     k_rows = torch.empty_like(q_rows)
     marks_shape = (rows, spans + 1, dk, dv) if want_decay else (0,)
-    marks = torch.empty(marks_shape, dtype=launch.mark_dtype(q.dtype), device=q.device)
+    marks = torch.empty(marks_shape, dtype=launch.mark_dtype(q.dtype, log_decay.dim() == 3), device=q.device)
     d_marks = torch.empty_like(marks)
     unit = launch.unit(q, k, v, do, dq, dk_, dv_)
     tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
@@ -232,9 +235,10 @@ def _backward(
         DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv,
         CHUNK=chunk, UNIT=unit, TMA=tma,
         PER_TOKEN=log_decay.dim() == 3, HAS_START=start is not None, HAS_D_START=d_start is not None,
-        STORE_D_END=initial_state is not None, DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype),
+        STORE_D_END=store_end, DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype),
         num_warps=max(for_k.warps, for_v.warps), num_stages=min(for_k.stages, for_v.stages),
     )  # fmt: skip
     if want_decay:
         d_decay = decay_grad(q_rows, k_rows, marks, d_marks, log_decay, initial_state, d_state, span)
+    d_initial = d_initial if initial_state is not None else d_initial.new_empty(0)
     return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)

@@ -69,9 +69,12 @@ def span(per_token: bool) -> int:
     return SPAN_PER_TOKEN if per_token else SPAN_FIXED
 
 
-def mark_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of marks: rounding them costs an error like that of the inputs, but fp16 has too small a range."""
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+def mark_dtype(dtype: torch.dtype, per_token: bool) -> torch.dtype:
+    """The dtype of marks: rounding them costs an error like that of the inputs, but fp16 has too small a range.
+
+    Per token a gradient may be small beside the marks it is a difference of; there are few, so they are exact.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 and not per_token else torch.float32
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
     python benchmarks/minimax_layer.py --lengths 2048 8192 32768 --out benchmarks/results/minimax_layer
 
-Writes OUT.json and OUT.md. Times are medians in milliseconds; the first call includes compilation.
+Writes OUT.json and OUT.md after every row. Times are medians in milliseconds; the first call includes compilation.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import argparse
 import datetime
 import json
 import platform
+import re
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
 import triton
 from torch import nn
-from transformers import MiniMaxConfig, __version__ as transformers_version
+from transformers import MiniMaxConfig
+from transformers import __version__ as transformers_version
 from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
 
 import lacompile
 
-BACKENDS = ("eager", "inductor", "lightning")
+BACKENDS = ("lightning", "eager", "inductor")
 
 
 class Layer(nn.Module):
@@ -96,10 +99,13 @@ def measure(backend: str, layer: Layer, length: int, hidden: int) -> dict[str, o
         row["error"] = float(((out - exact).norm() / exact.norm()).item())
     except torch.OutOfMemoryError:
         row["failed"] = "out of memory"
+    except Exception as error:  # one backend's failure must not lose the other rows
+        traceback.print_exc()
+        row["failed"] = type(error).__name__
     if backend == "lightning":
         report = lacompile.last_report()
         row["rewrites"] = 0 if report is None else len(report.rewrites)
-        row["report"] = str(report)
+        row["report"] = re.sub(r"\S*site-packages/", "", str(report))
     return row
 
 
@@ -123,6 +129,14 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
+def write(out: Path, about: dict[str, object], rows: list[dict[str, object]]) -> None:
+    """OUT.json and OUT.md with the rows so far."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    described = "\n".join(f"- {k}: {v}" for k, v in about.items())
+    out.with_suffix(".md").write_text(f"# MiniMax Lightning-Attention layer\n\n{described}\n\n{table(rows)}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
@@ -133,23 +147,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     layer = Layer(args.hidden, args.heads).to("cuda", torch.bfloat16)
-    rows = []
-    for length in args.lengths:
-        for backend in args.backends:
-            rows.append(measure(backend, layer, length, args.hidden))
-            print({k: v for k, v in rows[-1].items() if k != "report"}, flush=True)
     about = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "transformers": transformers_version, "python": platform.python_version(),
         "date": datetime.date.today().isoformat(), "command": "python " + " ".join(sys.argv), "dtype": "bfloat16",
         "batch": 1, "hidden": args.hidden, "heads": args.heads, "head_dim": 128,
     }  # fmt: skip
+    rows: list[dict[str, object]] = []
+    for length in args.lengths:
+        for backend in args.backends:
+            rows.append(measure(backend, layer, length, args.hidden))
+            print({k: v for k, v in rows[-1].items() if k != "report"}, flush=True)
+            if args.out is not None:
+                write(args.out, about, rows)
     print(table(rows))
-    if args.out is not None:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        described = "\n".join(f"- {k}: {v}" for k, v in about.items())
-        args.out.with_suffix(".md").write_text(f"# MiniMax Lightning-Attention layer\n\n{described}\n\n{table(rows)}\n")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def trace_artifact(name: str, payload: str) -> None:
 
 def functorch_active() -> bool:
     """Whether a functorch transform or forward-mode AD level is running."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
         return True
     from torch.autograd import forward_ad
 

@@ -157,8 +157,14 @@ def _decide(
         for f in m.facts
     )
     seconds = {**found.seconds, "total": time.perf_counter() - start}
-    nodes = {"nodes_before": len(gm.graph.nodes), "nodes_after": len((rewritten or gm).graph.nodes)}
-    return Decision(rewritten, tuple(kept), Report(rewrites, tuple(map(NearMiss.of, refusals)), 1, seconds, **nodes))
+    made = Report(
+        rewrites,
+        tuple(map(NearMiss.of, refusals)),
+        seconds=seconds,
+        nodes_before=len(gm.graph.nodes),
+        nodes_after=len((rewritten or gm).graph.nodes),
+    )
+    return Decision(rewritten, tuple(kept), made)
 
 
 def _is_state(match: Match) -> bool:
@@ -192,7 +198,7 @@ def _reference(fact: DecayedAttention, q: Any, k: Any, v: Any, log_decay: Any, s
 
 
 class _Again:
-    """The same graph for inputs of other values; rewrites that bake no number are the same graph and not compiled again."""
+    """The same graph for inputs of other values; a rewrite that bakes no number is not compiled again."""
 
     def __init__(self, gm: fx.GraphModule, settings: Options, hand_over: _HandOver, rewritten: Any, compiled: Any):
         self.gm, self.settings, self.hand_over = gm, settings, hand_over

@@ -107,7 +107,7 @@ def decayed_attention_backward_op(
     initial_state: Tensor | None,
     decay_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay and the initial state; an empty tensor for each that is not there or not wanted."""
+    """Gradients of q, k, v, log_decay and the initial state; an empty tensor where there is none or none is wanted."""
     from .kernels.select import implementation
 
     _refuse_forward_mode()

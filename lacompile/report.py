@@ -129,7 +129,7 @@ class NearMiss:
 class Report:
     """What the backend did to one graph, or to all graphs of one call.
 
-    ``nodes_before`` counts the nodes that Dynamo captured, ``nodes_after`` those that Inductor got; 0 where not counted.
+    ``nodes_before`` counts the nodes Dynamo captured, ``nodes_after`` those Inductor got; 0 where not counted.
     """
 
     rewrites: tuple[Rewrite, ...] = ()

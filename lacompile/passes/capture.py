@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -68,6 +69,7 @@ class Observer(Protocol):
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Any]]) -> list[Any]:
         """Called after each Dynamo node with its tensor outputs; may replace their values."""
+        ...
 
 
 @dataclass
@@ -166,7 +168,9 @@ class Capture(TorchDispatchMode):
         if func.namespace == "prim" or func in METADATA_QUERIES:
             return func(*args, **kwargs)
         values, dtypes = self._values(args)
-        kw = {k: self._value(v) for k, v in kwargs.items() if k not in ("device", "layout", "pin_memory", "memory_format")}
+        kw = {
+            k: self._value(v) for k, v in kwargs.items() if k not in ("device", "layout", "pin_memory", "memory_format")
+        }
         out = func(*args, **kwargs)
         schema = func._schema
         if schema.is_mutable:
@@ -194,7 +198,14 @@ class Capture(TorchDispatchMode):
         return arg
 
     def _enter_result(
-        self, func: Any, args: Sequence[Any], kw: dict[str, Any], out: torch.Tensor, value: Any, n: int | None, all_out: Any
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kw: dict[str, Any],
+        out: torch.Tensor,
+        value: Any,
+        n: int | None,
+        all_out: Any,
     ) -> None:
         aliased = any(a.alias_info is not None for a in func._schema.arguments)
         base = args[0] if args and isinstance(args[0], torch.Tensor) else None
@@ -269,7 +280,7 @@ class Capture(TorchDispatchMode):
         return attr
 
     def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
         if node.op == "call_function" and node.target in GRAD_MODE:
             self.records_gradients = bool(args[0])
             return None
@@ -338,7 +349,9 @@ def _functional_of(func: Any) -> Functional | None:
     packet = func.overloadpacket
     name = packet.__name__
     if packet is aten.copy_:
-        return lambda obs, vals, kw, t, dts: obs.operation(aten.expand.default, [vals[1], list(t.shape)], {}, t, [dts[1]])
+        return lambda obs, vals, kw, t, dts: obs.operation(
+            aten.expand.default, [vals[1], list(t.shape)], {}, t, [dts[1]]
+        )
     if packet in (aten.zero_, aten.fill_):
         fill = (lambda vals: 0.0) if packet is aten.zero_ else (lambda vals: vals[1])
         return lambda obs, vals, kw, t, dts: obs.operation(

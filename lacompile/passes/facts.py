@@ -129,12 +129,12 @@ Formulation = Literal["parallel", "chunkwise", "recurrent"]
 class DecayedAttention:
     """One decayed causal linear attention.
 
-    ``S_t = exp(g_t) S_{t-1} + k_t^T v_t``, ``o_t = scale * q_t S_t`` (Lightning Attention-2, arXiv 2401.04658, eq. 6-9),
-    every field a recipe over the Dynamo graph.
+    ``S_t = exp(g_t) S_{t-1} + k_t^T v_t``, ``o_t = scale * q_t S_t`` (arXiv 2401.04658, eq. 6-9), every
+    field a recipe over the Dynamo graph.
 
-    q, k: ``[B,Hq|Hk,N,Dk]``; v: ``[B,Hv,N,Dv]`` (fewer heads than H must divide it); log_decay: fp32 ``[H]`` or ``[B,H,N]``,
-    natural log; initial_state: ``[B,H,Dk,Dv]`` or None. ``dtype`` is the dtype q, k, v are handed over in and o comes
-    back in.
+    q, k: ``[B,Hq|Hk,N,Dk]``; v: ``[B,Hv,N,Dv]`` (fewer heads than H must divide it); log_decay: fp32 ``[H]`` or
+    ``[B,H,N]``, natural log; initial_state: ``[B,H,Dk,Dv]`` or None. ``dtype`` is the dtype q, k, v are handed over
+    in and o comes back in.
     """
 
     q: Expr
@@ -160,7 +160,7 @@ class DecayedAttention:
 class Match:
     """``target``'s value is, provably, ``replacement``.
 
-    ``replacement`` has exactly the shape of ``target``; the rewrite makes dtype and strides equal. Uses of ``target`` at or
+    ``replacement`` has exactly the shape of ``target``; the rewrite makes its dtype equal. Uses of ``target`` at or
     before node ``after`` (a mutation of it) keep the old value; None means all uses are replaced.
     """
 

@@ -1,4 +1,4 @@
-"""May this value be cut out of this graph here? Questions about the program around a match, not about its mathematics."""
+"""May this value be cut out of this graph here? Questions about the program around a match, not its mathematics."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from .._compat import suppressed_guards
@@ -144,7 +145,7 @@ class _Writer:
 
     def _example(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What AOTAutograd's cache wants to see on every node."""
-        fakes = fx.node.map_arg((args, kwargs), lambda n: n.meta["example_value"])
+        fakes = map_arg((args, kwargs), lambda n: n.meta["example_value"])
         assert self.origin is not None
         mode = self.origin.meta["example_value"].fake_mode
         with mode, suppressed_guards(mode), torch.no_grad():
@@ -156,6 +157,7 @@ def _as_list(values: Any) -> Any:
 
 
 # -------------------------------------------------------------------------------------------------------- dead code
+
 
 def _writes(node: fx.Node) -> bool:
     return writes_into(node) is not None

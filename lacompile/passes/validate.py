@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from .capture import AUTOCAST, GRAD_MODE, writes_into
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
@@ -119,17 +120,29 @@ def _compare(
     _tame_decays(match, env, decays, by_value, reference)
     leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
     with _fp64_by_default():
-        results = [_run(run, env, leaves) for run in (
-            lambda e: _run_region(gm, region, e, real, match),
-            lambda e: _Recipe(e, reference)(match.replacement),
-        )]
+        results = [
+            _run(run, env, leaves)
+            for run in (
+                lambda e: _run_region(gm, region, e, real, match),
+                lambda e: _Recipe(e, reference)(match.replacement),
+            )
+        ]
     (want, want_grads), (got, got_grads) = results
     forward = _error(got, want)
-    gradient = max((_error(_or_zero(g, x), _or_zero(w, x)) for g, w, x in zip(
-        got_grads, want_grads, leaves.values(), strict=True)), default=0.0)
+    gradient = max(
+        (
+            _error(_or_zero(g, x), _or_zero(w, x))
+            for g, w, x in zip(got_grads, want_grads, leaves.values(), strict=True)
+        ),
+        default=0.0,
+    )
     tolerance = max(
-        [EXACT] + [LOW_PRECISION[n.meta["example_value"].dtype] for n in by_value
-                   if n.meta["example_value"].dtype in LOW_PRECISION]
+        [EXACT]
+        + [
+            LOW_PRECISION[n.meta["example_value"].dtype]
+            for n in by_value
+            if n.meta["example_value"].dtype in LOW_PRECISION
+        ]
     )
     seconds = time.perf_counter() - start
     if not (forward <= tolerance and gradient <= 10 * tolerance):
@@ -227,7 +240,7 @@ def _run_region(
         elif node.op == "call_function" and node.target in (*GRAD_MODE, *AUTOCAST):
             held[node] = None
         else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), held.__getitem__)
+            args, kwargs = map_arg((node.args, node.kwargs), held.__getitem__)
             args, kwargs = _plain(args), _plain(kwargs)
             if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
                 held[node] = args[0].to(torch.float64)
@@ -307,5 +320,3 @@ def _save(gm: fx.GraphModule, match: Match, env: dict[fx.Node, Any]) -> Path:
     (path / "graph.py").write_text(f"# target: {match.target.name}\n{gm.code}")
     torch.save({n.name: t for n, t in env.items()}, path / "inputs.pt")
     return path
-
-

@@ -181,7 +181,7 @@ def merged_heads(q, k, v, slope):
     return out.transpose(1, 2).reshape(q.shape[0], q.shape[2], -1)
 
 
-# --------------------------------------------------------------------------------------------------- parallel: the scale
+# -------------------------------------------------------------------------------------------------- parallel: the scale
 
 
 @register(PARALLEL)
@@ -204,7 +204,7 @@ def scale_learned(q, k, v, slope):
     return ((q @ k.mT * mask(slope, q.shape[2])) @ v) * slope[:, None, None]
 
 
-# --------------------------------------------------------------------------------------------------- parallel: the decay
+# -------------------------------------------------------------------------------------------------- parallel: the decay
 
 
 @register(PARALLEL)
@@ -288,7 +288,7 @@ def chunk_loop_into_empty(q, k, v, slope, size=8):
 
 @register(LOOPS)
 def batched_chunks(q, k, v, slope, size=8):
-    b, h, n, d = q.shape
+    b, h, n, _ = q.shape
     c, s = n // size, slope[:, None, None, None]
     qc, kc, vc = (x.reshape(b, h, c, size, -1) for x in (q, k, v))
     i = torch.arange(size)[:, None]

@@ -34,7 +34,9 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str =
             if len(left) < len(refusals):
                 matches, refusals = found, left
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
-        refusal = Refusal("lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}")
+        refusal = Refusal(
+            "lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}"
+        )
         return Analysis((), (refusal,), {"analysis": time.perf_counter() - start})
     seconds = {"lift": lifted - start, "match": time.perf_counter() - lifted}
     return Analysis(tuple(matches), tuple(refusals), seconds)

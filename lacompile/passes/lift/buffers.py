@@ -4,8 +4,8 @@ A mask or a decay factor that a module computed once is data to the graph. Its v
 
     value[h, r, c] = exp(-slope[h] * A(r, c))  on  low <= r - c <= high,  0 elsewhere        A integer-affine
 
-or the logarithm of that. Rounding leaves not one slope per head that explains all entries but an interval: it is as wide
-as the rounding of the entry (a checkpoint is often cast to bf16) and of the exponent it was computed from. Buffers of one
+or the logarithm of that. Rounding leaves not one slope per head that explains all entries but an interval: as wide as
+the rounding of the entry (a checkpoint is often cast to bf16) and of the exponent it was computed from. Buffers of one
 module were made from one slope, so their intervals must meet; the graph's own slope is used where it lies inside.
 """
 
@@ -51,8 +51,8 @@ class Slopes:
 class Fit:
     """A buffer as a guarded exponential.
 
-    ``constant``: every entry that is not zero is one, so it is a mask that only selects, or a decay by a slope too small
-    for its format; then ``distances`` are all the readings that would explain it as the latter.
+    ``constant``: every entry that is not zero is one, so it is a mask that only selects, or a decay by a slope too
+    small for its format; then ``distances`` are all the readings that would explain it as the latter.
     """
 
     heads: tuple[int, ...]
@@ -198,8 +198,8 @@ def _candidates(
     """Distances (constant, coefficients) worth trying.
 
     Positions counted from the start, to the end, and between each other come first: where rounding leaves a choice (a
-    slope too small for the format) these are what a chunk's decays are. Else a least-squares line through the head whose
-    logarithms reach furthest.
+    slope too small for the format) these are what a chunk's decays are. Else a least-squares line through the head
+    whose logarithms reach furthest.
     """
     if band is not None:
         if not constant or band[0] >= 0:

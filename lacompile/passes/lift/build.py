@@ -86,10 +86,7 @@ class Builder:
         total: Any = 1
         for r in roles:
             size = p.roles[r]
-            if size.is_const:
-                total = total * int(size.const)
-            else:
-                total = total * p.fact.tensor.shape[p.place[r]]
+            total = total * (int(size.const) if size.is_const else p.fact.tensor.shape[p.place[r]])
         return total
 
     def _some_node(self, accesses: Sequence[Access]) -> fx.Node:
@@ -179,7 +176,7 @@ class Builder:
         return factors if c == 1 else f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"
 
     def _assumptions(self, p: Proof, operands: Sequence[Expr]) -> Iterable[Assumption]:
-        """log(x) in a weight is the logarithm of a factor: right only where x > 0. And buffers that were read by value."""
+        """log(x) in a weight is right only where x > 0; and buffers were read by value."""
         if self.interpreter.statics is not None:
             read = {v.node for e in operands for v in values_of(e)}
             yield from self.interpreter.statics.assumptions(sorted(read | sources_of(p.fact.node, read)))
@@ -214,7 +211,13 @@ class Builder:
                 yield from visit(leaf)
 
     def _replacement(
-        self, p: Proof, fact: DecayedAttention, batch: list[int], heads: list[int], e_group: list[int], residual: list[Term]
+        self,
+        p: Proof,
+        fact: DecayedAttention,
+        batch: list[int],
+        heads: list[int],
+        e_group: list[int],
+        residual: list[Term],
     ) -> Expr:
         """The operator's output in the target's dimensions, times row factors, plus residual terms."""
         expr: Expr = Attend(fact, 0)
@@ -256,8 +259,6 @@ class Builder:
         return self.emitter.assemble(piece, groups, shrink=range(len(groups)))
 
 
-
-
 def sources_of(node: fx.Node, given: set[fx.Node]) -> set[fx.Node]:
     """The inputs of the graph that a value is computed from, other than through the ``given`` values."""
     seen: set[fx.Node] = set()
@@ -291,6 +292,6 @@ def formulation(p: Proof, given: set[fx.Node]) -> Literal["parallel", "chunkwise
             square |= len(sizes) >= 2 or len({str(s) for s in symbolic}) < len(symbolic)
             steps += 1
         work += node.all_input_nodes
-    if length == ONE or length.is_const and steps > 4 * length.const:
+    if length == ONE or (length.is_const and steps > 4 * length.const):
         return "recurrent"
     return "parallel" if square else "chunkwise"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -89,10 +90,10 @@ class Emitter:
             raise CannotEmit("a view of each tensor", "a symbolic dimension that was split")
         # x = sum digit_k * cut_k, cuts ascending and each dividing the next
         steps = [1, *sorted(cuts), int(size.const)]
-        if any(b % a for a, b in zip(steps, steps[1:], strict=False)):
+        if any(b % a for a, b in pairwise(steps)):
             raise CannotEmit("a view of each tensor", f"splits {steps} that do not nest")
         digits, whole = [], ZERO
-        for n, (step, following) in enumerate(zip(steps, steps[1:], strict=False)):
+        for n, (step, following) in enumerate(pairwise(steps)):
             digit = FIRST_DIGIT + 20 * len(self.digits) + n
             self.sizes[digit] = Aff.lit(following // step)
             digits.append(digit)
@@ -204,7 +205,9 @@ class Emitter:
             # a stride: split off the part that stays fixed
             expr, offset = self._split_off(expr, dim, size, int(c), rest)
             inner = Call(torch.select, (expr, dim + 1, offset))
-            return self._dimension(inner, dim, self._quotient(size, int(c)), Aff.var(v) + _divided(rest, int(c), offset))
+            return self._dimension(
+                inner, dim, self._quotient(size, int(c)), Aff.var(v) + _divided(rest, int(c), offset)
+            )
         length = self.sizes[v]
         if not rest.terms:
             return self._narrow(expr, dim, size, rest, length), [v]
@@ -227,7 +230,7 @@ class Emitter:
             return expr
         if not start.is_const or not length.is_const:
             raise CannotEmit("a view of each tensor", f"a symbolic part [{start}, {start} + {length}) of a dimension")
-        if start.const < 0 or size.is_const and start.const + length.const > size.const:
+        if start.const < 0 or (size.is_const and start.const + length.const > size.const):
             raise CannotEmit("indices inside the tensor", f"[{start}, {start + length}) of {size}")
         return Call(torch.narrow, (expr, dim, int(start.const), int(length.const)))
 
@@ -280,14 +283,12 @@ class Emitter:
             expr = Call(torch.permute, (expr, permutation))
         if expand:
             expr = Call(torch.broadcast_to, (expr, wanted))
-        at = 0
-        for group in groups:
+        for at, group in enumerate(groups):
             count = sum(len(self.digits[role]) for role in group)
             if count == 0:
                 expr = Call(torch.unsqueeze, (expr, at))
             elif count > 1:
                 expr = Call(torch.flatten, (expr, at, at + count - 1))
-            at += 1
         return expr
 
     def size(self, digit: int) -> Any:

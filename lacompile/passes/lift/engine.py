@@ -500,7 +500,7 @@ class Engine(Algebra):
         for x, y in ((a, b), (b, a)):
             if x.single and not x.terms:
                 return y
-        if self.index_only(a) and self.index_only(b) or not a.single or not b.single:
+        if (self.index_only(a) and self.index_only(b)) or not a.single or not b.single:
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
         if not (self.structured(a) or self.structured(b) or self._moves(a) or self._moves(b)):
             if not (self._products(a) and self._products(b) and self._shares_signature(a, b)):

@@ -226,4 +226,3 @@ def _order_of(op: Op, rank: int) -> list[int]:
     a, b = op.args[1] % rank, op.args[2] % rank
     order[a], order[b] = order[b], order[a]
     return order
-

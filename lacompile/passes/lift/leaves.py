@@ -165,7 +165,9 @@ def interval_of(op: Any, args: list[Interval]) -> Interval:
     if packet in RANGE_OF:
         return RANGE_OF[packet]
     if packet == aten.mul and len(args) == 2:
-        ends = [x * y for x in args[0] for y in args[1] if not (math.isinf(x) and y == 0 or math.isinf(y) and x == 0)]
+        ends = [
+            x * y for x in args[0] for y in args[1] if not ((math.isinf(x) and y == 0) or (math.isinf(y) and x == 0))
+        ]
         if all(low >= 0 for low, _ in args):
             return (args[0][0] * args[1][0], math.inf if math.inf in (*args[0], *args[1]) else max(ends))
         return (min(ends), max(ends)) if len(ends) == 4 else ANY

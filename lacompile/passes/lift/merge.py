@@ -20,7 +20,9 @@ class TooManyTerms(Exception):
     """A sum that does not merge grows without bound: it is better left opaque."""
 
 
-def merge_sum(algebra: Algebra, terms: Iterable[Term], shape: tuple[Aff, ...], limit: int = MAX_UNMERGED) -> tuple[Term, ...]:
+def merge_sum(
+    algebra: Algebra, terms: Iterable[Term], shape: tuple[Aff, ...], limit: int = MAX_UNMERGED
+) -> tuple[Term, ...]:
     """The normal form of a sum of (un-normalised) terms of a tensor of this shape.
 
     Raises:

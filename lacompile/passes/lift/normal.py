@@ -184,7 +184,8 @@ class Algebra:
             fixed = [
                 (shape[d].const if shape[d].is_const else INF, -d)
                 for d, i in enumerate(idx)
-                if all(v >= 1000 and v < FIRST_DIV for v, _ in i.terms) and (not shape[d].is_const or shape[d].const > 1)
+                if all(v >= 1000 and v < FIRST_DIV for v, _ in i.terms)
+                and (not shape[d].is_const or shape[d].const > 1)
             ]
             if not fixed:
                 out.append((leaf, idx))

@@ -70,6 +70,7 @@ class Proof:
 
 def at_position(mono: Mono) -> Mono:
     """The summand of a prefix sum at position i: the running position becomes the position role."""
+
     def at(a: Aff) -> Aff:
         c = a.coef(TAU)
         return a.without(TAU) + Aff.var(N_ROLE) * c if c else a

@@ -80,8 +80,14 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
             for leaf, idx in holders:
                 kind, sizes = engine.leaves[leaf].kind, engine.leaf_shapes[leaf]
                 summed = [n for n, i in enumerate(idx) if i == Aff.var(v)]
-                square = [n for n, i in enumerate(idx) if n not in summed and i.terms and summed and sizes[n] == sizes[summed[0]]]
-                given = isinstance(kind, Table) or (isinstance(kind, Opaque) and kind.node is not None and kind.node.op == "placeholder")
+                square = [
+                    n
+                    for n, i in enumerate(idx)
+                    if n not in summed and i.terms and summed and sizes[n] == sizes[summed[0]]
+                ]
+                given = isinstance(kind, Table) or (
+                    isinstance(kind, Opaque) and kind.node is not None and kind.node.op == "placeholder"
+                )
                 if len(holders) < 2 or not square or given or leaf in explained:
                     continue
                 explained.add(leaf)
@@ -130,7 +136,9 @@ class _Prover:
         bound = self.main.bound(self.space)
         about_j = {g for g in self.main.guards if self.j in self.space.vars(g)}
         if about_j != {j, i - j}:
-            found = ", ".join(f"{g} >= 0" for g in sorted(about_j)).replace(f"j{-self.j}", "j").replace(f"x{self.n}", "i")
+            found = (
+                ", ".join(f"{g} >= 0" for g in sorted(about_j)).replace(f"j{-self.j}", "j").replace(f"x{self.n}", "i")
+            )
             hint = "the diagonal is left out" if i - j - 1 in about_j else ""
             raise Refused("causal-range", "0 <= j <= i", found, 3, hint)
         self.features: dict[int, tuple[int, int]] = {}
@@ -198,7 +206,9 @@ class _Prover:
             roles[E_ROLE], place[E_ROLE] = self.shape[self.e_dim], self.e_dim
             if self.e is not None:
                 self.rename[self.e] = Aff.var(E_ROLE)
-        self.proof = Proof(self.fact, roles, list(range(len(batch_like))), place, scale=self.main.coef, shapes=self.engine.leaf_shapes)
+        self.proof = Proof(
+            self.fact, roles, list(range(len(batch_like))), place, scale=self.main.coef, shapes=self.engine.leaf_shapes
+        )
 
     def _monos(self) -> Iterable[Mono]:
         for mono, _ in self.main.exp.lin:
@@ -216,13 +226,7 @@ class _Prover:
             with_e = self.e is not None and self._holds(a, self.e)
             if with_d and with_e:
                 raise Refused("separable", "keys and values in separate tensors", "one factor with both features", 4)
-            into = (
-                (p.v if with_e else p.k)
-                if self._holds(a, self.j)
-                else p.q
-                if with_d
-                else p.outer
-            )
+            into = (p.v if with_e else p.k) if self._holds(a, self.j) else p.q if with_d else p.outer
             into.append(self._renamed(a))
         if not self.features:
             # One key feature: what depends on i is the query, what depends on j alone the key.
@@ -380,7 +384,5 @@ class _Prover:
     def _extra_guards(self, t: Term, mapping: dict[int, Aff]) -> bool:
         rename = {**self.rename, **mapping}
         mine = {self.space.sub(g, rename) for g in t.guards}
-        theirs = {
-            self.space.sub(g, self.rename) for g in self.main.guards if self.j not in self.space.vars(g)
-        }
+        theirs = {self.space.sub(g, self.rename) for g in self.main.guards if self.j not in self.space.vars(g)}
         return mine != theirs

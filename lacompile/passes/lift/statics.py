@@ -169,4 +169,3 @@ def belongs_to_module(node: fx.Node, real: torch.Tensor) -> bool:
     if getattr(real, "_dynamo_static_input_type", None) is not None or "_buffers" in name:
         return True
     return name.startswith("G[") or name.startswith("L['self'].") or "__closure__" in name
-

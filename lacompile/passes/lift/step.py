@@ -63,11 +63,13 @@ def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
     return proof
 
 
-Split = tuple[tuple[tuple[int], tuple[Aff]], list[Access], list[Access], tuple[list[Access], list[Access], list[Access]]]
+Split = tuple[
+    tuple[tuple[int], tuple[Aff]], list[Access], list[Access], tuple[list[Access], list[Access], list[Access]]
+]
 
 
 def _aligned(engine: Engine, new: Term, old: Term) -> Split | None:
-    """Queries, and row factors, are what both terms share; the rest is the state in one, keys and values in the other."""
+    """What both terms share are queries and row factors; the rest is the state in one, keys and values in the other."""
     space = engine.space
     bound_new, bound_old = new.bound(space), old.bound(space)
     if len(bound_old) != 1:

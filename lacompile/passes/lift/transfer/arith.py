@@ -136,7 +136,14 @@ def floor_divided(op: Op, a: Val, divisor: float | None, mode: str) -> Val:
     ):
         raise GiveUp("a rounded division")
     poly = t.poly * int(t.coef)
-    return Val(a.shape, (type(a.cases[0])(a.cases[0].guards, (Term(1.0, op.engine.space.floordiv(poly, int(divisor), box(a.shape))),)),))
+    return Val(
+        a.shape,
+        (
+            type(a.cases[0])(
+                a.cases[0].guards, (Term(1.0, op.engine.space.floordiv(poly, int(divisor), box(a.shape))),)
+            ),
+        ),
+    )
 
 
 @rule(aten.reciprocal)

@@ -47,9 +47,7 @@ def baddbmm(op: Op) -> Val:
     return added(op, op.engine.scale(operand(op, 0), float(beta)), op.engine.scale(prod, float(alpha)))
 
 
-def product_sum(
-    op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int, int], sum_a: int, sum_b: int
-) -> Val:
+def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int, int], sum_a: int, sum_b: int) -> Val:
     """sum over one index of a * b; ``keep`` maps the other dimensions to those of the result."""
     engine, shape = op.engine, op.shape
     length = a.shape[sum_a]

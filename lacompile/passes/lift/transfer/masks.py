@@ -48,7 +48,10 @@ def ones(op: Op) -> Val:
 
 @rule(aten.full, aten.full_like, aten.new_full, aten.scalar_tensor)
 def full(op: Op) -> Val:
-    fill = op.arg(0 if op.func.overloadpacket is aten.scalar_tensor else 2 if op.func.overloadpacket is aten.new_full else 1, "fill_value")
+    fill = op.arg(
+        0 if op.func.overloadpacket is aten.scalar_tensor else 2 if op.func.overloadpacket is aten.new_full else 1,
+        "fill_value",
+    )
     if isinstance(fill, bool | int | float):
         return constant(op.shape, float(fill))
     raise GiveUp("a fill value that is not a number")
@@ -109,7 +112,7 @@ def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:
     if factor:
         # slope[h] * (i - j): the sign of the leaf decides which way the comparison goes.
         low, high = engine.leaves[factor[0][0]].interval
-        if len(factor) != 1 or total.const and False or not (low > 0 or high < 0):
+        if len(factor) != 1 or not (low > 0 or high < 0):
             return None
         total = total if low > 0 else -total
         scale = min((abs(c) for _, c in total.terms), default=1.0)
@@ -174,9 +177,7 @@ def choose(op: Op, cond: Val, yes: Val, no: Val) -> Val:
 
 def _choose_by_data(op: Op, cond: Val, yes: Val, no: Val) -> Val:
     zero = number(no) == 0
-    if (zero or number(yes) == 0) and not any(
-        math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms
-    ):
+    if (zero or number(yes) == 0) and not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
         kept = yes if zero else no
         as_number = cond if zero else op.engine.pointwise(aten.logical_not.default, [cond], {}, op.out)
         if op.engine.structured(kept) or kept.alt is not None:
@@ -273,8 +274,16 @@ def clamp(op: Op) -> Val:
     v: Val = operand(op, 0)
     packet = op.func.overloadpacket
     low = op.arg(1, "min") if packet in (aten.clamp, aten.clamp_min, aten.maximum) else None
-    high = op.arg(2, "max") if packet is aten.clamp else op.arg(1, "max") if packet in (aten.clamp_max, aten.minimum) else None
-    if not all(t.poly.is_const for c in v.cases for t in c.terms) or any(math.isinf(t.coef) for c in v.cases for t in c.terms):
+    high = (
+        op.arg(2, "max")
+        if packet is aten.clamp
+        else op.arg(1, "max")
+        if packet in (aten.clamp_max, aten.minimum)
+        else None
+    )
+    if not all(t.poly.is_const for c in v.cases for t in c.terms) or any(
+        math.isinf(t.coef) for c in v.cases for t in c.terms
+    ):
         for bound, keep_above in ((low, True), (high, False)):
             if bound is None:
                 continue
@@ -307,7 +316,9 @@ def _clamped(op: Op, v: Val, limit: Val, keep_above: bool) -> Val:
 def nan_to_num(op: Op) -> Val:
     """After an exponential of a log-affine value there is neither nan nor inf, so this is the identity."""
     v: Val = op.args[0]
-    masked = any(not isinstance(op.engine.leaves[leaf].kind, Table) for c in v.cases for t in c.terms for leaf, _ in t.accs)
+    masked = any(
+        not isinstance(op.engine.leaves[leaf].kind, Table) for c in v.cases for t in c.terms for leaf, _ in t.accs
+    )
     if masked or not any(t.exp for c in v.cases for t in c.terms):
         if any(math.isinf(t.coef) for c in v.cases for t in c.terms) or masked:
             return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
@@ -386,7 +397,7 @@ def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) ->
 def _without_exponential(engine: Engine, t: Term) -> Term:
     """A rate such as -exp(a): its exponential is plain data, a function symbol."""
     found = engine.term_access(Term(1.0, exp=t.exp), None)
-    if isinstance(found, float):
+    if isinstance(found, int | float):
         return t.but(coef=t.coef * found, exp=NO_EXPONENT)
     return t.but(accs=tuple(sorted((*t.accs, found[0]))), exp=NO_EXPONENT)
 
@@ -482,7 +493,7 @@ def _log_base(op: Op, base: Val) -> Val:
     if engine.index_only(base) and base.single:
         return engine.pointwise(aten.log.default, [base], {}, op.out)
     found = engine.access(base)
-    if isinstance(found, float):
+    if isinstance(found, int | float):
         if found <= 0:
             raise GiveUp("a power of a number that is not positive")
         return constant(base.shape, math.log(found))

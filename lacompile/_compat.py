@@ -37,11 +37,17 @@ def mode_options(mode: str | None, dynamic: bool = False) -> dict[str, Any]:
     return dict(list_mode_options(mode, dynamic)) if mode and mode != "default" else {}
 
 
-def compile_with_inductor(gm: Any, example_inputs: Any, config_patches: dict[str, Any]) -> Any:
-    """Hands a graph to Inductor."""
+def compile_with_inductor(gm: Any, example_inputs: Any, config_patches: dict[str, Any], cache_tag: str = "") -> Any:
+    """Hands a graph to Inductor.
+
+    ``cache_tag`` joins the key of the compile caches: they know an operator by its name, not by its schema.
+    """
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs, config_patches=config_patches or None)
+    config = torch.compiler.config
+    tag = contextlib.nullcontext() if not cache_tag else config.patch(cache_key_tag=config.cache_key_tag + cache_tag)
+    with tag:
+        return compile_fx(gm, example_inputs, config_patches=config_patches or None)
 
 
 def compile_without_inductor(gm: Any, example_inputs: Any) -> Any:

@@ -236,7 +236,12 @@ class _HandOver:
         if why is not None:
             self.notes.append(f"Inductor cannot compile here ({why}); the graph runs uncompiled")
             return _compat.compile_without_inductor(gm, example_inputs)
-        return _compat.compile_with_inductor(gm, example_inputs, self.config_patches)
+        tag = ops.SCHEMAS if _is_rewritten(gm) else ""
+        return _compat.compile_with_inductor(gm, example_inputs, self.config_patches, tag)
+
+
+def _is_rewritten(gm: fx.GraphModule) -> bool:
+    return any(n.target is torch.ops.lacompile.decayed_attention.default for n in gm.graph.nodes)
 
 
 def _on_cpu(example_inputs: Sequence[Any]) -> bool:

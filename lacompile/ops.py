@@ -198,6 +198,12 @@ def _vector_jacobian(
 decayed_attention_backward_op.register_autograd(_double_backward, setup_context=_setup_backward_context)
 
 
+SCHEMAS = "; ".join(
+    str(op.default._schema)
+    for op in (torch.ops.lacompile.decayed_attention, torch.ops.lacompile.decayed_attention_backward)
+)
+
+
 def decayed_attention(
     q: Tensor,
     k: Tensor,

@@ -36,10 +36,10 @@ def test_the_options_are_those_there_are():
     assert re.findall(r"^- `(\w+)`:", section, re.MULTILINE) == list(Options.__dataclass_fields__)
 
 
-def test_the_obligations_are_those_of_the_match():
-    from lacompile.passes.lift import match
+def test_the_obligations_are_those_of_the_proof():
+    from lacompile.passes.lift import prove
 
     section = (ROOT / "README.md").read_text().split("## What is left alone")[1].split("\n## ")[0]
     assert re.findall(r"^\| `([a-z-]+)`", section, re.MULTILINE) == re.findall(
-        r"^    (\S+) ", match.__doc__ or "", re.MULTILINE
+        r"^    (\S+) ", prove.__doc__ or "", re.MULTILINE
     )

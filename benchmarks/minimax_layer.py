@@ -105,7 +105,8 @@ def measure(backend: str, layer: Layer, length: int, hidden: int) -> dict[str, o
     if backend == "lightning":
         report = lacompile.last_report()
         row["rewrites"] = 0 if report is None else len(report.rewrites)
-        row["report"] = re.sub(r"\S*site-packages/", "", str(report))
+        here = f"{Path(__file__).resolve().parents[1]}/"
+        row["report"] = re.sub(r"\S*site-packages/", "", str(report)).replace(here, "")
     return row
 
 

@@ -1,5 +1,8 @@
 """The backward kernel (arXiv 2401.04658, algorithm 2): all three gradients as uses of one body, in one launch."""
 
+# What @triton.jit makes of a function and of its launch is beyond a type checker.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch
@@ -200,10 +203,11 @@ def _backward(
     if batch * heads * length == 0:
         d_initial = d_initial.zero_() if d_state is None or initial_state is None else d_initial.copy_(d_state)
         d_initial = d_initial if initial_state is not None else d_initial.new_empty(0)
-        return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)
+        dq, dk_, dv_ = (launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v)))
+        return dq, dk_, dv_, d_decay, d_initial
     initial_state, d_state = launch.dense_state(initial_state), launch.dense_state(d_state)
     for_k, for_v = launch.config(dv, dk, q.dtype), launch.config(dk, dv, q.dtype)
-    k_blocks, v_blocks = triton.cdiv(dk, for_k.bv), triton.cdiv(dv, for_v.bv)
+    k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
     rows = batch * heads
     programs = rows * (2 * k_blocks + v_blocks)
     resident = min(for_k.resident, for_v.resident)
@@ -214,7 +218,7 @@ def _backward(
         d_start = segment_states(q, do, log_decay, scale, d_state, split, reverse=True)
         slots = split.count + 1
     span = launch.span(log_decay.dim() == 3)
-    spans = triton.cdiv(length, span)
+    spans = launch.blocks(length, span)
     q_rows = torch.empty((k_blocks, rows, length) if want_decay else (0,), **fp32)
     k_rows = torch.empty_like(q_rows)
     marks_shape = (rows, spans + 1, dk, dv) if want_decay else (0,)
@@ -241,4 +245,5 @@ def _backward(
     if want_decay:
         d_decay = decay_grad(q_rows, k_rows, marks, d_marks, log_decay, initial_state, d_state, span)
     d_initial = d_initial if initial_state is not None else d_initial.new_empty(0)
-    return (*(launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v))), d_decay, d_initial)
+    dq, dk_, dv_ = (launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v)))
+    return dq, dk_, dv_, d_decay, d_initial

@@ -5,6 +5,9 @@ gradients are ``o = LA(q, k, v)``, ``dq = LA(do, v, k)``, ``dv = LA^r(k, q, do)`
 (arXiv 2401.04658, algorithms 1 and 2, regrouped). The state ``[DK, BV]`` stays in fp32 registers from chunk to chunk.
 """
 
+# What @triton.jit makes of a function and of its launch is beyond a type checker.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

@@ -5,6 +5,9 @@ comes after a mark is, exactly, the inner product of the state there with the st
 that comes after a token less what lies between.
 """
 
+# What @triton.jit makes of a function and of its launch is beyond a type checker.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch

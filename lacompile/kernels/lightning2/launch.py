@@ -37,6 +37,11 @@ class Config:
     resident: int = 1
 
 
+def blocks(columns: int, block: int) -> int:
+    """How many blocks cover so many columns."""
+    return -(-columns // block)
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()

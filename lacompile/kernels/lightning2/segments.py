@@ -4,6 +4,9 @@ A pre-pass takes each segment's own contribution to the state, a scan over the s
 the state (forwards, from k and v) and for its gradient (backwards, from q and do).
 """
 
+# What @triton.jit makes of a function and of its launch is beyond a type checker.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch
@@ -197,7 +200,7 @@ def segment_states(
     fp32 = {"dtype": torch.float32, "device": b.device}
     states = torch.empty(batch, heads, split.count + 1, dk, dv, **fp32)
     totals = torch.empty(batch * heads, split.count, **fp32)
-    grid = (batch * heads * (split.count - 1) * triton.cdiv(dv, cfg.bv),)
+    grid = (batch * heads * (split.count - 1) * launch.blocks(dv, cfg.bv),)
     contributions_kernel[grid](
         launch.source(b, tma, cfg.chunk, cfg.bk), launch.source(c, tma, cfg.chunk, cfg.bv), log_decay, states, totals,
         *launch.strides(b, unit), *launch.strides(c, unit), *launch.decay_strides(log_decay), float(scale), heads,
@@ -207,7 +210,7 @@ def segment_states(
         num_warps=cfg.warps, num_stages=cfg.stages,
     )  # fmt: skip
     tile = min(1024, launch.next_power_of_2(dk * dv))
-    scan_kernel[(batch * heads * triton.cdiv(dk * dv, tile),)](
+    scan_kernel[(batch * heads * launch.blocks(dk * dv, tile),)](
         states, totals, states if first is None else first, split.count,
         DKV=dk * dv, TILE=tile, REVERSE=reverse, HAS_FIRST=first is not None, num_warps=4,
     )  # fmt: skip

@@ -44,9 +44,8 @@ def compile_with_inductor(gm: Any, example_inputs: Any, config_patches: dict[str
     """
     from torch._inductor.compile_fx import compile_fx
 
-    config = torch.compiler.config
-    tag = contextlib.nullcontext() if not cache_tag else config.patch(cache_key_tag=config.cache_key_tag + cache_tag)
-    with tag:
+    config: Any = torch.compiler.config
+    with config.patch(cache_key_tag=config.cache_key_tag + cache_tag) if cache_tag else contextlib.nullcontext():
         return compile_fx(gm, example_inputs, config_patches=config_patches or None)
 
 

@@ -102,11 +102,13 @@ def _lower(rows: int, columns: int, diagonal: int, device: torch.device) -> Tens
     return torch.ones(rows, columns, dtype=torch.bool, device=device).tril(diagonal)
 
 
-def _states(d: Decays, k: Tensor, v: Tensor, first: Tensor) -> Tensor:
-    """The states before each chunk and after the last, ``[B,H,count+1,Dk,Dv]``."""
+def _states(d: Decays, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """The states before each chunk, ``[B,H,count,Dk,Dv]``, and the one after the last, ``[B,H,Dk,Dv]``."""
     own = (k * d.to_end).mT @ v
-    carried = (d.between @ own.flatten(-2)).unflatten(-1, own.shape[-2:])
-    return carried + d.from_first[..., None, None] * first[:, :, None]
+    flat, carried = own.flatten(-2), d.from_first[..., None, None] * first[:, :, None]
+    before = (d.between[..., :-1, :] @ flat).unflatten(-1, own.shape[-2:])
+    last = (d.between[..., -1:, :] @ flat).unflatten(-1, own.shape[-2:])
+    return before.add_(carried[:, :, :-1]), last[:, :, 0] + carried[:, :, -1]
 
 
 def forward(
@@ -125,17 +127,17 @@ def forward(
     heads = head_count(q, k, v, log_decay, initial_state)
     dtype = compute_dtype(q, k, v)
     state = _first_state(q, v, heads, dtype, initial_state)
-    out = []
+    parts = []
     for block in blocks(q.shape[2]):
         d = decays(log_decay, block, dtype)
         qb, kb, vb = (block.of(x, heads, dtype) for x in (q, k, v))
-        states = _states(d, kb, vb, state)
-        o = (qb @ kb.mT * d.within) @ vb + (qb * d.from_start) @ states[:, :, :-1]
-        out.append((o.flatten(2, 3) * scale).to(q.dtype))
-        state = states[:, :, -1]
-    if not out:
+        before, state = _states(d, kb, vb, state)
+        o = (qb @ kb.mT).mul_(d.within * scale) @ vb
+        o += (qb * (d.from_start * scale)) @ before
+        parts.append(o.flatten(2, 3).to(q.dtype))
+    if not parts:
         return q.new_zeros(q.shape[0], heads, 0, v.shape[3]), state
-    return torch.cat(out, 2), state.clone()
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2), state
 
 
 def _first_state(q: Tensor, v: Tensor, heads: int, dtype: torch.dtype, given: Tensor | None) -> Tensor:
@@ -168,14 +170,14 @@ def backward(
     for block in parts_of[:-1]:
         d = decays(log_decay, block, dtype)
         kb, vb = (block.of(x, heads, dtype) for x in (k, v))
-        firsts.append(_states(d, kb, vb, firsts[-1])[:, :, -1])
+        firsts.append(_states(d, kb, vb, firsts[-1])[1])
     d_last = _first_state(q, v, heads, dtype, d_state)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for block, first in zip(reversed(parts_of), reversed(firsts[: len(parts_of)]), strict=True):
         d = decays(log_decay, block, dtype)
         qb, kb, vb = (block.of(x, heads, dtype) for x in (q, k, v))
         db = block.of(do, heads, dtype) * scale
-        before = _states(d, kb, vb, first)[:, :, :-1]
+        before, _ = _states(d, kb, vb, first)
         # What reaches the state before each chunk, and from there the states before it.
         arriving = (qb * d.from_start).mT @ db
         later = (d.between[..., :-1, :].mT @ arriving.flatten(-2)).unflatten(-1, arriving.shape[-2:])

@@ -2,6 +2,12 @@
 
 Layers of one class share one graph, so the same graph is called with the buffers of each. Where an assumption does not
 hold of them the graph is analysed again, with their values: what comes out serves those buffers from then on.
+
+A tensor is taken for unchanged if it is the same object at the same address, PyTorch has counted no write into it, and,
+on the CPU, the entries of a fixed sample are what they were. The sample is for writes that PyTorch does not count
+(through ``.data`` or memory shared with NumPy): all entries of a small tensor, every few of a large one. Two such
+writes stay unseen: one that leaves the sample of a large tensor as it was, and any on a GPU, where looking would wait
+for all the work in flight.
 """
 
 from __future__ import annotations
@@ -24,6 +30,10 @@ Assumed = Sequence[tuple[int, Assumption]]
 
 MAX_VARIANTS = 64
 MAX_KNOWN = 256
+SMALL = 4096
+"""Entries up to which all are compared."""
+PER_DIMENSION = 8
+"""Indices of each dimension that the sample of a larger tensor holds."""
 
 
 def guarded(
@@ -92,13 +102,31 @@ class _Seen:
     address: int
     version: int
     held: bool
+    sample: torch.Tensor | None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, held: bool) -> _Seen:
+        # What does not hold is not relied on: if it is out of date a rewrite is missed, and no value is wrong.
+        look = held and tensor.device.type == "cpu"
+        kept = sampled(tensor).clone() if look else None
+        return cls(weakref.ref(tensor), tensor.data_ptr(), tensor._version, held, kept)
 
     def is_now(self, tensor: torch.Tensor) -> bool:
-        return self.tensor() is tensor and self.address == tensor.data_ptr() and self.version == tensor._version
+        if self.tensor() is not tensor or self.address != tensor.data_ptr() or self.version != tensor._version:
+            return False
+        return self.sample is None or torch.equal(sampled(tensor), self.sample)
+
+
+def sampled(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of at most SMALL entries of a small tensor, else of PER_DIMENSION indices along each dimension."""
+    tensor = tensor.detach()
+    if tensor.numel() <= SMALL:
+        return tensor
+    return tensor[tuple(slice(None, None, -(-n // PER_DIMENSION)) for n in tensor.shape)]
 
 
 class _Check:
-    """Identity and version first, which costs nothing; the values again only when one of them has changed."""
+    """Asks again only of a tensor that is new or has changed."""
 
     def __init__(self, position: int, assumption: Assumption, tensor: torch.Tensor):
         self.position, self.assumption = position, assumption
@@ -121,4 +149,4 @@ class _Check:
             return
         if len(self.known) >= MAX_KNOWN:
             self.known.clear()
-        self.known[id(tensor)] = _Seen(weakref.ref(tensor), tensor.data_ptr(), tensor._version, held)
+        self.known[id(tensor)] = _Seen.of(tensor, held)

@@ -276,7 +276,7 @@ class Emitter:
         order = [position[d] for d in flat]
         dropped = [n for n in range(len(self.order)) if n not in order]
         for n in sorted(dropped, reverse=True):
-            expr = Call(torch.squeeze, (expr, n))
+            expr = squeezed(expr, n)
         ranks = {n: k for k, n in enumerate(sorted(order))}
         permutation = [ranks[n] for n in order]
         if permutation != list(range(len(permutation))):
@@ -297,6 +297,19 @@ class Emitter:
         if size.is_const:
             return int(size.const)
         raise CannotEmit("known sizes", f"a symbolic length {size} that a tensor lacks")
+
+
+def squeezed(expr: Expr, dim: int) -> Expr:
+    """``expr`` without its dimension ``dim`` of length 1; an unsqueeze that made it is undone instead."""
+    if isinstance(expr, Call) and expr.op is torch.unsqueeze:
+        inner, made = expr.args
+        if made == dim:
+            return inner
+        shift = 1 if made < dim else 0
+        return Call(torch.unsqueeze, (squeezed(inner, dim - shift), made - 1 + shift))
+    if isinstance(expr, Call) and expr.op is torch.mul and isinstance(expr.args[1], float):
+        return Call(torch.mul, (squeezed(expr.args[0], dim), expr.args[1]))
+    return Call(torch.squeeze, (expr, dim))
 
 
 def cast(piece: Piece, dtype: torch.dtype) -> Piece:

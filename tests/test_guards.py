@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import fx
 
+import lacompile
 from lacompile import guards
 from lacompile.guards import guarded
 from lacompile.passes.facts import Assumption
@@ -272,3 +273,63 @@ class TestWritesThatPyTorchDoesNotCount:
         scene = Scene(tensor)
         tensor.data.neg_()
         assert scene.ran(tensor) == "original"
+
+
+class Masked(torch.nn.Module):
+    """Attention under a decay that was computed once; more entries than are compared one by one."""
+
+    def __init__(self, length=64):
+        super().__init__()
+        i = torch.arange(length)
+        distance = i[:, None] - i[None, :]
+        slope = torch.tensor([0.25, 0.0625])[:, None, None]
+        self.register_buffer("mask", torch.exp(-slope * distance).tril())
+
+    def forward(self, q, k, v):
+        return (q @ k.mT * self.mask) @ v
+
+
+def scaled_in_place(model):
+    model.mask.mul_(0.5)
+
+
+def scaled_through_data(model):
+    model.mask.data.mul_(0.5)
+
+
+def scaled_through_numpy(model):
+    model.mask.numpy()[...] *= 0.5
+
+
+def replaced(model):
+    model.mask = model.mask.triu(-7)
+
+
+def faster(model):
+    model.mask.square_()
+
+
+def loaded(model):
+    model.load_state_dict({"mask": model.mask.flip(0)})
+
+
+@pytest.mark.parametrize(
+    "change", [scaled_in_place, scaled_through_data, scaled_through_numpy, replaced, faster, loaded]
+)
+def test_a_compiled_model_follows_its_buffer(change, monkeypatch):
+    """What the rewritten graph took for granted is gone: what comes out is what eager says, before and after."""
+    monkeypatch.setattr("lacompile._compat.cpu_compiler_error", lambda: "not needed for this")
+    torch._dynamo.reset()
+    model = Masked()
+    q, k, v = torch.randn(3, 1, 2, 64, 8, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(model, backend="lightning")
+    before = model(q, k, v)
+    torch.testing.assert_close(compiled(q, k, v), before)
+    report = lacompile.last_report()
+    assert report is not None and len(report.rewrites) == 1
+    assert report.rewrites[0].assumptions
+    change(model)
+    after = model(q, k, v)
+    assert (after - before).norm() > 0.1 * before.norm()
+    for _ in range(2):
+        torch.testing.assert_close(compiled(q, k, v), after)

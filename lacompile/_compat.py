@@ -40,7 +40,7 @@ def mode_options(mode: str | None, dynamic: bool = False) -> dict[str, Any]:
 def compile_with_inductor(gm: Any, example_inputs: Any, config_patches: dict[str, Any], cache_tag: str = "") -> Any:
     """Hands a graph to Inductor.
 
-    ``cache_tag`` joins the key of the compile caches: they know an operator by its name, not by its schema.
+    ``cache_tag`` joins the key of the compile caches: they know an operator by its name, not by what it promises.
     """
     from torch._inductor.compile_fx import compile_fx
 

@@ -236,7 +236,7 @@ class _HandOver:
         if why is not None:
             self.notes.append(f"Inductor cannot compile here ({why}); the graph runs uncompiled")
             return _compat.compile_without_inductor(gm, example_inputs)
-        tag = ops.SCHEMAS if _is_rewritten(gm) else ""
+        tag = ops.CACHE_TAG if _is_rewritten(gm) else ""
         return _compat.compile_with_inductor(gm, example_inputs, self.config_patches, tag)
 
 

@@ -6,7 +6,9 @@ choice: unrolled into the graph, the chunk loop would cost compile time that gro
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,9 +48,12 @@ def _state_dtype(q: Tensor) -> torch.dtype:
 
 
 def _output_like(q: Tensor, heads: int, dv: int) -> Tensor:
-    """o ``[B,H,N,Dv]`` laid out like q: tokens before heads in memory if q's are, so that merging heads is free."""
+    """o ``[B,H,N,Dv]`` laid out like q: tokens before heads in memory if q's are, so that merging heads is free.
+
+    The chunked form makes heads before tokens whatever q is; what reads o on a CPU reorders it on the way.
+    """
     batch, _, length, _ = q.shape
-    if q.stride(1) < q.stride(2):
+    if q.device.type != "cpu" and q.stride(1) < q.stride(2):
         return q.new_empty(batch, length, heads, dv).transpose(1, 2)
     return q.new_empty(batch, heads, length, dv)
 
@@ -198,10 +203,8 @@ def _vector_jacobian(
 decayed_attention_backward_op.register_autograd(_double_backward, setup_context=_setup_backward_context)
 
 
-SCHEMAS = "; ".join(
-    str(op.default._schema)
-    for op in (torch.ops.lacompile.decayed_attention, torch.ops.lacompile.decayed_attention_backward)
-)
+CACHE_TAG = "lacompile-" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+"""What compiled code relies on: schema, shapes and strides as this file promises them."""
 
 
 def decayed_attention(

@@ -80,10 +80,11 @@ class TestValues:
         check_error("o", got, decayed_attention(q, k, v, torch.tensor([-0.1, -0.3], dtype=FP64)))
 
     @pytest.mark.parametrize("tokens_first", [False, True])
-    def test_the_output_is_laid_out_like_q(self, tokens_first):
-        q, k, v = qkv(2, 3, 5, 4, tokens_first=tokens_first)
-        out = decayed_attention(q, k, v, head_log_decay(3))
-        assert (out.stride(1) < out.stride(2)) is tokens_first
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_the_output_is_laid_out_like_q_but_on_a_cpu(self, tokens_first, device):
+        q, k, v = (x.to(device) for x in qkv(2, 3, 5, 4, tokens_first=tokens_first))
+        out = decayed_attention(q, k, v, head_log_decay(3).to(device))
+        assert (out.stride(1) < out.stride(2)) is (tokens_first and device != "cpu")
 
     def test_autocast_does_not_reach_inside(self):
         q, k, v = qkv(length=40, dk=16)

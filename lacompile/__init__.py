@@ -8,11 +8,11 @@ __version__ = "0.1.0"
 __all__ = ["Report", "__version__", "decayed_attention", "explain", "last_report"]
 
 if TYPE_CHECKING:
-    from .explain import explain
+    from .explaining import explain
     from .ops import decayed_attention
     from .report import Report, last_report
 
-_HOME = {"decayed_attention": "ops", "explain": "explain", "last_report": "report", "Report": "report"}
+_HOME = {"decayed_attention": "ops", "explain": "explaining", "last_report": "report", "Report": "report"}
 
 
 def __getattr__(name: str) -> Any:

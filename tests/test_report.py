@@ -15,8 +15,7 @@ import torch
 from torch import fx
 
 import lacompile
-from lacompile import _compat, report
-from lacompile.explain import explain
+from lacompile import _compat, explain, report
 from lacompile.passes.facts import Refusal
 from lacompile.report import NearMiss, Report, Rewrite, Source
 from lacompile.testing import qkv

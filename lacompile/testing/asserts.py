@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from ..backend import decide, lightning
-from ..explain import explain
+from ..explaining import explain
 from ..options import Options
 from ..report import Report, last_report
 from .budgets import BUDGETS, check_error, relative_error

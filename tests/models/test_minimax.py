@@ -8,7 +8,7 @@ from torch import nn
 from transformers import MiniMaxConfig, MiniMaxForCausalLM
 from transformers.models.minimax.modeling_minimax import MiniMaxCache, MiniMaxLightningAttention
 
-from lacompile.explain import explain
+from lacompile import explain
 from lacompile.testing import assert_rewritten
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

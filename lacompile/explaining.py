@@ -1,4 +1,4 @@
-"""What the backend would do, without doing it."""
+"""What the backend would do, without doing it. (Not ``explain.py``: the module would take the function's name.)"""
 
 from __future__ import annotations
 

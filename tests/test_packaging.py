@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.resources
+import os
 import shutil
 import subprocess
 import sys
@@ -136,11 +137,34 @@ class TestWhoImportsWhom:
             bad = [n for n in _imported(path) if any(n == f or n.startswith(f + ".") for f in forbidden)]
             assert not bad, f"{path.relative_to(ROOT)} imports {bad}"
 
+    def test_a_broken_contract_is_noticed(self, tmp_path):
+        """The near twin: the same contracts, over a copy in which a kernel imports a pass."""
+        tool = Path(sys.executable).with_name("lint-imports")
+        if not tool.exists():
+            pytest.skip("import-linter is not installed")
+        shutil.copytree(PACKAGE, tmp_path / "lacompile")
+        shutil.copy(ROOT / "pyproject.toml", tmp_path)
+        with open(tmp_path / "lacompile/kernels/reference.py", "a") as file:
+            file.write("\nfrom ..passes import facts  # noqa\n")
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run([str(tool), "--no-cache"], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert done.returncode == 1 and "lacompile.kernels.reference -> lacompile.passes" in done.stdout, done.stdout
+
+    def test_private_modules_of_pytorch_are_imported_in_one_file(self):
+        importers = {p.name for p in PACKAGE.rglob("*.py") if any(n.startswith("torch._") for n in _imported(p))}
+        assert importers == {"_compat.py"}
+
+    def test_the_operator_imports_kernels_inside_functions_only(self):
+        tree = ast.parse((PACKAGE / "ops.py").read_text())
+        top = [n for n in tree.body if isinstance(n, ast.ImportFrom)]
+        assert not [n for n in top if (n.module or "").startswith("kernels")]
+        assert [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("kernels")]
+
     def test_only_the_triton_kernels_import_triton(self):
         importers = {
-            p.relative_to(PACKAGE).parts[:2] for p in PACKAGE.rglob("*.py") if any(
-                n == "triton" or n.startswith("triton.") for n in _imported(p)
-            )
+            p.relative_to(PACKAGE).parts[:2]
+            for p in PACKAGE.rglob("*.py")
+            if any(n == "triton" or n.startswith("triton.") for n in _imported(p))
         }
         assert importers <= {("kernels", "lightning2")}
 

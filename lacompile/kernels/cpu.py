@@ -102,13 +102,16 @@ def _lower(rows: int, columns: int, diagonal: int, device: torch.device) -> Tens
     return torch.ones(rows, columns, dtype=torch.bool, device=device).tril(diagonal)
 
 
-def _states(d: Decays, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+def _states(d: Decays, k: Tensor, v: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor]:
     """The states before each chunk, ``[B,H,count,Dk,Dv]``, and the one after the last, ``[B,H,Dk,Dv]``."""
     own = (k * d.to_end).mT @ v
-    flat, carried = own.flatten(-2), d.from_first[..., None, None] * first[:, :, None]
+    flat = own.flatten(-2)
     before = (d.between[..., :-1, :] @ flat).unflatten(-1, own.shape[-2:])
-    last = (d.between[..., -1:, :] @ flat).unflatten(-1, own.shape[-2:])
-    return before.add_(carried[:, :, :-1]), last[:, :, 0] + carried[:, :, -1]
+    last = (d.between[..., -1:, :] @ flat).unflatten(-1, own.shape[-2:])[:, :, 0]
+    if first is None:
+        return before, last
+    carried = d.from_first[..., None, None] * first[:, :, None]
+    return before.add_(carried[:, :, :-1]), last + carried[:, :, -1]
 
 
 def forward(
@@ -126,7 +129,7 @@ def forward(
     """
     heads = head_count(q, k, v, log_decay, initial_state)
     dtype = compute_dtype(q, k, v)
-    state = _first_state(q, v, heads, dtype, initial_state)
+    state = None if initial_state is None else _first_state(q, v, heads, dtype, initial_state)
     parts = []
     for block in blocks(q.shape[2]):
         d = decays(log_decay, block, dtype)
@@ -135,8 +138,8 @@ def forward(
         o = (qb @ kb.mT).mul_(d.within * scale) @ vb
         o += (qb * (d.from_start * scale)) @ before
         parts.append(o.flatten(2, 3).to(q.dtype))
-    if not parts:
-        return q.new_zeros(q.shape[0], heads, 0, v.shape[3]), state
+    if state is None or not parts:
+        return q.new_zeros(q.shape[0], heads, 0, v.shape[3]), _first_state(q, v, heads, dtype, initial_state)
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2), state
 
 

@@ -132,9 +132,9 @@ def _decide(
     kept: list[Match] = []
     validated: dict[int, Validation] = {}
     for match in found.matches:
-        problem = illegal(gm, match) or _unserved(match)
+        problem = illegal(gm, match, found.effects) or _unserved(match)
         if problem is None:
-            outcome = validate(gm, match, example_inputs, _reference, options.validate)
+            outcome = validate(gm, match, example_inputs, _reference, options.validate, found.effects)
             if isinstance(outcome, Refusal):
                 problem = outcome
             else:
@@ -148,7 +148,7 @@ def _decide(
     kept = [m for m in kept if not _is_state(m) or all(id(f) in primary for f in m.facts)]
     rewritten = None
     if kept and not options.dry_run:
-        rewritten = rewrite(gm, kept, torch.ops.lacompile.decayed_attention.default)
+        rewritten = rewrite(gm, kept, torch.ops.lacompile.decayed_attention.default, found.effects)
     with_state = {id(f) for m in kept if _is_state(m) for f in m.facts}
     rewrites = tuple(
         Rewrite.of(m, f, final_state=id(f) in with_state, validation=str(validated[id(m)]))

@@ -9,7 +9,6 @@ written tensor follows.
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .._compat import suppressed_guards
+from .effects import ANYWHERE, Effects, storages
 
 aten = torch.ops.aten
 
@@ -36,20 +36,10 @@ METADATA_QUERIES = {
 
 GRAD_MODE = (torch._C._set_grad_enabled, torch.set_grad_enabled)
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
-IN_PLACE = (operator.setitem, operator.iadd, operator.imul, operator.isub, operator.itruediv, operator.ipow)
-
-
-def writes_into(node: fx.Node) -> fx.Node | None:
-    """The tensor that a Dynamo node changes in place, if it is one that does."""
-    if not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    name = getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_function" and node.target in IN_PLACE:
-        return node.args[0]
-    if node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__"):
-        return node.args[0]
-    out = node.kwargs.get("out")
-    return out if isinstance(out, fx.Node) else None
+# Operators that write although their schemas do not say so: (positions of) the running statistics.
+UNDECLARED_WRITES = {aten.native_batch_norm: (3, 4), aten.cudnn_batch_norm: (3, 4), aten.miopen_batch_norm: (3, 4)}
+# After these the tensor lives elsewhere, or is another one.
+MOVES = ("set_", "set_data", "resize_", "resize_as_", "swap_")
 
 
 class Observer(Protocol):
@@ -111,10 +101,13 @@ class Capture(TorchDispatchMode):
         self.gm = gm
         self.observer = observer
         self.records: dict[int, Record] = {}
+        self.roots: dict[int, list[Record]] = {}  # by storage: those that are no view of another record
+        self.effects = Effects()
         self.mutated: list[tuple[fx.Node, torch.Tensor]] = []
         self.node: fx.Node | None = None
         self.records_gradients = self.outer_gradients = torch.is_grad_enabled()
         self._autocast: list[Any] = []
+        self._failed: Any = None  # the operation that raised, if it is one that writes nothing
 
     # ------------------------------------------------------------------------------------------------------ records
 
@@ -128,6 +121,9 @@ class Capture(TorchDispatchMode):
         rec = Record(tensor, value, parent, step)
         rec.seen = rec.root.writes
         self.records[id(tensor)] = rec
+        if parent is None:
+            for storage in storages([tensor]):
+                self.roots.setdefault(storage, []).append(rec)
         return rec
 
     def read(self, rec: Record) -> Any:
@@ -160,6 +156,16 @@ class Capture(TorchDispatchMode):
             assert child.step is not None
             parent.value = self.observer.write(base, child.step, child.value, parent.tensor)
             parent.seen = root.writes
+        self._forget_aliases(root)
+
+    def _forget_aliases(self, written: Record) -> None:
+        """Tensors that share the written storage in a way that no view of this graph explains, as two inputs may."""
+        for storage in storages([written.tensor]):
+            for other in self.roots.get(storage, ()):
+                if other is not written:
+                    other.writes += 1
+                    other.value = self.observer.unknown(other.tensor, "a tensor it shares memory with was written to")
+                    other.seen = other.writes
 
     # ----------------------------------------------------------------------------------------------------- dispatch
 
@@ -171,10 +177,16 @@ class Capture(TorchDispatchMode):
         kw = {
             k: self._value(v) for k, v in kwargs.items() if k not in ("device", "layout", "pin_memory", "memory_format")
         }
+        written = self._written(func, args, kwargs)
+        self._failed = None if written else func
         out = func(*args, **kwargs)
-        schema = func._schema
-        if schema.is_mutable:
-            self._mutating(func, args, values, kw, dtypes, out)
+        self._failed = None
+        assert self.node is not None
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.effects.impure.add(self.node)
+        if written:
+            self.effects.note_write(self.node, written)
+            self._mutating(func, args, values, kw, dtypes, out, written)
             return out
         result = self.observer.operation(func, values, kw, out, dtypes)
         if isinstance(out, torch.Tensor):
@@ -215,24 +227,38 @@ class Capture(TorchDispatchMode):
         else:
             self.enter(out, value)
 
+    def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+        """The tensors that an operation writes into."""
+        schema = func._schema.arguments
+        held = [a for a, s in zip(args, schema, strict=False) if s.is_write]
+        held += [v for k, v in kwargs.items() if any(s.name == k and s.is_write for s in schema)]
+        held += [args[n] for n in UNDECLARED_WRITES.get(func.overloadpacket, ()) if n < len(args)]
+        written = [t for t in tree_leaves(held) if isinstance(t, torch.Tensor)]
+        if written and func.overloadpacket.__name__ in MOVES:
+            # what shares its old storage is no longer told apart from what shares its new one
+            assert self.node is not None
+            self.effects.lives[self.node] = self.effects.writes[self.node] = frozenset({ANYWHERE})
+        return written
+
     def _mutating(
-        self, func: Any, args: Sequence[Any], values: list[Any], kw: dict[str, Any], dtypes: list[Any], out: Any
+        self,
+        func: Any,
+        args: Sequence[Any],
+        values: list[Any],
+        kw: dict[str, Any],
+        dtypes: list[Any],
+        out: Any,
+        written: list[torch.Tensor],
     ) -> None:
-        target = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        written = [a for a, s in zip(args, func._schema.arguments, strict=False) if s.is_write] + [
-            v for k, v in kw.items() if any(s.name == k and s.is_write for s in func._schema.arguments)
-        ]
         functional = _functional_of(func)
-        if target is None or len(written) != 1 or written[0] is not target or functional is None:
-            for t in tree_leaves(written):
-                if isinstance(t, torch.Tensor):
-                    self.overwrite(self.record(t), self.observer.unknown(t, f"{func} writes into it"))
-            for t in tree_leaves(out):
-                if isinstance(t, torch.Tensor) and id(t) not in self.records:
-                    self.enter(t, self.observer.unknown(t, f"{func}"))
+        if len(written) == 1 and written[0] is args[0] and functional is not None:
+            self.overwrite(self.record(written[0]), functional(self.observer, values, kw, written[0], dtypes))
             return
-        value = functional(self.observer, values, kw, target, dtypes)
-        self.overwrite(self.record(target), value)
+        for t in written:
+            self.overwrite(self.record(t), self.observer.unknown(t, f"{func} writes into it"))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and id(t) not in self.records:
+                self.enter(t, self.observer.unknown(t, f"{func}"))
 
     # -------------------------------------------------------------------------------------------------- interpretation
 
@@ -249,10 +275,11 @@ class Capture(TorchDispatchMode):
             stack.callback(self._leave_autocast)
             for node in self.gm.graph.nodes:
                 self.node = node
-                if node.op == "placeholder":
-                    env[node] = self._input(node, next(reals, None))
-                elif node.op == "get_attr":
-                    env[node] = self._constant(node, fake_mode)
+                if node.op in ("placeholder", "get_attr"):
+                    real = next(reals, None) if node.op == "placeholder" else None
+                    env[node] = self._input(node, real) if node.op == "placeholder" else self._constant(node, fake_mode)
+                    self.effects.lives[node] = storages([env[node]])
+                    self.effects.outside |= self.effects.lives[node]
                 elif node.op == "output":
                     env[node] = None
                     self.observer.finished(node, [])
@@ -295,7 +322,7 @@ class Capture(TorchDispatchMode):
                 module: Any = self.gm.get_submodule(str(node.target))
                 return module(*args, **kwargs)
         except Exception as error:  # whatever cannot run on fakes is unknown, and the analysis goes on
-            return self._opaque(node, args, error)
+            return self._opaque(node, args, kwargs, error)
 
     def _switch_autocast(self, node: fx.Node, args: Any) -> Any:
         if node.target is AUTOCAST[0]:
@@ -308,10 +335,15 @@ class Capture(TorchDispatchMode):
         for mode in reversed(self._autocast):
             AUTOCAST[1](mode)
 
-    def _opaque(self, node: fx.Node, args: Any, error: Exception) -> Any:
+    def _opaque(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> Any:
+        """A node that could not be run may have written into every tensor that it was given."""
         name = str(node.target)
-        if writes_into(node) is not None and isinstance(args[0], torch.Tensor):
-            self.overwrite(self.record(args[0]), self.observer.unknown(args[0], f"{name} writes into it"))
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and self._failed is None]
+        self._failed = None
+        self.effects.impure.add(node)
+        self.effects.note_write(node, given)
+        for t in given:
+            self.overwrite(self.record(t), self.observer.unknown(t, f"{name} may write into it"))
         example = node.meta.get("example_value", node.meta.get("val"))
 
         def forget(t: Any) -> Any:
@@ -324,7 +356,11 @@ class Capture(TorchDispatchMode):
         return tree_map(forget, example)
 
     def _finish(self, node: fx.Node, result: Any) -> None:
+        self.effects.note_result(node, result)
         tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            for t in tensors:  # its derivative need not be that of the operations that it runs
+                self.records[id(t)] = Record(t, self.observer.unknown(t, f"{node.target}"))
         outputs = [(t, self.read(self.record(t))) for t in tensors]
         for (t, _), v in zip(outputs, self.observer.finished(node, outputs), strict=True):
             self.records[id(t)].value = v

@@ -2,7 +2,7 @@
 
 A match *proves* a :class:`DecayedAttention`; a kernel *computes* one. Everything a rewrite puts into
 a graph is described by an :data:`Expr`, a recipe over values that already exist in the Dynamo graph.
-This module imports neither Triton nor any other part of the package.
+This module imports neither Triton nor anything of the package but ``effects``.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
+
+from .effects import Effects
 
 # ----------------------------------------------------------------------------------------------------------- recipes
 
@@ -197,3 +199,4 @@ class Analysis:
     matches: tuple[Match, ...]
     refusals: tuple[Refusal, ...]
     seconds: dict[str, float]
+    effects: Effects = field(default_factory=Effects)

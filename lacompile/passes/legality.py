@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .capture import GRAD_MODE, writes_into
+from .capture import GRAD_MODE
+from .effects import Effects
 from .facts import Match, Refusal, values_of
 
 
-def illegal(gm: fx.GraphModule, match: Match) -> Refusal | None:
+def illegal(gm: fx.GraphModule, match: Match, effects: Effects) -> Refusal | None:
     """Why the match's target cannot be replaced, or None.
 
     The replacement is computed right after ``match.after or match.target`` from the values it names. So each of them
@@ -21,12 +22,17 @@ def illegal(gm: fx.GraphModule, match: Match) -> Refusal | None:
     for node in read:
         if order[node] > at:
             return _refusal(match, "defined-before", f"{node.name} is computed later")
-    for node in gm.graph.nodes:
-        if node in read or order[node] > at:
-            continue
-        written = writes_into(node)
-        if written is not None and _aliases(written, read):
-            return _refusal(match, "unchanged", f"{node.name} writes into a tensor the replacement reads")
+    for writer in effects.writes:
+        for node in read:
+            if order[node] < order[writer] <= at and effects.writes_into(writer, node):
+                return _refusal(
+                    match, "unchanged", f"{writer.name} writes into {node.name}, which the replacement reads"
+                )
+    for node in effects.lives:
+        # The replacement is a new tensor: what shared the old one's memory no longer sees writes into it.
+        used_later = node.op in ("placeholder", "get_attr") or any(order[user] > at for user in node.users)
+        if node is not match.target and order[node] <= at and used_later and effects.alias(node, match.target):
+            return _refusal(match, "unaliased", f"{node.name} shares its memory and is used later")
     modes = _grad_modes(gm)
     for node in _between(match, read):
         if not modes[node] and modes[match.target] and node.all_input_nodes and _is_float(node):
@@ -60,19 +66,6 @@ def _grad_modes(gm: fx.GraphModule) -> dict[fx.Node, bool]:
 def _is_float(node: fx.Node) -> bool:
     example = node.meta.get("example_value")
     return isinstance(example, torch.Tensor) and example.is_floating_point()
-
-
-def _aliases(written: fx.Node, read: set[fx.Node]) -> bool:
-    """Whether a write into ``written`` may change one of the tensors ``read``: they share storage."""
-    example = written.meta.get("example_value")
-    if not isinstance(example, torch.Tensor):
-        return True
-    storage = example.untyped_storage()._cdata
-    for node in read:
-        other = node.meta.get("example_value")
-        if isinstance(other, torch.Tensor) and other.untyped_storage()._cdata == storage:
-            return True
-    return False
 
 
 def _refusal(match: Match, obligation: str, found: str) -> Refusal:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
 from .._compat import suppressed_guards
-from .capture import writes_into
+from .effects import ANYWHERE, NOWHERE, Effects
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
 
 OpCall = Callable[..., Any]
@@ -23,13 +22,14 @@ class CannotRewrite(Exception):
     """The replacement does not fit the value it replaces; the original graph stays."""
 
 
-def rewrite(gm: fx.GraphModule, matches: Sequence[Match], operator_call: OpCall) -> fx.GraphModule:
+def rewrite(gm: fx.GraphModule, matches: Sequence[Match], operator_call: OpCall, effects: Effects) -> fx.GraphModule:
     """A copy of ``gm`` in which every match's target is its replacement.
 
     Args:
         gm: the Dynamo graph; not changed.
         matches: what to replace.
         operator_call: the fused operator, called as in ``torch.ops.lacompile.decayed_attention``.
+        effects: of the nodes of ``gm``: what has some stays.
 
     Raises:
         CannotRewrite: a replacement of another shape or dtype than its target.
@@ -49,7 +49,7 @@ def rewrite(gm: fx.GraphModule, matches: Sequence[Match], operator_call: OpCall)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     for match in sorted(matches, key=lambda m: order[m.after or m.target]):
         writer.replace(match, order)
-    _erase_dead(copied)
+    _erase_dead(graph, {new: old for old, new in mapping.items()}, effects)
     graph.lint()
     copied.recompile()
     return copied
@@ -159,53 +159,45 @@ def _as_list(values: Any) -> Any:
 # -------------------------------------------------------------------------------------------------------- dead code
 
 
-def _writes(node: fx.Node) -> bool:
-    return writes_into(node) is not None
+def _erase_dead(graph: fx.Graph, origin: dict[fx.Node, fx.Node], effects: Effects) -> None:
+    """Removes what nobody reads: pure nodes, and writes into tensors made in this graph that nobody reads.
 
-
-def _erase_dead(gm: fx.GraphModule) -> None:
-    """Removes what nobody reads, writes into tensors of the graph that nobody reads included."""
+    ``origin`` is the node of the original graph that a node is a copy of; what is not in it is pure.
+    """
     while True:
-        gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or _has_effect(n))
-        dead = _dead_writes(gm)
+        for node in reversed(graph.nodes):
+            old = origin.get(node)
+            pure = old is None or (old not in effects.impure and old not in effects.writes)
+            if pure and not node.users and node.op not in ("placeholder", "output"):
+                graph.erase_node(node)
+        dead = _dead_memory(graph, origin, effects)
         if not dead:
             return
         for node in reversed(dead):
-            gm.graph.erase_node(node)
+            graph.erase_node(node)
 
 
-def _has_effect(node: fx.Node) -> bool:
-    if _writes(node):
-        return True
-    if node.op == "call_function" and node.target in (torch.Tensor.to, torch.tensor):
-        return False
-    return bool(node.is_impure())
-
-
-def _dead_writes(gm: fx.GraphModule) -> list[fx.Node]:
-    """Nodes that only write into, or only view, a tensor made in this graph whose other readers are gone."""
-    owner: dict[fx.Node, fx.Node] = {}
-    families: dict[fx.Node, list[fx.Node]] = {}
-    for node in gm.graph.nodes:
-        base = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-        if base in owner and (_writes(node) or _is_view(node)):
-            owner[node] = owner[base]
-            families[owner[base]].append(node)
-        elif node.op in ("call_function", "call_method") and _is_factory(node):
-            owner[node] = node
-            families[node] = [node]
-    for members in families.values():
-        inside = set(members)
-        if len(members) > 1 and all(user in inside for m in members for user in m.users):
-            return members
-    return []
-
-
-def _is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is operator.getitem
-
-
-def _is_factory(node: fx.Node) -> bool:
-    name = getattr(node.target, "__name__", str(node.target))
-    fresh = ("empty", "zeros", "ones", "full", "empty_like", "zeros_like", "new_zeros", "new_empty", "new_full")
-    return name in fresh and all(isinstance(t, torch.Tensor) for t in tree_leaves(node.meta.get("example_value")))
+def _dead_memory(graph: fx.Graph, origin: dict[fx.Node, fx.Node], effects: Effects) -> list[fx.Node]:
+    """The nodes, in order, of storages made in this graph whose every user only views or writes the same storage."""
+    members: dict[int, list[fx.Node]] = {}
+    where: dict[fx.Node, frozenset[int]] = {}
+    for node in graph.nodes:
+        old = origin.get(node)
+        if old is not None:
+            where[node] = effects.lives.get(old, NOWHERE) | effects.writes.get(old, NOWHERE)
+            for storage in where[node]:
+                members.setdefault(storage, []).append(node)
+    dead = {
+        storage
+        for storage, nodes in members.items()
+        if storage not in effects.outside
+        and storage != ANYWHERE
+        and any(origin[n] in effects.writes for n in nodes)
+        and all(
+            origin[n] not in effects.impure
+            and where[n] == {storage}
+            and all(where.get(u) == {storage} for u in n.users)
+            for n in nodes
+        )
+    }
+    return [n for n in graph.nodes if where.get(n, NOWHERE) & dead]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from .capture import AUTOCAST, GRAD_MODE, writes_into
+from .capture import AUTOCAST, GRAD_MODE
+from .effects import NOWHERE, Effects, overlap
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
 
 Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
@@ -42,7 +43,12 @@ class Validation:
 
 
 def validate(
-    gm: fx.GraphModule, match: Match, example_inputs: Sequence[Any], reference: Reference, policy: str
+    gm: fx.GraphModule,
+    match: Match,
+    example_inputs: Sequence[Any],
+    reference: Reference,
+    policy: str,
+    effects: Effects,
 ) -> Validation | Refusal:
     """Compares on random inputs of the real shapes.
 
@@ -51,7 +57,7 @@ def validate(
     """
     if policy == "off":
         return Validation(skipped="turned off")
-    region = _region(gm, match)
+    region = _region(gm, match, effects)
     if policy == "budget" and (cost := _cost(region)) is not None:
         return Validation(skipped=f"cost: {cost}")
     start = time.perf_counter()
@@ -62,18 +68,19 @@ def validate(
         return Refusal("validate", "comparison", match.target, "a region that runs in fp64", found, progress=11)
 
 
-def _region(gm: fx.GraphModule, match: Match) -> list[fx.Node]:
+def _region(gm: fx.GraphModule, match: Match, effects: Effects) -> list[fx.Node]:
     """The nodes that compute the target from the values the replacement reads, in graph order."""
     inputs = {v.node for v in values_of(match.replacement)}
     nodes = list(gm.graph.nodes)
     nodes = nodes[: nodes.index(match.after or match.target) + 1]
     needed = {match.target} | ({match.after} if match.after else set())
+    memory = effects.lives.get(match.target, NOWHERE)
     for node in reversed(nodes):
-        written = writes_into(node)
-        if node in needed or (written is not None and written in needed and written not in inputs):
+        if node in needed or overlap(effects.writes.get(node, NOWHERE), memory):
             needed.add(node)
             if node not in inputs:
                 needed.update(node.all_input_nodes)
+                memory = memory.union(*(effects.lives.get(n, NOWHERE) for n in node.all_input_nodes if n not in inputs))
     return [n for n in nodes if n in needed and n not in inputs]
 
 

@@ -39,7 +39,8 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str =
         )
         return Analysis((), (refusal,), {"analysis": time.perf_counter() - start})
     seconds = {"lift": lifted - start, "match": time.perf_counter() - lifted}
-    return Analysis(tuple(matches), tuple(refusals), seconds)
+    assert interpreter.capture is not None
+    return Analysis(tuple(matches), tuple(refusals), seconds, interpreter.capture.effects)
 
 
 __all__ = ["analyse"]

@@ -1,0 +1,70 @@
+"""What the nodes of a graph do besides computing a result: what they write into, and where their results live.
+
+Known from running the graph (``capture.py``), by operator schemas and storages, never by the names of functions: a
+write through ``relu(inplace=True)``, a foreach operation or running statistics is a write like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+Storages = frozenset[int]
+NOWHERE: Storages = frozenset()
+ANYWHERE = 0
+"""Stands for a storage that cannot be asked for: it may be any."""
+
+
+@dataclass
+class Effects:
+    """The effects of one graph; a node that is not a key of ``lives`` or ``writes`` has none of that kind.
+
+    ``impure`` nodes must stay for another reason than a write: they draw random numbers, could not be run on fake
+    tensors, or change a mode. ``outside`` are the storages of inputs and constants.
+    """
+
+    lives: dict[fx.Node, Storages] = field(default_factory=dict)
+    writes: dict[fx.Node, Storages] = field(default_factory=dict)
+    impure: set[fx.Node] = field(default_factory=set)
+    outside: Storages = NOWHERE
+
+    def writes_into(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether running ``node`` may change the tensor that ``other`` yields."""
+        return overlap(self.writes.get(node, NOWHERE), self.lives.get(other, NOWHERE))
+
+    def alias(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether the results of two nodes may share memory."""
+        return overlap(self.lives.get(a, NOWHERE), self.lives.get(b, NOWHERE))
+
+    def note_write(self, node: fx.Node, tensors: Iterable[Any]) -> None:
+        if found := storages(tensors):
+            self.writes[node] = self.writes.get(node, NOWHERE) | found
+
+    def note_result(self, node: fx.Node, result: Any) -> None:
+        leaves = tree_leaves(result)
+        self.lives[node] = self.lives.get(node, NOWHERE) | storages(leaves)
+        plain = torch.Tensor | int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool
+        if node not in self.writes and not (leaves and all(isinstance(x, plain) for x in leaves)):
+            self.impure.add(node)
+
+
+def overlap(a: Storages, b: Storages) -> bool:
+    """Whether two sets of storages have one in common."""
+    return bool(a and b and (ANYWHERE in a or ANYWHERE in b or a & b))
+
+
+def storages(tensors: Iterable[Any]) -> Storages:
+    """The storages of the tensors among these values."""
+    return frozenset(_storage(t) for t in tensors if isinstance(t, torch.Tensor))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse tensors and wrappers have none
+        return ANYWHERE

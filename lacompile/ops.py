@@ -28,7 +28,7 @@ class ForwardModeRefused(LacompileError, NotImplementedError):
         )
 
 
-def _refuse_forward_mode() -> None:
+def refuse_forward_mode() -> None:
     """Below autograd a tangent is gone already, so that an active level is all there is to see.
 
     Transforms other than forward mode have been taken off the stack when an operator's body runs.
@@ -43,11 +43,12 @@ def _heads(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | N
     return head_count(q, k, v, log_decay, state)
 
 
-def _state_dtype(q: Tensor) -> torch.dtype:
+def state_dtype(q: Tensor) -> torch.dtype:
+    """The dtype that states are kept in for inputs like q."""
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _output_like(q: Tensor, heads: int, dv: int) -> Tensor:
+def output_like(q: Tensor, heads: int, dv: int) -> Tensor:
     """o ``[B,H,N,Dv]`` laid out like q: tokens before heads in memory if q's are, so that merging heads is free.
 
     The chunked form makes heads before tokens whatever q is; what reads o on a CPU reorders it on the way.
@@ -58,13 +59,13 @@ def _output_like(q: Tensor, heads: int, dv: int) -> Tensor:
     return q.new_empty(batch, heads, length, dv)
 
 
-def _in_memory_of(promised: Tensor, made: Tensor) -> Tensor:
+def in_memory_of(promised: Tensor, made: Tensor) -> Tensor:
     """``made`` with the dtype and strides that the fake promised; a copy only where it has others."""
     same = made.dtype == promised.dtype and made.stride() == promised.stride()
     return made if same else promised.copy_(made)
 
 
-def _own_precision(q: Tensor) -> torch.autocast:
+def own_precision(q: Tensor) -> torch.autocast:
     """Implementations choose their own precision: autocast would round fp32 operands inside them."""
     return torch.autocast(q.device.type, enabled=False)
 
@@ -82,22 +83,20 @@ def decayed_attention_op(
     """The fused operator; see :func:`decayed_attention`. The state is an empty tensor unless asked for."""
     from .kernels.select import implementation
 
-    _refuse_forward_mode()
-    with _own_precision(q):
-        out, state = implementation(q, v).forward(
-            q, k, v, log_decay, scale, initial_state, return_final_state
-        )
-    o = _in_memory_of(_output_like(q, out.shape[1], out.shape[3]), out)
+    refuse_forward_mode()
+    with own_precision(q):
+        out, state = implementation(q, v).forward(q, k, v, log_decay, scale, initial_state, return_final_state)
+    o = in_memory_of(output_like(q, out.shape[1], out.shape[3]), out)
     return o, state if return_final_state else state.new_empty(0)
 
 
 @decayed_attention_op.register_fake
 def _(q, k, v, log_decay, scale, initial_state, return_final_state):  # type: ignore[no-untyped-def]
-    _refuse_forward_mode()
+    refuse_forward_mode()
     heads = _heads(q, k, v, log_decay, initial_state)
-    dtype = _state_dtype(q)
+    dtype = state_dtype(q)
     shape = (q.shape[0], heads, q.shape[3], v.shape[3]) if return_final_state else (0,)
-    return _output_like(q, heads, v.shape[3]), q.new_empty(shape, dtype=dtype)
+    return output_like(q, heads, v.shape[3]), q.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op("lacompile::decayed_attention_backward", mutates_args=())
@@ -115,20 +114,20 @@ def decayed_attention_backward_op(
     """Gradients of q, k, v, log_decay and the initial state; an empty tensor where there is none or none is wanted."""
     from .kernels.select import implementation
 
-    _refuse_forward_mode()
-    with _own_precision(q):
+    refuse_forward_mode()
+    with own_precision(q):
         dq, dk, dv, dg, ds = implementation(q, v).backward(
             do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient
         )
-    grads = [_in_memory_of(torch.empty_like(x), g) for x, g in ((q, dq), (k, dk), (v, dv))]
-    d_log_decay = _in_memory_of(torch.empty_like(log_decay), dg) if decay_gradient else log_decay.new_empty(0)
-    d_initial = q.new_empty(0) if initial_state is None else _in_memory_of(torch.empty_like(initial_state), ds)
+    grads = [in_memory_of(torch.empty_like(x), g) for x, g in ((q, dq), (k, dk), (v, dv))]
+    d_log_decay = in_memory_of(torch.empty_like(log_decay), dg) if decay_gradient else log_decay.new_empty(0)
+    d_initial = q.new_empty(0) if initial_state is None else in_memory_of(torch.empty_like(initial_state), ds)
     return grads[0], grads[1], grads[2], d_log_decay, d_initial
 
 
 @decayed_attention_backward_op.register_fake
 def _(do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient):  # type: ignore[no-untyped-def]
-    _refuse_forward_mode()
+    refuse_forward_mode()
     d_log_decay = torch.empty_like(log_decay) if decay_gradient else log_decay.new_empty(0)
     d_initial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
     return (*(torch.empty_like(x) for x in (q, k, v)), d_log_decay, d_initial)
@@ -168,7 +167,7 @@ def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
     from .kernels import cpu
 
     create_graph = torch.is_grad_enabled()
-    with torch.enable_grad(), _own_precision(ctx.saved_tensors[2]):
+    with torch.enable_grad(), own_precision(ctx.saved_tensors[2]):
         saved = [None if x is None else _own_leaf(x) for x in ctx.saved_tensors]
         do, d_state, q, k, v, log_decay, initial_state = saved
         assert do is not None and q is not None and k is not None and v is not None and log_decay is not None
@@ -236,19 +235,25 @@ def decayed_attention(
     Raises:
         BadArgument: a shape, dtype or device that does not fit, or a positive log-decay given as a number.
     """
-    if not isinstance(log_decay, Tensor):
-        log_decay = _given_as_numbers(log_decay, q)
-    if isinstance(scale, Tensor) or not isinstance(scale, int | float):
-        raise BadArgument("scale", "a Python number", type(scale).__name__)
+    log_decay, scale = as_log_decay(log_decay, q), as_scale(scale)
     check(q, k, v, log_decay, initial_state)
     out, state = torch.ops.lacompile.decayed_attention(
-        q, k, v, log_decay, float(scale), initial_state, return_final_state
+        q, k, v, log_decay, scale, initial_state, return_final_state
     )
     return (out, state) if return_final_state else out
 
 
-def _given_as_numbers(log_decay: Any, q: Tensor) -> Tensor:
-    """A list of log-decays as a tensor; here, where it costs no synchronisation, the sign is checked."""
+def as_scale(scale: Any) -> float:
+    """The factor of the output, a number of Python."""
+    if isinstance(scale, Tensor) or not isinstance(scale, int | float):
+        raise BadArgument("scale", "a Python number", type(scale).__name__)
+    return float(scale)
+
+
+def as_log_decay(log_decay: Any, q: Tensor) -> Tensor:
+    """Log-decays as a tensor; where they are given as a list, which costs no synchronisation, the sign is checked."""
+    if isinstance(log_decay, Tensor):
+        return log_decay
     try:
         numbers = torch.as_tensor(log_decay, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
@@ -257,18 +262,26 @@ def _given_as_numbers(log_decay: Any, q: Tensor) -> Tensor:
         raise BadArgument("log_decay", "natural logarithms of at most 0", f"{float(numbers.max())}")
     if not isinstance(q, Tensor):
         return numbers
-    return numbers.to(q.device, _state_dtype(q))
+    return numbers.to(q.device, state_dtype(q))
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Tensor | None = None) -> None:
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None = None,
+    *,
+    state_name: str = "initial_state",
+) -> None:
     """Raises BadArgument for the first argument that does not fit the others."""
-    optional = () if initial_state is None else (("initial_state", initial_state),)
+    optional = () if state is None else ((state_name, state),)
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), *optional):
         _check_tensor(name, x)
         if x.device != q.device:
             raise BadArgument(name, f"device {q.device} like q", str(x.device))
     batch, _, length, dk = q.shape
-    heads = _heads(q, k, v, log_decay, initial_state)
+    heads = _heads(q, k, v, log_decay, state)
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] != batch or x.shape[2] != length:
             raise BadArgument(name, f"batch {batch} and length {length} like q", f"{tuple(x.shape)}")
@@ -282,8 +295,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial_state: Ten
     want = (heads,) if log_decay.dim() == 1 else (batch, heads, length)
     if tuple(log_decay.shape) != want:
         raise BadArgument("log_decay", f"shape {want}", f"{tuple(log_decay.shape)}")
-    if initial_state is not None and tuple(initial_state.shape) != (batch, heads, dk, v.shape[3]):
-        raise BadArgument("initial_state", f"shape {(batch, heads, dk, v.shape[3])}", f"{tuple(initial_state.shape)}")
+    if state is not None and tuple(state.shape) != (batch, heads, dk, v.shape[3]):
+        raise BadArgument(state_name, f"shape {(batch, heads, dk, v.shape[3])}", f"{tuple(state.shape)}")
 
 
 _LAYOUTS = {
@@ -292,6 +305,7 @@ _LAYOUTS = {
     "v": ("a tensor [B,H,N,D]", (4,)),
     "log_decay": ("shape [H] or [B,H,N]", (1, 3)),
     "initial_state": ("a tensor [B,H,Dk,Dv]", (4,)),
+    "state": ("a tensor [B,H,Dk,Dv]", (4,)),
 }
 
 

@@ -50,7 +50,7 @@ class TestImport:
 
     def test_every_public_name_is_there(self):
         code = "import lacompile; [getattr(lacompile, n) for n in lacompile.__all__]; print(*lacompile.__all__)"
-        assert python(code) == ["Report", "__version__", "decayed_attention", "explain", "last_report"]
+        assert python(code) == ["Report", "__version__", "decayed_attention", "decode_step", "explain", "last_report"]
 
     def test_another_name_is_an_attribute_error(self):
         with pytest.raises(AttributeError, match="'no_such_name'"):

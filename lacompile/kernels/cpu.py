@@ -143,6 +143,20 @@ def forward(
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2), state
 
 
+def decode(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, state: Tensor) -> Tensor:
+    """Output ``[B,H,N,Dv]``; ``state`` ``[B,H,Dk,Dv]`` goes from before the first token to after the last."""
+    if q.shape[2] != 1:
+        o, last = forward(q, k, v, log_decay, scale, state)
+        state.copy_(last)
+        return o
+    heads = state.shape[1]
+    qt, kt, vt = (expand_heads(x, heads).to(state.dtype) for x in (q, k, v))
+    factor = log_decay.to(state.dtype).exp()
+    state.mul_(factor[:, None, None] if factor.dim() == 1 else factor[..., None])
+    state.addcmul_(kt.mT, vt)
+    return ((qt @ state) * scale).to(q.dtype)
+
+
 def _first_state(q: Tensor, v: Tensor, heads: int, dtype: torch.dtype, given: Tensor | None) -> Tensor:
     zeros = torch.zeros(q.shape[0], heads, q.shape[3], v.shape[3], dtype=dtype, device=q.device)
     return zeros if given is None else zeros + given.to(dtype)

@@ -33,6 +33,8 @@ CASES = {
     "segments bf16 128 per token": ("contributions", "bf16", 128, 128, True, True, 0),
     "scan": ("scan", "fp32", 128, 128, False, False, 0),
     "decay gradient": ("decay_grad", "bf16", 128, 128, True, False, 0),
+    "decode bf16 128": ("decode", "bf16", 128, 128, False, False, 0),
+    "decode bf16 256 per token": ("decode", "bf16", 256, 256, True, False, 0),
 }
 
 
@@ -45,6 +47,7 @@ def kernel_and_arguments(
     from lacompile.kernels.lightning2 import launch
     from lacompile.kernels.lightning2.backward import backward_kernel
     from lacompile.kernels.lightning2.decay_grad import decay_grad_kernel
+    from lacompile.kernels.lightning2.decode import decode_kernel, tile
     from lacompile.kernels.lightning2.forward import forward_kernel
     from lacompile.kernels.lightning2.segments import contributions_kernel, scan_kernel
 
@@ -65,10 +68,20 @@ def kernel_and_arguments(
     if kernel == "contributions":
         columns = {"b_source": v.bk, "c_source": v.bv}
         return contributions_kernel, common | own | {"REVERSE": True}, columns, v.warps, v.stages
+    if kernel == "decode":
+        bk, bv, warps = tile(dk, dv)
+        const = {"DK": dk, "DV": dv, "BK": bk, "BV": bv, "PER_TOKEN": per_token, "HAS_START": True, "STORE_END": True}
+        const |= {"s_v": 1, "e_v": 1}
+        return decode_kernel, const, dict.fromkeys(["q_ptr", "k_ptr", "v_ptr", "o_ptr"]), warps, 1
     if kernel == "scan":
         return scan_kernel, {"DKV": dk * dv, "TILE": 1024, "REVERSE": True, "HAS_FIRST": True}, {}, 4, 1
     const = {"DKV": dk * dv, "BLOCKS": 2, "SPAN": launch.span(per_token), "PER_TOKEN": per_token}
     return decay_grad_kernel, const | {"HAS_START": True, "HAS_D_END": True}, {}, 4, 1
+
+
+def is_aligned(name: str, kind: str) -> bool:
+    """What a launch would specialise on: pointers, and the strides of the states that a few tokens meet."""
+    return kind.startswith("*") or name in ("s_b", "s_h", "s_k", "e_b", "e_h", "e_k")
 
 
 def compiled(kernel: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) -> dict[str, int]:
@@ -91,7 +104,7 @@ def compiled(kernel: str, element: str, dk: int, dv: int, per_token: bool, tma: 
         function,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in const.items()},
-        {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if types.get(name, "").startswith("*")},
+        {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if is_aligned(name, types.get(name, ""))},
     )
     options = {"num_warps": warps, "num_stages": stages}
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -1,16 +1,11 @@
 """The Triton kernels compute what the fp64 reference computes, run by Triton's interpreter on the CPU.
 
-Where Triton was imported before this module, or a GPU is there for the compiled kernels to run on, one test runs this
-file in a process of its own. bf16 is not here: the interpreter multiplies its bits as integers.
+bf16 is not here: the interpreter multiplies its bits as integers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
@@ -19,35 +14,24 @@ import torch
 from lacompile.kernels import cpu, reference
 from lacompile.testing import budget, check_error, head_log_decay, qkv, relative_error, state, token_log_decay
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+from .interpreter import interpreted_kernels, run_in_a_process_of_its_own
 
-HERE = os.environ.get("TRITON_INTERPRET") == "1"
-if not HERE and "triton.language" not in sys.modules and not torch.cuda.is_available():
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        from lacompile.kernels import lightning2
-    HERE = True
-elif HERE:
-    from lacompile.kernels import lightning2
-
+lightning2 = interpreted_kernels()
 B, H, C = 1, 2, 64
 DECAYS = pytest.mark.parametrize("per_token", [False, True], ids=["per-head", "per-token"])
 STATES = pytest.mark.parametrize("states", ["", "initial", "final", "initial final"], ids=lambda s: s or "none")
-interpreted = pytest.mark.skipif(not HERE, reason="runs in a process of its own")
+interpreted = pytest.mark.skipif(lightning2 is None, reason="runs in a process of its own")
 
 
-@pytest.mark.skipif(HERE, reason="interpreted in this process")
+@pytest.mark.skipif(lightning2 is not None, reason="interpreted in this process")
 def test_in_a_process_of_its_own():
-    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    run_in_a_process_of_its_own(__file__)
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch, request):
     """Memory that is not written to holds NaN. Triton reads its variable again when it runs."""
-    if HERE:
+    if lightning2 is not None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         if "own_tiles" not in request.fixturenames:
             config = lightning2.launch.config

@@ -1,0 +1,41 @@
+"""A slice of the generators for every change; ``benchmarks/generators.py`` runs the whole."""
+
+from __future__ import annotations
+
+import pytest
+
+from .choices import shrink
+from .program import write
+from .survey import equivalents, twins
+
+BLOCK = 15
+MISSED = 0.65  # of the programs of a block
+
+
+@pytest.mark.parametrize("start", range(0, 4 * BLOCK, BLOCK))
+def test_equivalent_programs_are_rewritten(start):
+    found = list(equivalents(range(start, start + BLOCK)))
+    bad = [f for f in found if f.outcome in ("wrong", "failed")]
+    assert not bad, "\n\n".join(map(str, bad))
+    missed = [f for f in found if f.outcome == "refused"]
+    assert len(missed) <= MISSED * BLOCK, "\n\n".join(map(str, missed))
+
+
+@pytest.mark.parametrize("start", range(0, 4 * BLOCK, BLOCK))
+def test_near_twins_are_not_taken_for_what_they_are_not(start):
+    found = list(twins(range(start, start + BLOCK)))
+    assert len(found) > BLOCK / 2
+    bad = [f for f in found if f.outcome in ("wrong", "failed")]
+    assert not bad, "\n\n".join(map(str, bad))
+
+
+def test_a_program_is_its_record():
+    program = write(3)
+    assert write(3, program.record).source == program.source
+
+
+def test_a_record_shrinks_to_what_matters():
+    program = write(5)
+    small = shrink(program.record, lambda record: "torch.cat" in write(5, record).source)
+    made = write(5, small)
+    assert "torch.cat" in made.source and sum(map(bool, small)) <= sum(map(bool, program.record))

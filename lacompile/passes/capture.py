@@ -380,14 +380,18 @@ def fake_mode_of(gm: fx.GraphModule) -> Any:
 Functional = Callable[[Any, list[Any], dict[str, Any], torch.Tensor, list[Any]], Any]
 
 
+def _copied(obs: Any, vals: list[Any], kw: dict[str, Any], t: torch.Tensor, dtypes: list[Any]) -> Any:
+    """What ``copy_`` leaves in ``t``: the source in t's dtype and shape."""
+    source = obs.operation(aten.expand.default, [vals[1], list(t.shape)], {}, t.to(dtypes[1]), [dtypes[1]])
+    return obs.operation(aten._to_copy.default, [source], {"dtype": t.dtype}, t, [dtypes[1]])
+
+
 def _functional_of(func: Any) -> Functional | None:
     """What an in-place operation computes, as a functional one on the same arguments."""
     packet = func.overloadpacket
     name = packet.__name__
     if packet is aten.copy_:
-        return lambda obs, vals, kw, t, dts: obs.operation(
-            aten.expand.default, [vals[1], list(t.shape)], {}, t, [dts[1]]
-        )
+        return _copied
     if packet in (aten.zero_, aten.fill_):
         fill = (lambda vals: 0.0) if packet is aten.zero_ else (lambda vals: vals[1])
         return lambda obs, vals, kw, t, dts: obs.operation(

@@ -166,6 +166,10 @@ class Space:
                 out.add(v)
         return frozenset(out)
 
+    def vars_of(self, affs: Iterable[Aff]) -> frozenset[int]:
+        """Every variable that some of the forms depend on."""
+        return frozenset().union(*(self.vars(a) for a in affs))
+
     def sub(self, aff: Aff, mapping: Mapping[int, Aff]) -> Aff:
         """``aff`` with variables replaced, inside floor divisions too."""
         out = None

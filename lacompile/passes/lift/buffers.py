@@ -155,7 +155,8 @@ def _fit_moving(tensor: torch.Tensor, heads: tuple[int, ...], moving: tuple[int,
         size = [tensor.shape[d] for d in heads]
         never = Slopes(np.full(size, 1.0), np.full(size, -1.0))
         guards = _guards(moving, band, flat)
-        return Fit(heads, (), guards, never, log_space, constant) if constant and guards else None
+        selects = constant and guards and _fills_its_band(flat, band, log_space)
+        return Fit(heads, (), guards, never, log_space, constant) if selects else None
     slopes = readings[0][1]
     for _, other in readings[1:]:
         slopes = slopes.meet(other) or slopes
@@ -178,6 +179,15 @@ def _band(flat: torch.Tensor, log_space: bool) -> tuple[int, int] | None:
         return None
     distance = rows - columns
     return int(distance.min()), int(distance.max())
+
+
+def _fills_its_band(flat: torch.Tensor, band: tuple[int, int] | None, log_space: bool) -> bool:
+    """Whether every entry with a distance in the band is not nothing, in every head."""
+    if band is None:
+        return False
+    rows, columns = (torch.arange(n) for n in flat.shape[1:])
+    distance = rows[:, None] - columns[None, :]
+    return bool((_support(flat, log_space) == ((distance >= band[0]) & (distance <= band[1]))).all())
 
 
 def _guards(moving: tuple[int, ...], band: tuple[int, int] | None, flat: torch.Tensor) -> tuple[Aff, ...]:
@@ -262,6 +272,8 @@ def _head_interval(
     if (values[~inside] != nothing).any():
         return None
     kept, at = values[inside], distance[inside]
+    if dtype is torch.bool and not kept.all():
+        return None
     rounding = 0.0 if dtype is torch.bool else _rounding(dtype)
     if log_space:
         if np.isinf(kept).any():

@@ -179,7 +179,10 @@ class Builder:
         """log(x) in a weight is right only where x > 0; and buffers were read by value."""
         if self.interpreter.statics is not None:
             read = {v.node for e in operands for v in values_of(e)}
-            yield from self.interpreter.statics.assumptions(sorted(read | sources_of(p.fact.node, read)))
+            region = nodes_between(p.fact.node, read)
+            looked_at = {n for at in region for n in self.engine.relied.get(at, ())}
+            inputs = {n for n in region if n.op == "placeholder"}
+            yield from self.interpreter.statics.assumptions(sorted(read | inputs), sorted(looked_at))
         seen: set[int] = set()
 
         def visit(leaf: int) -> Iterable[Assumption]:
@@ -206,7 +209,9 @@ class Builder:
             for c in children:
                 yield from visit(c)
 
-        for mono, _ in (*p.fixed, *p.tokens):
+        weights = [*p.fixed, *p.tokens, *p.q_weights, *p.k_weights, *p.outer_weights]
+        monos = [m for m, _ in weights] + [m for t in p.residual for m, _ in t.exp.lin]
+        for mono in monos:
             for leaf, _ in mono:
                 yield from visit(leaf)
 
@@ -259,8 +264,8 @@ class Builder:
         return self.emitter.assemble(piece, groups, shrink=range(len(groups)))
 
 
-def sources_of(node: fx.Node, given: set[fx.Node]) -> set[fx.Node]:
-    """The inputs of the graph that a value is computed from, other than through the ``given`` values."""
+def nodes_between(node: fx.Node, given: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that a value is computed by, inputs of the graph included, other than through ``given`` values."""
     seen: set[fx.Node] = set()
     work = [node]
     while work:
@@ -268,7 +273,7 @@ def sources_of(node: fx.Node, given: set[fx.Node]) -> set[fx.Node]:
         if at not in seen and at not in given:
             seen.add(at)
             work += at.all_input_nodes
-    return {n for n in seen if n.op == "placeholder"}
+    return seen
 
 
 def _all_positive(tensor: torch.Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from ..._compat import outside_modes
 from .affine import INF, ONE, ZERO, Aff, Number
 from .evaluate import Evaluator
-from .leaves import Leaf, Leaves, Opaque, Table
+from .leaves import Interval, Leaf, Leaves, Opaque, Symbol, Table
 from .merge import TooManyTerms, merge_sum
 from .normal import Algebra
 from .term import NO_GUARDS, Access, Case, Exponent, Guards, Mono, Term, Val, constant, value
@@ -41,6 +41,9 @@ class Engine(Algebra):
         self.leaves = Leaves(self.leaf_shapes)
         self.sizes: dict[int, Any] = {}  # size variable -> the SymInt it stands for
         self._size_of: dict[Any, Aff] = {}
+        self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
+        self.running: Any = None  # the Dynamo node that is being lifted
+        self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
 
     # -------------------------------------------------------------------------------------------------------- sizes
 
@@ -97,6 +100,13 @@ class Engine(Algebra):
         shape = self.shape(tensor)
         leaf = self.leaves.add(Leaf(kind, shape, tensor.dtype, **facts))
         return value(shape, [Term(accs=((leaf, self.own_index(shape)),))])
+
+    def interval(self, leaf: int) -> Interval:
+        """What all entries of a leaf lie in; that the node being lifted was read by it is noted."""
+        found = self.leaves[leaf]
+        if found.rests_on:
+            self.relied.setdefault(self.running, set()).update(found.rests_on)
+        return found.interval
 
     def own_index(self, shape: Sequence[Aff]) -> tuple[Aff, ...]:
         return tuple(ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape))
@@ -295,7 +305,10 @@ class Engine(Algebra):
 
     def pick(self, v: Val) -> Val:
         """The reading of ``v`` a consumer of plain factors wants: its own leaf unless it is worth looking into."""
-        return value(v.shape, [v.alt]) if v.alt is not None and not self.structured(v) else v
+        if v.alt is None or self.structured(v):
+            return v
+        self.taken_whole.append(v.alt.accs[0][0])
+        return value(v.shape, [v.alt])
 
     def access(self, v: Val, dtype: torch.dtype | None = None) -> tuple[Access, torch.dtype | None] | float:
         """``v`` as one access of one leaf (a symbol where it takes arithmetic), or as a number.
@@ -304,6 +317,7 @@ class Engine(Algebra):
             GiveUp: ``v`` holds a contraction, a guard or a moving weight.
         """
         if v.alt is not None:
+            self.taken_whole.append(v.alt.accs[0][0])
             return self.term_access(v.alt, dtype)
         if not v.single or not self.plain(v):
             if self.index_only(v):
@@ -351,13 +365,26 @@ class Engine(Algebra):
             raise GiveUp("a pointwise function of too many indices")
         return out
 
-    def pointwise(self, op: Any, args: Sequence[Any], kwargs: dict[str, Any], out: torch.Tensor) -> Val:
-        """A function symbol over the plain arguments: f(x)[idx] = f(x[idx])."""
+    def pointwise(
+        self,
+        op: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        out: torch.Tensor,
+        dtypes: Sequence[torch.dtype | None] = (),
+    ) -> Val:
+        """A function symbol over the plain arguments: f(x)[idx] = f(x[idx]).
+
+        ``dtypes`` are those that floating arguments are computed with, where they are not those of their leaves.
+        """
+        if any(isinstance(x, Val) for x in kwargs.values()):
+            raise GiveUp("a tensor among the keyword arguments")
         shape = self.shape(out)
+        used = [d if d is not None and d.is_floating_point else None for d in dtypes] or [None] * len(args)
         vals = [self.broadcast(a, shape) if isinstance(a, Val) else a for a in args]
         if all(self.index_only(v) and v.alt is None for v in vals if isinstance(v, Val)):
             return self._fold(op, vals, kwargs, shape)
-        spec = [self.access(v, None) if isinstance(v, Val) else v for v in vals]
+        spec = [self.access(v, d) if isinstance(v, Val) else v for v, d in zip(vals, used, strict=True)]
         return value(shape, [Term(accs=(self._symbol(op, spec, out.dtype, **kwargs),))])
 
     def _fold(self, op: Any, vals: Sequence[Any], kwargs: dict[str, Any], shape: tuple[Aff, ...]) -> Val:
@@ -485,7 +512,7 @@ class Engine(Algebra):
             return None
         sign = x.coef * y.coef
         for leaf, _ in y.accs:
-            low, high = self.leaves[leaf].interval
+            low, high = self.interval(leaf)
             if low <= 0 <= high:
                 return None
             sign = sign if low > 0 else -sign
@@ -578,6 +605,10 @@ class Engine(Algebra):
 
     def log_access(self, acc: Access) -> Access:
         """The logarithm of a factor that must be positive; the match proves that, or demands it."""
+        kind = self.leaves[acc[0]].kind
+        if isinstance(kind, Symbol) and kind.op is aten.sigmoid.default:  # exact where the sigmoid itself underflows
+            inner = kind.args[0]
+            return self._symbol(aten.log_sigmoid.default, [((inner.leaf, acc[1]), inner.dtype)], None)
         return self._symbol(aten.log.default, [(acc, None)], None)
 
 

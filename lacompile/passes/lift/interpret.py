@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +66,7 @@ class Interpreter:
             return self._numbers(tensor, real)
         if self.statics is not None and (known := self.statics.value(node, tensor)) is not None:
             return known
-        return self.engine.leaf(tensor, Opaque(node, node.name))
+        return self.engine.leaf(tensor, Opaque(node, node.name), parameter=isinstance(real, torch.nn.Parameter))
 
     def _numbers(self, tensor: torch.Tensor, real: torch.Tensor) -> Val:
         with outside_modes():
@@ -86,6 +87,7 @@ class Interpreter:
 
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         op = Op(self.engine, func, args, kwargs, out, dtypes)
+        self.engine.running = self.capture.node if self.capture is not None else None
         try:
             return transfer(op)
         except GiveUp as reason:
@@ -152,12 +154,15 @@ class Interpreter:
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:
         if node.op == "output":
-            self._demand(node)
+            self._demand(node.all_input_nodes)
             return []
         gave_up, self._gave_up = self._gave_up, None
         if gave_up is not None:
             self.give_ups[node] = gave_up
-            self._demand(node)
+            self._demand(node.all_input_nodes)
+        kinds = [self.engine.leaves[leaf].kind for leaf in self.engine.taken_whole]
+        self._demand(k.node for k in kinds if isinstance(k, Opaque) and k.node is not None)
+        self.engine.taken_whole.clear()
         out = []
         single = len(outputs) == 1
         assert self.capture is not None
@@ -172,11 +177,11 @@ class Interpreter:
 
     # -------------------------------------------------------------------------------------------------------- details
 
-    def _demand(self, node: fx.Node) -> None:
-        for arg in node.all_input_nodes:
-            fact = self._current(arg)
-            if fact is not None and arg not in self.demanded and self.engine.contracts(fact.value):
-                self.demanded.append(arg)
+    def _demand(self, nodes: Iterable[fx.Node]) -> None:
+        for node in nodes:
+            fact = self._current(node)
+            if fact is not None and node not in self.demanded and self.engine.contracts(fact.value):
+                self.demanded.append(node)
 
     def _current(self, node: fx.Node) -> Fact | None:
         """What is known of a node's tensor now, writes into it included."""

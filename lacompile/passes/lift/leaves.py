@@ -89,6 +89,10 @@ class Leaf:
     shape: tuple[Aff, ...]
     dtype: torch.dtype
     interval: Interval = ANY
+    rests_on: frozenset[fx.Node] = frozenset()
+    """The inputs whose values the interval was read off."""
+    parameter: bool = False
+    """Whether it is a parameter of a module as it stands: a product with one is a projection."""
 
 
 class Leaves:
@@ -124,7 +128,7 @@ class Leaves:
             return of
         low, high = inner.interval
         interval = (min(low, 0.0), max(high, 0.0))
-        return self.intern(Extended(of), Leaf(Extended(of), inner.shape, inner.dtype, interval))
+        return self.intern(Extended(of), Leaf(Extended(of), inner.shape, inner.dtype, interval, inner.rests_on))
 
     def symbol(self, op: Any, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Access | None:
         """The access of ``op(*args)`` where an argument is an ``(Access, dtype it is used in)`` pair or a literal.
@@ -135,6 +139,7 @@ class Leaves:
         spec: list[Any] = []
         shape: list[Aff] = []
         intervals: list[Interval] = []
+        rests_on: frozenset[fx.Node] = frozenset()
         for arg in args:
             if isinstance(arg, tuple):
                 (leaf, where), used = arg
@@ -143,6 +148,7 @@ class Leaves:
                 idx.extend(where)
                 shape.extend(self[leaf].shape)
                 intervals.append(self[leaf].interval)
+                rests_on |= self[leaf].rests_on
             else:
                 spec.append(arg)
                 if isinstance(arg, int | float) and not isinstance(arg, bool):
@@ -152,7 +158,7 @@ class Leaves:
         kind = Symbol(op, tuple(spec), tuple(sorted(kwargs.items())))
         interval = interval_of(op, intervals)
         key = (kind, dtype)
-        leaf = self.intern(key, Leaf(kind, tuple(shape), dtype, interval))
+        leaf = self.intern(key, Leaf(kind, tuple(shape), dtype, interval, rests_on))
         return (leaf, tuple(idx))
 
     def known_zero_outside(self, leaf: int) -> bool:
@@ -178,6 +184,8 @@ def interval_of(op: Any, args: list[Interval]) -> Interval:
     if packet == aten.log and args and args[0][0] >= 0:
         low, high = args[0]
         return (math.log(low) if low > 0 else -math.inf, math.log(high) if 0 < high < math.inf else math.inf)
+    if packet == aten.pow and len(args) == 2 and args[0][0] > 0:
+        return (5e-324, math.inf)
     if packet == aten.reciprocal and args and args[0][0] > 0:
         return (0.0 if math.isinf(args[0][1]) else 1 / args[0][1], 1 / max(args[0][0], 1e-300))
     return ANY

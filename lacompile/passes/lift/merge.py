@@ -142,7 +142,7 @@ def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...])
             if var >= 0:
                 moved = moved.but(guards=moved.guards | {x - at, at - x})
             there = algebra.normalise(moved, shape)
-            if there is None or there.body != point.body:
+            if there is None or there.body != point.body or abs(there.coef - point.coef) > 1e-9 * abs(point.coef):
                 continue
             if there.guards != point.guards and (
                 _own(algebra, there, point, shape) or _own(algebra, point, there, shape)

@@ -85,10 +85,12 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                     for n, i in enumerate(idx)
                     if n not in summed and i.terms and summed and sizes[n] == sizes[summed[0]]
                 ]
+                mine = engine.space.vars_of(idx)
+                features = {x for a in holders if a[0] != leaf for x in engine.space.vars_of(a[1]) if x >= 0} - mine
                 given = isinstance(kind, Table) or (
                     isinstance(kind, Opaque) and kind.node is not None and kind.node.op == "placeholder"
                 )
-                if len(holders) < 2 or not square or given or leaf in explained:
+                if len(holders) < 2 or not square or not features or given or leaf in explained:
                     continue
                 explained.add(leaf)
                 label = kind.label if isinstance(kind, Opaque) else "a function"
@@ -169,6 +171,8 @@ class _Prover:
 
     def _assign_roles(self) -> None:
         accs = self.main.accs
+        if not self.main.poly.is_const:
+            raise Refused("separable", "factors that are tensors", f"a factor {self.main.poly} of positions", 4)
         for a in accs:
             if self._holds(a, self.j) and self._holds(a, self.n):
                 kind = self.engine.leaves[a[0]].kind
@@ -326,7 +330,7 @@ class _Prover:
         """exp(G_i) q_i S_init: the weight is the main one at j = -1, the query the same."""
         wanted = self.main.exp.sub(self.space, {self.j: Aff.lit(-1)})
         expected = self._without_keys(wanted)
-        if t.exp != expected or t.coef != self.main.coef:
+        if self.proof.state is not None or t.exp != expected or t.coef != self.main.coef or not t.poly.is_const:
             return False
         bound = t.bound(self.space)
         queries = [a for a in t.accs if any(self._same_query(a, b, bound) for b in self._main_queries())]

@@ -75,10 +75,10 @@ class Statics:
         self._used.add(node)
         return line
 
-    def assumptions(self, nodes: Iterable[fx.Node]) -> Iterable[Assumption]:
-        """What a rewrite that rests on these inputs takes for granted."""
-        for node in nodes:
-            if node in self._used:
+    def assumptions(self, nodes: Iterable[fx.Node], looked_at: Iterable[fx.Node]) -> Iterable[Assumption]:
+        """What a rewrite takes for granted that rests on these inputs, and on the signs of those looked at."""
+        for node in dict.fromkeys((*(n for n in nodes if n in self._used), *looked_at)):
+            if node in self.real:
                 yield Assumption(node, "values", f"the values of {spoken(node)}", unchanged(self.real[node]))
 
     # -------------------------------------------------------------------------------------------------------- details
@@ -94,8 +94,7 @@ class Statics:
         low, high = (float(x) for x in torch.aminmax(self.real[node].detach()))
         if low > 0 or high < 0:
             leaf = self.engine.leaves[self._leaf(node)]
-            leaf.interval = (low, high)
-            self._used.add(node)
+            leaf.interval, leaf.rests_on = (low, high), frozenset({node})
 
     def _family(self, family: Family, nodes: Sequence[fx.Node], fits: dict[int, Fit]) -> None:
         source = family.source()

@@ -38,6 +38,10 @@ class Op:
             raise GiveUp("a number where a tensor was expected")
         return self.engine.broadcast(v, self.shape)
 
+    def symbol(self) -> Val:
+        """The result as a pointwise function of the arguments, not looked into."""
+        return self.engine.pointwise(self.func, self.args, self.kwargs, self.out, self.dtypes)
+
     def dim(self, d: int, rank: int) -> int:
         return d % rank if rank else 0
 
@@ -66,10 +70,15 @@ def transfer(op: Op) -> Val | list[Val]:
     packet = op.func.overloadpacket
     found = RULES.get(packet)
     if found is not None:
-        return found(op)
-    if torch.Tag.pointwise in op.func.tags and isinstance(op.out, torch.Tensor):
-        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
-    raise GiveUp(f"{packet} has no transfer rule")
+        out = found(op)
+    elif torch.Tag.pointwise in op.func.tags and isinstance(op.out, torch.Tensor):
+        out = op.symbol()
+    else:
+        raise GiveUp(f"{packet} has no transfer rule")
+    for v, tensor in zip([out], [op.out], strict=True) if isinstance(out, Val) else zip(out, op.out, strict=False):
+        representable(op.engine, v, tensor.dtype)
+    return out
 
 
 from . import arith, contract, masks, scatter, views  # noqa: E402, F401  (they register their rules)
+from .formats import representable  # noqa: E402

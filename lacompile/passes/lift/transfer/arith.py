@@ -8,14 +8,11 @@ from typing import Any
 import torch
 
 from ..affine import box
-from ..engine import Engine, GiveUp
+from ..engine import GiveUp
 from ..term import Term, Val, constant
 from . import Op, rule
 
 aten = torch.ops.aten
-
-# Integers up to this size are exact in the format; an index computed in it beyond that is not the index.
-EXACT_UP_TO = {torch.bfloat16: 2**8, torch.float16: 2**11, torch.float32: 2**24}
 
 
 def operand(op: Op, n: int) -> Val:
@@ -27,28 +24,17 @@ def operand(op: Op, n: int) -> Val:
     raise GiveUp("an operand that is neither a tensor nor a number")
 
 
-def exact_index(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
-    """Refuses index arithmetic in a format that cannot hold the indices."""
-    limit = EXACT_UP_TO.get(dtype)
-    if limit is not None:
-        ranges = box(v.shape)
-        for c in v.cases:
-            for t in c.terms:
-                if t.poly.is_const or t.accs or t.exp or not float(t.coef).is_integer():
-                    continue
-                ends = (engine.space.lower(t.poly, ranges), engine.space.upper(t.poly, ranges))
-                if max(abs(e) for e in ends) * abs(t.coef) > limit and dtype != torch.float32:
-                    raise GiveUp(f"positions computed in {dtype}, which cannot hold them exactly")
-    return v
-
-
 @rule(aten._to_copy, aten.to, aten._conj, aten.type_as)
 def cast(op: Op) -> Val:
+    """The identity between floating formats, and wherever the numbers are known to stay what they are."""
     v: Val = op.args[0]
     source, target = op.dtypes[0], op.out.dtype
-    if source is not None and source.is_floating_point and not target.is_floating_point:
-        return op.engine.pointwise(aten._to_copy.default, [v], {"dtype": target}, op.out)
-    return exact_index(op.engine, v, target)
+    floats = source is None or source.is_floating_point
+    if source == target or (floats and target.is_floating_point):
+        return v
+    if op.engine.index_only(v) and not floats and target is not torch.bool:
+        return v
+    return op.engine.pointwise(aten._to_copy.default, [v], {"dtype": target}, op.out)
 
 
 @rule(aten.add)
@@ -57,7 +43,7 @@ def add(op: Op) -> Val:
 
 
 def added(op: Op, a: Val, b: Val, alpha: float = 1.0) -> Val:
-    return exact_index(op.engine, op.engine.add(a, op.engine.scale(b, alpha), op.out), op.out.dtype)
+    return op.engine.add(a, op.engine.scale(b, alpha), op.out)
 
 
 @rule(aten.sub)
@@ -79,8 +65,8 @@ def neg(op: Op) -> Val:
 def mul(op: Op) -> Val:
     a, b = operand(op, 0), operand(op, 1)
     if any(d is torch.bool for d in op.dtypes if d) and op.out.dtype is torch.bool:
-        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
-    return exact_index(op.engine, op.engine.multiply(a, b), op.out.dtype)
+        return op.symbol()
+    return op.engine.multiply(a, b)
 
 
 @rule(aten.div)
@@ -132,7 +118,7 @@ def floor_divided(op: Op, a: Val, divisor: float | None, mode: str) -> Val:
         or t.accs
         or t.exp
         or t.guards
-        or not float(t.coef).is_integer()
+        or not all(float(x).is_integer() for x in (t.coef, t.poly.const, *(c for _, c in t.poly.terms)))
     ):
         raise GiveUp("a rounded division")
     poly = t.poly * int(t.coef)
@@ -154,12 +140,12 @@ def reciprocal(op: Op) -> Val:
     t = op.args[0].one
     if t is not None and not t.accs and t.exp and not t.guards and t.poly.is_const:
         return Val(op.shape, (type(op.args[0].cases[0])(frozenset(), (t.but(coef=1 / t.coef, exp=t.exp * -1),)),))
-    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    return op.symbol()
 
 
 @rule(aten.square)
 def square(op: Op) -> Val:
-    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    return op.symbol()
 
 
 def finite(x: Any) -> bool:

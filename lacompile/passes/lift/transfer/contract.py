@@ -52,15 +52,26 @@ def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int
     engine, shape = op.engine, op.shape
     length = a.shape[sum_a]
     bound = ZERO if length == ONE else Aff.var(FRESH)
-    left = _over(engine, _operand(engine, a), keep_a, sum_a, bound)
-    right = _over(engine, _operand(engine, b), keep_b, sum_b, bound)
+    a, b = _operand(engine, a), _operand(engine, b)
+    if _projects(engine, a, sum_a, b) or _projects(engine, b, sum_b, a):
+        raise GiveUp("a projection of what is looked into")
+    left, right = _over(engine, a, keep_a, sum_a, bound), _over(engine, b, keep_b, sum_b, bound)
     if len(left) * len(right) > MAX_TERMS * 4:
         raise GiveUp("a product of long sums")
     ranges = () if length == ONE else (Aff.var(FRESH), length - 1 - Aff.var(FRESH))
     terms = list(_products(engine, left, right, ranges))
-    plain = all(engine.plain_term(t) for t in (*left, *right))
+    plain = engine.plain(a) and engine.plain(b)
     alt = engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket))).one if plain and terms else None
     return engine.sum_of(shape, terms, alt, MAX_TERMS)
+
+
+def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
+    """Whether a structured value is multiplied by a parameter along a dimension that is no position of its weights."""
+    t = weight.one
+    if t is None or len(t.accs) != 1 or not engine.leaves[t.accs[0][0]].parameter or not engine.structured(v):
+        return False
+    positions = (a for t in v.terms for a in (*t.guards, *(f for _, f in t.exp.lin), *(p for (_, p), _ in t.exp.sums)))
+    return not any(a.coef(summed) for a in positions)
 
 
 def _operand(engine: Engine, v: Val) -> Val:

@@ -13,7 +13,7 @@ from ..engine import Engine, GiveUp
 from ..leaves import Opaque, Table
 from ..term import NO_EXPONENT, NO_GUARDS, Case, Exponent, Guards, Mono, Term, Val, constant, value
 from . import Op, rule
-from .arith import exact_index, number, operand
+from .arith import number, operand
 
 aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ def arange(op: Op) -> Val:
     if not isinstance(step, int):
         raise GiveUp("a symbolic step")
     poly = (ZERO if op.shape[0] == ONE else Aff.var(0)) * step + op.engine.aff(start)
-    return exact_index(op.engine, value(op.shape, [Term(1.0, poly)]), op.out.dtype)
+    return value(op.shape, [Term(1.0, poly)])
 
 
 @rule(aten.zeros, aten.zeros_like, aten.new_zeros, aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided)
@@ -52,7 +52,7 @@ def full(op: Op) -> Val:
         0 if op.func.overloadpacket is aten.scalar_tensor else 2 if op.func.overloadpacket is aten.new_full else 1,
         "fill_value",
     )
-    if isinstance(fill, bool | int | float):
+    if isinstance(fill, bool | int | float) and not math.isnan(fill):
         return constant(op.shape, float(fill))
     raise GiveUp("a fill value that is not a number")
 
@@ -65,41 +65,40 @@ def eye(op: Op) -> Val:
 
 # ------------------------------------------------------------------------------------------------------ comparisons
 
-STRICT = {aten.gt: (1, -1), aten.lt: (-1, -1), aten.ge: (1, 0), aten.le: (-1, 0)}
+ORDER = {aten.gt: (1, True), aten.lt: (-1, True), aten.ge: (1, False), aten.le: (-1, False)}  # sign, strict
 
 
 @rule(aten.ge, aten.gt, aten.le, aten.lt)
 def compare(op: Op) -> Val:
-    sign, shift = STRICT[op.func.overloadpacket]
-    a, b = operand(op, 0), operand(op, 1)
-    difference = _index_difference(op.engine, a, b)
+    sign, strict = ORDER[op.func.overloadpacket]
+    difference = _index_difference(op.engine, operand(op, 0), operand(op, 1))
     if difference is None:
-        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
-    return truth(op.engine, op.shape, [difference * sign + shift])
+        return op.symbol()
+    return truth(op.engine, op.shape, [at_least_zero(difference * sign, strict)])
 
 
-@rule(aten.eq)
+def at_least_zero(difference: Aff, strict: bool = False) -> Aff:
+    """The guard for ``difference >= 0`` (or > 0) of a form that is an integer but for its constant."""
+    c = difference.const
+    return Aff(difference.terms, math.ceil(c) - 1 if strict else math.floor(c))
+
+
+@rule(aten.eq, aten.ne)
 def equal(op: Op) -> Val:
     difference = _index_difference(op.engine, operand(op, 0), operand(op, 1))
     if difference is None:
-        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
-    return truth(op.engine, op.shape, [difference, -difference])
-
-
-@rule(aten.ne)
-def not_equal(op: Op) -> Val:
-    difference = _index_difference(op.engine, operand(op, 0), operand(op, 1))
-    if difference is None:
-        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
-    inside = truth(op.engine, op.shape, [difference, -difference])
+        return op.symbol()
+    inside = truth(op.engine, op.shape, [at_least_zero(difference), at_least_zero(-difference)])
+    if op.func.overloadpacket is aten.eq:
+        return inside
     return op.engine.zip_cases([inside], lambda g: () if g[0] else (Term(1.0),))
 
 
 def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:
-    """``a - b`` as an integer affine form whose sign is that of the difference; None if it is not one."""
+    """A form with integer coefficients and any constant whose sign is that of ``a - b``; None if there is none."""
     if not a.single or not b.single or len(a.terms) > 4 or len(b.terms) > 4:
         return None
-    total = ZERO
+    total, constant = ZERO, 0.0  # apart: a form takes a tiny constant for what is left of a cancellation
     factor: tuple[Any, ...] | None = None
     for sign, v in ((1, a), (-1, b)):
         for t in v.terms:
@@ -108,25 +107,21 @@ def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:
             if factor is not None and factor != t.accs:
                 return None
             factor = t.accs
-            total = total + t.poly * (t.coef * sign)
+            total = total + (t.poly - t.poly.const) * (t.coef * sign)
+            constant += t.poly.const * t.coef * sign
     if factor:
         # slope[h] * (i - j): the sign of the leaf decides which way the comparison goes.
-        low, high = engine.leaves[factor[0][0]].interval
-        if len(factor) != 1 or not (low > 0 or high < 0):
+        low, high = engine.interval(factor[0][0])
+        if len(factor) != 1 or not (low > 0 or high < 0) or constant:
             return None
         total = total if low > 0 else -total
         scale = min((abs(c) for _, c in total.terms), default=1.0)
         total = total * (1.0 / scale)
-        if total.const:
-            return None
     if not all(isinstance(c, int) for _, c in total.terms):
         return None
-    if not isinstance(total.const, int):
-        # i - j >= 0.5 over integers is i - j >= 1
-        total = Aff(total.terms, math.floor(total.const)) if total.terms else total
-        if not isinstance(total.const, int):
-            return Aff.lit(1 if total.const > 0 else -1)
-    return total
+    if 0 < abs(constant - round(constant)) < 1e-6:
+        return None  # the program's rounding decides
+    return Aff(total.terms, total.const + (int(constant) if constant.is_integer() else constant))
 
 
 def truth(engine: Engine, shape: tuple[Aff, ...], guards: Iterable[Aff]) -> Val:
@@ -230,7 +225,7 @@ def _logic(op: Op, f: Any) -> Val:
     a, b = operand(op, 0), operand(op, 1)
     x, y = _known_condition(op.engine, a), _known_condition(op.engine, b)
     if op.out.dtype is not torch.bool or x is None or y is None:
-        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+        return op.symbol()
     return op.engine.zip_cases([x, y], lambda g: (Term(1.0),) if f(g[0], g[1]) else ())
 
 
@@ -238,7 +233,7 @@ def _logic(op: Op, f: Any) -> Val:
 def negate(op: Op) -> Val:
     known = _known_condition(op.engine, op.args[0]) if op.out.dtype is torch.bool else None
     if known is None:
-        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+        return op.symbol()
     return op.engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))
 
 
@@ -253,20 +248,20 @@ def _piecewise(op: Op, v: Val, pick: Any) -> Val | None:
     difference = _index_difference(op.engine, v, constant(v.shape, 0.0))
     if difference is None:
         return None
-    mask = truth(op.engine, v.shape, [difference])
+    mask = truth(op.engine, v.shape, [at_least_zero(difference)])
     return op.engine.zip_cases([mask, v], lambda g: pick(g[1], bool(g[0])))
 
 
 @rule(aten.abs)
 def absolute(op: Op) -> Val:
     out = _piecewise(op, op.args[0], lambda ts, up: ts if up else tuple(t.but(coef=-t.coef) for t in ts))
-    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out) if out is None else out
+    return op.symbol() if out is None else out
 
 
 @rule(aten.relu)
 def relu(op: Op) -> Val:
     out = _piecewise(op, op.args[0], lambda ts, up: ts if up else ())
-    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out) if out is None else out
+    return op.symbol() if out is None else out
 
 
 @rule(aten.clamp, aten.clamp_min, aten.clamp_max, aten.maximum, aten.minimum)
@@ -290,7 +285,7 @@ def clamp(op: Op) -> Val:
             limit = op.engine.broadcast(bound, op.shape) if isinstance(bound, Val) else constant(op.shape, float(bound))
             v = _clamped(op, v, limit, keep_above)
         return v
-    return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+    return op.symbol()
 
 
 def _clamped(op: Op, v: Val, limit: Val, keep_above: bool) -> Val:
@@ -304,7 +299,7 @@ def _clamped(op: Op, v: Val, limit: Val, keep_above: bool) -> Val:
         difference = _index_difference(engine, piece, limit)
         if difference is None:
             raise GiveUp("a clamped value that is not an index")
-        keep = difference if keep_above else -difference
+        keep = at_least_zero(difference if keep_above else -difference)
         for guard, terms in ((keep, c.terms), (-keep - 1, limit.terms)):
             inside = engine.prune(c.guards | {guard}, v.shape)
             if inside is not None:
@@ -321,7 +316,7 @@ def nan_to_num(op: Op) -> Val:
     )
     if masked or not any(t.exp for c in v.cases for t in c.terms):
         if any(math.isinf(t.coef) for c in v.cases for t in c.terms) or masked:
-            return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+            return op.symbol()
     return v
 
 
@@ -343,9 +338,9 @@ def exponential(op: Op, v: Val, factor: float) -> Val:
     engine = op.engine
     v = engine.pick(v)
     if v.single and len(v.terms) == 1 and engine.plain_term(v.terms[0]) and len(v.terms[0].accs) > 2:
-        return engine.pointwise(op.func, op.args, op.kwargs, op.out)
+        return op.symbol()
     if v.single and len(v.terms) > 1 and engine.plain(v) and not engine.index_only(v):
-        return engine.pointwise(op.func, op.args, op.kwargs, op.out)
+        return op.symbol()
     cases: list[Case] = []
     for c in engine.split(v):
         cases.extend(_exp_case(engine, c, factor, v.shape))
@@ -442,7 +437,7 @@ def log_sigmoid(op: Op) -> list[Val]:
 def log(op: Op) -> Val:
     v: Val = op.args[0]
     if not any(t.exp for c in v.cases for t in c.terms) or any(len(c.terms) > 1 for c in v.cases):
-        return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+        return op.symbol()
     cases = []
     for c in v.cases:
         if not c.terms:
@@ -450,7 +445,7 @@ def log(op: Op) -> Val:
             continue
         (t,) = c.terms
         if t.accs or t.guards or t.coef <= 0 or not t.poly.is_const:
-            return op.engine.pointwise(op.func, op.args, op.kwargs, op.out)
+            return op.symbol()
         terms = [Term(1.0, f, mono) for mono, f in t.exp.lin]
         for (mono, pos), coef in t.exp.sums:
             b = Aff.var(-1)
@@ -472,14 +467,16 @@ def power(op: Op) -> Val:
             return a
         if exponent == 0:
             return constant(op.shape, 1.0)
-        return engine.pointwise(op.func, op.args, op.kwargs, op.out)
+        return op.symbol()
     base = number(a)
     if base is not None:
         if base <= 0:
             raise GiveUp("a power of a number that is not positive")
         if engine.contracts(b) or (not engine.index_only(b) and engine.plain(b) and len(b.terms) != 1):
-            return engine.pointwise(op.func, op.args, op.kwargs, op.out)
+            return op.symbol()
         return exponential(op, b, math.log(base))
+    if not engine.index_only(b) and engine.plain(b):
+        return op.symbol()  # of data, whose base may be negative
     logarithm = _log_base(op, a)
     return exponential(op, engine.multiply(logarithm, b), 1.0)
 

@@ -1,0 +1,107 @@
+"""What the numbers of a tensor may be in its dtype: the normal form computes over the reals, the program does not.
+
+Rounding of data is outside the promise of the normal form. This is not: a position that its format cannot hold, an
+integer that wraps or was truncated, a sum of truths that is an "or". There the rule gives up.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..affine import Aff
+from ..engine import Engine, GiveUp
+from ..leaves import Table
+from ..term import Case, Term, Val
+
+# Integers up to this size are exact in the format; an index computed in it beyond that is not the index.
+EXACT_UP_TO = {torch.bfloat16: 2**8, torch.float16: 2**11, torch.float32: 2**24}
+WIDE = (torch.float32, torch.int32)
+"""Formats in which the length of a tensor is taken for small enough where it is not known."""
+
+
+def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
+    """``v`` itself.
+
+    Raises:
+        GiveUp: a tensor of this dtype may not hold what ``v`` says.
+    """
+    limit = EXACT_UP_TO.get(dtype)
+    if limit is not None:
+        _positions(engine, v, dtype, limit)
+    elif dtype is torch.bool:
+        _truths(engine, v)
+    elif not dtype.is_floating_point and not dtype.is_complex:
+        _integers(engine, v, dtype)
+    return v
+
+
+def _positions(engine: Engine, v: Val, dtype: torch.dtype, limit: int) -> None:
+    for c in v.cases:
+        for t in c.terms:
+            if not t.poly.is_const and not t.accs and not t.exp and float(t.coef).is_integer():
+                reach = max(abs(x) for x in _ends(engine, v, c, t))
+                if reach > limit and not (math.isinf(reach) and dtype in WIDE):
+                    raise GiveUp(f"positions computed in {dtype}, which cannot hold them exactly")
+
+
+def _truths(engine: Engine, v: Val) -> None:
+    for c in v.cases:
+        for t in c.terms:
+            if t.accs and not _is_table(engine, t):
+                _plain_of(engine, v, torch.bool)
+            elif len(c.terms) > 1 or not {t.coef * x for x in _ends(engine, v, c, t)} <= {0.0, 1.0}:
+                raise GiveUp("arithmetic of truths")
+
+
+def _integers(engine: Engine, v: Val, dtype: torch.dtype) -> None:
+    info = torch.iinfo(dtype)
+    for c in v.cases:
+        low = high = 0.0
+        for t in c.terms:
+            if t.exp or (t.accs and not _is_table(engine, t)):
+                _plain_of(engine, v, dtype)
+                return
+            if not _whole(engine, t):
+                raise GiveUp(f"a fraction in {dtype}")
+            ends = [t.coef * x for x in _ends(engine, v, c, t)]
+            low, high = low + min(ends), high + max(ends)
+        unknown = math.isinf(low) or math.isinf(high)
+        if dtype is torch.int64 or (unknown and dtype in WIDE):
+            continue
+        if unknown or low < info.min or high > info.max:
+            raise GiveUp(f"integers that {dtype} may not hold")
+
+
+def _plain_of(engine: Engine, v: Val, dtype: torch.dtype) -> None:
+    """Data in a format without fractions is taken as it is: one tensor of that dtype, and no sum or product."""
+    t = v.alt or v.one
+    if t is None or t.coef != 1 or not t.poly.is_const or t.exp or len(t.accs) != 1:
+        raise GiveUp(f"arithmetic of data in {dtype}")
+    if engine.leaves[t.accs[0][0]].dtype != dtype:
+        raise GiveUp(f"data of another format as {dtype}")
+
+
+def _is_table(engine: Engine, t: Term) -> bool:
+    return all(isinstance(engine.leaves[leaf].kind, Table) for leaf, _ in t.accs)
+
+
+def _whole(engine: Engine, t: Term) -> bool:
+    numbers = [t.coef, t.poly.const, *(c for _, c in t.poly.terms)]
+    if not all(float(x).is_integer() for x in numbers):
+        return False
+    kinds = [engine.leaves[leaf].kind for leaf, _ in t.accs]
+    return all(isinstance(k, Table) and bool((k.array == k.array.round()).all()) for k in kinds)
+
+
+def _ends(engine: Engine, v: Val, c: Case, t: Term) -> tuple[float, float]:
+    """Bounds of an index-valued factor, times those of tables."""
+    ranges = engine.ranges(v.shape, c.guards | t.guards)
+    poly: Aff = t.poly
+    low, high = float(engine.space.lower(poly, ranges)), float(engine.space.upper(poly, ranges))
+    for leaf, _ in t.accs:
+        other = engine.leaves[leaf].interval
+        ends = [x * y for x in (low, high) for y in other]
+        low, high = min(ends), max(ends)
+    return low, high

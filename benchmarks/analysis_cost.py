@@ -1,6 +1,6 @@
 """What the analysis costs where it finds nothing: its seconds, beside those of Inductor on the same graph.
 
-    python benchmarks/analysis_cost.py [--out benchmarks/results/analysis_cost]
+    python benchmarks/analysis_cost.py [--out benchmarks/results/analysis_cost_cpu.csv]
 
 Two models without a decayed attention: a small GPT-like transformer with softmax attention, and a small convolutional
 net. Each is compiled for inference, which is where Inductor takes the least time. Both times are those of the first
@@ -11,10 +11,7 @@ the second size of a model finds kernels that the first has compiled, so that it
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -23,7 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import harness
 import torch
+from harness import Row
 from torch import Tensor, nn
 
 from lacompile import _compat
@@ -31,6 +30,7 @@ from lacompile.backend import decide
 from lacompile.options import Options
 
 TARGET = 0.05
+COLUMNS = ["model", "layers", "nodes", "analysis_s", "inductor_s", "share"]
 
 
 class Block(nn.Module):
@@ -95,7 +95,7 @@ class Timed:
     """A backend that analyses a graph and then hands it to Inductor, and takes the time of both."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
 
     def __call__(self, gm: Any, example_inputs: Any) -> Any:
         start = time.perf_counter()
@@ -116,7 +116,7 @@ class Timed:
         return compiled
 
 
-def measure(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
+def measure(model: nn.Module, x: Tensor) -> list[Row]:
     torch._dynamo.reset()
     backend = Timed()
     with torch.no_grad():
@@ -124,19 +124,12 @@ def measure(model: nn.Module, x: Tensor) -> list[dict[str, Any]]:
     return backend.rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    heads = ["model", "layers", "nodes", "analysis_s", "inductor_s", "share"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    lines += ["| " + " | ".join(f"{r[h]:.1%}" if h == "share" else str(r[h]) for h in heads) + " |" for r in rows]
-    return "\n".join(lines)
-
-
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 6])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="write OUT.json and OUT.md")
+    parser.add_argument("--out", type=Path, help="a CSV file; a page with the same name is written beside it")
     args = parser.parse_args()
     if args.device == "cpu" and (why := _compat.cpu_compiler_error()) is not None:
         sys.exit(f"Inductor cannot compile here, so there is nothing to compare with: {why}")
@@ -151,19 +144,13 @@ def main() -> None:
                 for row in measure(build(layers), example().to(args.device)):
                     rows.append({"model": name, "layers": layers, **row})
                     print(rows[-1], flush=True)
-    print(table(rows))
+    print(harness.markdown(rows, COLUMNS))
     worst = max(r["share"] for r in rows)
     print(f"the largest share is {worst:.1%}; the target is less than {TARGET:.0%}")
     if args.out is not None:
-        about = {
-            "device": torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or "cpu",
-            "torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads(),
-            "date": datetime.date.today().isoformat(), "command": "python " + " ".join(sys.argv),
-        }  # fmt: skip
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
-        said = "\n".join(f"- {k}: {v}" for k, v in about.items())
-        args.out.with_suffix(".md").write_text(f"# Cost of the analysis without a match\n\n{said}\n\n{table(rows)}\n")
+        about = harness.provenance("torch", threads=torch.get_num_threads())
+        harness.write_csv(args.out, about, rows)
+        harness.write_page(args.out.with_suffix(".md"), "Cost of the analysis without a match", about, rows, COLUMNS)
 
 
 if __name__ == "__main__":

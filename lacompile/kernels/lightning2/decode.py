@@ -123,12 +123,12 @@ def decode_kernel(
 def tile(dk: int, dv: int) -> tuple[int, int, int]:
     """(BK, BV, warps) of a program: all rows of the state and columns for 16 KiB of it.
 
-    Rows of at least 128 bytes, a line of the cache. 32 registers of a thread hold the state, so that six or seven
-    programs share a multiprocessor and their loads overlap.
+    Rows of at least 128 bytes, a line of the cache. 64 registers of a thread hold the state, and eight programs share
+    a multiprocessor, so that the loads of one overlap the stores of another.
     """
     bk = max(16, launch.next_power_of_2(dk))
     bv = max(16, min(launch.next_power_of_2(dv), max(32, 4096 // bk)))
-    return bk, bv, max(1, min(8, bk * bv // 1024))
+    return bk, bv, max(1, min(8, bk * bv // 2048))
 
 
 def is_short(q: Tensor, v: Tensor) -> bool:

@@ -1,0 +1,51 @@
+"""The benchmarks run: on tiny problems, on any device. Their numbers are not judged, except against fp64."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import cases  # noqa: E402
+import harness  # noqa: E402
+import peers  # noqa: E402
+
+
+@pytest.mark.parametrize(("name", "rows"), [("kernels", 7), ("paper", 8)])
+def test_a_dry_run_writes_its_table_with_what_it_rests_on(name, rows, tmp_path):
+    out = tmp_path / f"{name}.csv"
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--dry", "--seconds", "0.01", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    about, found = harness.read_csv(out)
+    assert {"torch", "python", "date", "command"} <= set(about)
+    ours = [r for r in found if r["implementation"] == peers.OURS.name]
+    assert len(found) >= rows and all(float(r["p50_ms"]) > 0 and not r.get("failed") for r in ours)
+    assert out.with_suffix(".md").read_text().count("\n|") == len(found) + 2
+
+
+def test_a_wrong_kernel_is_not_timed():
+    wrong = peers.Peer("wrong", lambda q, k, v, g: peers.OURS.attend(q, k, v, g) * 1.1)
+    kernels = runpy.run_path(str(BENCHMARKS / "kernels.py"))
+    rows = kernels["rows_of"](cases.Case(1, 2, 70, 16), [wrong], 1e12, 0.01)
+    assert [r["failed"].split(":")[0] for r in rows] == ["AssertionError"] * 2
+    assert not any("p50_ms" in r for r in rows)
+
+
+def test_tables_survive_the_disk(tmp_path):
+    rows = [{"a": 1, "b": "x, y"}, {"a": 2, "c": "two\nlines"}]
+    harness.write_csv(tmp_path / "t.csv", {"command": "python x: y"}, rows)
+    about, found = harness.read_csv(tmp_path / "t.csv")
+    assert about == {"command": "python x: y"}
+    assert [(r["a"], r["b"], r["c"].split()) for r in found] == [("1", "x, y", []), ("2", "", ["two", "lines"])]
+
+
+def test_quantiles_are_of_the_calls():
+    assert harness.quantiles([3.0]) == harness.Times(3.0, 3.0, 3.0, 1)
+    assert harness.quantiles([float(n) for n in range(11)]) == harness.Times(2.0, 5.0, 8.0, 11)

@@ -83,6 +83,20 @@ def trace_artifact(name: str, payload: str) -> None:
         trace_structured("artifact", lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
 
 
+def functorch_inside(gm: Any) -> bool:
+    """Whether a graph switches functorch transforms or forward-mode AD on and off: running it on fakes would too."""
+    prefixes = ("torch._functorch", "torch._C._functorch", "torch.autograd.forward_ad")
+    return any(str(getattr(n.target, "__module__", "")).startswith(prefixes) for n in gm.graph.nodes)
+
+
+def changes_mode(target: Any) -> bool:
+    """Whether a function of a Dynamo graph, given no tensor, switches something of the process on or off."""
+    module = str(getattr(target, "__module__", ""))
+    return module in ("torch._C", "torch._C._autograd", "torch.random") or module.startswith(
+        ("torch.autograd", "torch.cuda")
+    )
+
+
 def functorch_active() -> bool:
     """Whether a functorch transform or forward-mode AD level is running."""
     if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import backend
+from .decision import decide
 from .options import Options
 from .report import Report
 
@@ -28,7 +28,7 @@ def explain(fn: Callable[..., Any], **options: Any) -> Callable[..., Report]:
         found: list[Report] = []
 
         def collect(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            found.append(backend.analyse_graph(gm, example_inputs, settings))
+            found.append(decide(gm, example_inputs, settings).report)
             return gm.forward
 
         torch.compile(fn, backend=collect)(*args, **kwargs)

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .._compat import suppressed_guards
+from .._compat import changes_mode, suppressed_guards
 from .effects import ANYWHERE, Effects, storages
 
 aten = torch.ops.aten
@@ -35,11 +35,29 @@ METADATA_QUERIES = {
 }
 
 GRAD_MODE = (torch._C._set_grad_enabled, torch.set_grad_enabled)
+INFERENCE_MODE = (torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode)
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 # Operators that write although their schemas do not say so: (positions of) the running statistics.
 UNDECLARED_WRITES = {aten.native_batch_norm: (3, 4), aten.cudnn_batch_norm: (3, 4), aten.miopen_batch_norm: (3, 4)}
 # After these the tensor lives elsewhere, or is another one.
 MOVES = ("set_", "set_data", "resize_", "resize_as_", "swap_")
+
+
+def grad_modes(gm: fx.GraphModule) -> dict[fx.Node, bool]:
+    """Whether gradients are recorded when each node runs."""
+    enabled = torch.is_grad_enabled()
+    outside: list[bool] = []
+    out = {}
+    for node in gm.graph.nodes:
+        out[node] = enabled
+        if node.op == "call_function" and node.target in GRAD_MODE and isinstance(node.args[0], bool):
+            enabled = node.args[0]
+        elif node.target is INFERENCE_MODE[0] and node.args[0]:
+            outside.append(enabled)
+            enabled = False
+        elif node.target is INFERENCE_MODE[1] and outside:
+            enabled = outside.pop()
+    return out
 
 
 class Observer(Protocol):
@@ -56,6 +74,9 @@ class Observer(Protocol):
 
     def write(self, base: Any, view: ViewStep, new: Any, tensor: torch.Tensor) -> Any:
         """The value of a tensor one of whose views now holds ``new``."""
+
+    def gradients_resume(self) -> None:
+        """Called where a part of the program that recorded no gradients ends."""
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Any]]) -> list[Any]:
         """Called after each Dynamo node with its tensor outputs; may replace their values."""
@@ -105,7 +126,7 @@ class Capture(TorchDispatchMode):
         self.effects = Effects()
         self.mutated: list[tuple[fx.Node, torch.Tensor]] = []
         self.node: fx.Node | None = None
-        self.records_gradients = self.outer_gradients = torch.is_grad_enabled()
+        self.grad_modes = grad_modes(gm)
         self._autocast: list[Any] = []
         self._failed: Any = None  # the operation that raised, if it is one that writes nothing
 
@@ -140,6 +161,10 @@ class Capture(TorchDispatchMode):
         dtypes = [step.parent_tensor.dtype if isinstance(a, torch.Tensor) else None for a in step.args]
         out = self.observer.operation(step.func, args, step.kwargs, step.out, dtypes)
         return out if step.index is None else out[step.index]
+
+    def forget(self, tensor: torch.Tensor, value: Any) -> None:
+        """From now on ``tensor`` is ``value``, and no view of another one."""
+        self.records[id(tensor)] = Record(tensor, value)
 
     def overwrite(self, rec: Record, value: Any) -> None:
         """``rec``'s storage now holds ``value`` there; tensors that contain it change with it."""
@@ -262,6 +287,10 @@ class Capture(TorchDispatchMode):
 
     # -------------------------------------------------------------------------------------------------- interpretation
 
+    @property
+    def records_gradients(self) -> bool:
+        return self.node is None or self.grad_modes[self.node]
+
     def run(self, example_inputs: Sequence[Any]) -> None:
         """Interprets the whole graph. A node that cannot run on fakes yields unknown tensors, nothing worse."""
         fake_mode = fake_mode_of(self.gm)
@@ -274,7 +303,10 @@ class Capture(TorchDispatchMode):
             stack.enter_context(torch.no_grad())
             stack.callback(self._leave_autocast)
             for node in self.gm.graph.nodes:
+                resumes = self.node is not None and self.grad_modes[node] and not self.grad_modes[self.node]
                 self.node = node
+                if resumes:
+                    self.observer.gradients_resume()
                 if node.op in ("placeholder", "get_attr"):
                     real = next(reals, None) if node.op == "placeholder" else None
                     env[node] = self._input(node, real) if node.op == "placeholder" else self._constant(node, fake_mode)
@@ -309,10 +341,11 @@ class Capture(TorchDispatchMode):
     def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
         if node.op == "call_function" and node.target in GRAD_MODE:
-            self.records_gradients = bool(args[0])
             return None
         if node.op == "call_function" and node.target in AUTOCAST:
             return self._switch_autocast(node, args)
+        if node.op == "call_function" and changes_mode(node.target) and not self._tensors(args, kwargs):
+            return None  # noted as impure, and not run
         try:
             with self:
                 if node.op == "call_function":
@@ -323,6 +356,10 @@ class Capture(TorchDispatchMode):
                 return module(*args, **kwargs)
         except Exception as error:  # whatever cannot run on fakes is unknown, and the analysis goes on
             return self._opaque(node, args, kwargs, error)
+
+    @staticmethod
+    def _tensors(args: Any, kwargs: Any) -> list[torch.Tensor]:
+        return [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
 
     def _switch_autocast(self, node: fx.Node, args: Any) -> Any:
         if node.target is AUTOCAST[0]:
@@ -338,7 +375,7 @@ class Capture(TorchDispatchMode):
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> Any:
         """A node that could not be run may have written into every tensor that it was given."""
         name = str(node.target)
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and self._failed is None]
+        given = self._tensors(args, kwargs) if self._failed is None else []
         self._failed = None
         self.effects.impure.add(node)
         self.effects.note_write(node, given)
@@ -360,7 +397,7 @@ class Capture(TorchDispatchMode):
         tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             for t in tensors:  # its derivative need not be that of the operations that it runs
-                self.records[id(t)] = Record(t, self.observer.unknown(t, f"{node.target}"))
+                self.forget(t, self.observer.unknown(t, f"{node.target}"))
         outputs = [(t, self.read(self.record(t))) for t in tensors]
         for (t, _), v in zip(outputs, self.observer.finished(node, outputs), strict=True):
             self.records[id(t)].value = v

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .capture import GRAD_MODE
+from .capture import grad_modes
 from .effects import Effects
 from .facts import Match, Refusal, values_of
 
@@ -33,7 +33,7 @@ def illegal(gm: fx.GraphModule, match: Match, effects: Effects) -> Refusal | Non
         used_later = node.op in ("placeholder", "get_attr") or any(order[user] > at for user in node.users)
         if node is not match.target and order[node] <= at and used_later and effects.alias(node, match.target):
             return _refusal(match, "unaliased", f"{node.name} shares its memory and is used later")
-    modes = _grad_modes(gm)
+    modes = grad_modes(gm)
     for node in _between(match, read):
         if not modes[node] and modes[match.target] and node.all_input_nodes and _is_float(node):
             return _refusal(match, "one-grad-mode", f"{node.name} is computed without gradients inside the region")
@@ -50,17 +50,6 @@ def _between(match: Match, read: set[fx.Node]) -> set[fx.Node]:
             seen.add(node)
             work += node.all_input_nodes
     return seen
-
-
-def _grad_modes(gm: fx.GraphModule) -> dict[fx.Node, bool]:
-    """Whether gradients are recorded at each node."""
-    enabled = torch.is_grad_enabled()
-    out = {}
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in GRAD_MODE and isinstance(node.args[0], bool):
-            enabled = node.args[0]
-        out[node] = enabled
-    return out
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from .capture import AUTOCAST, GRAD_MODE
+from .capture import AUTOCAST, GRAD_MODE, INFERENCE_MODE
 from .effects import NOWHERE, Effects, overlap
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
 
@@ -244,7 +244,7 @@ def _run_region(
             held[node] = _in_fp64(real[node]) if not isinstance(real[node], torch.SymInt) else _int(real[node])
         elif node.op == "get_attr":
             held[node] = _in_fp64(operator.attrgetter(str(node.target))(gm))
-        elif node.op == "call_function" and node.target in (*GRAD_MODE, *AUTOCAST):
+        elif node.op == "call_function" and node.target in (*GRAD_MODE, *INFERENCE_MODE, *AUTOCAST):
             held[node] = None
         else:
             args, kwargs = map_arg((node.args, node.kwargs), held.__getitem__)

@@ -48,6 +48,7 @@ class Interpreter:
     give_ups: dict[fx.Node, str] = field(default_factory=dict)
     statics: Statics | None = None
     capture: Capture | None = None
+    without_gradients: list[tuple[fx.Node, torch.Tensor]] = field(default_factory=list)
     read_buffers: bool = True
     reading: int = 0
     _gave_up: str | None = None
@@ -152,6 +153,15 @@ class Interpreter:
             return reorder(engine, new, [order.index(d) for d in range(rank)])
         raise GiveUp(f"a write through {packet}")
 
+    def gradients_resume(self) -> None:
+        """For autograd what was computed so far without gradients is data, whatever it was computed from."""
+        assert self.capture is not None
+        self._demand(node for node, _ in self.without_gradients)
+        for node, tensor in self.without_gradients:
+            leaf = self.engine.leaf(tensor, Opaque(node if node in self.facts else None, "computed without gradients"))
+            self.capture.forget(tensor, leaf)
+        self.without_gradients.clear()
+
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:
         if node.op == "output":
             self._demand(node.all_input_nodes)
@@ -167,10 +177,10 @@ class Interpreter:
         single = len(outputs) == 1
         assert self.capture is not None
         for tensor, val in outputs:
-            if self.capture.outer_gradients and not self.capture.records_gradients and not self.engine.index_only(val):
-                val = self.engine.leaf(tensor, Opaque(None, "computed without gradients"))
             val = self._rooted(node, val, tensor) if single else val
             out.append(val)
+            if not self.capture.records_gradients and not self.engine.index_only(val):
+                self.without_gradients.append((node, tensor))
             if single:
                 self.facts[node] = Fact(node, val, tensor, self._compute(node, tensor))
         return out

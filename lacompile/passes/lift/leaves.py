@@ -117,7 +117,7 @@ class Leaves:
         return self._interned[key]
 
     def table(self, values: np.ndarray, shape: tuple[Aff, ...]) -> int:
-        array = np.ascontiguousarray(values, dtype=np.float64)
+        array = np.array(values, dtype=np.float64, order="C")
         kind = Table(array.tobytes(), array.shape)
         interval = (float(array.min()), float(array.max())) if array.size else ANY
         return self.intern(kind, Leaf(kind, shape, torch.float32, interval))

@@ -61,6 +61,10 @@ def rule(*packets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+def _is_pointwise(func: Any) -> bool:
+    return torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags
+
+
 def transfer(op: Op) -> Val | list[Val]:
     """The value of an operation's result.
 
@@ -71,7 +75,7 @@ def transfer(op: Op) -> Val | list[Val]:
     found = RULES.get(packet)
     if found is not None:
         out = found(op)
-    elif torch.Tag.pointwise in op.func.tags and isinstance(op.out, torch.Tensor):
+    elif _is_pointwise(op.func) and isinstance(op.out, torch.Tensor):
         out = op.symbol()
     else:
         raise GiveUp(f"{packet} has no transfer rule")

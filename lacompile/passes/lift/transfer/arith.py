@@ -19,12 +19,12 @@ def operand(op: Op, n: int) -> Val:
     x = op.args[n]
     if isinstance(x, Val):
         return op.engine.broadcast(x, op.shape)
-    if isinstance(x, int | float):
+    if isinstance(x, int | float) and not math.isnan(x):
         return constant(op.shape, float(x))
     raise GiveUp("an operand that is neither a tensor nor a number")
 
 
-@rule(aten._to_copy, aten.to, aten._conj, aten.type_as)
+@rule(aten._to_copy)
 def cast(op: Op) -> Val:
     """The identity between floating formats, and wherever the numbers are known to stay what they are."""
     v: Val = op.args[0]

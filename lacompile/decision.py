@@ -1,0 +1,216 @@
+"""What will be done to one graph: the stages run in order, up to the rewritten graph and the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import _compat, ops
+from .errors import LacompileError
+from .options import Options
+from .passes.capture import fake_mode_of
+from .passes.facts import Analysis, Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
+from .passes.legality import illegal
+from .passes.lift import analyse
+from .passes.rewrite import rewrite
+from .passes.validate import Validation, validate
+from .report import NearMiss, Report, Rewrite
+
+log = logging.getLogger("lacompile")
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What will be done to one graph.
+
+    ``assumed`` are positions among its inputs, and what is assumed of the tensors there.
+    """
+
+    rewritten: fx.GraphModule | None
+    report: Report
+    assumed: tuple[tuple[int, Assumption], ...] = ()
+
+    def without_rewrites(self, stage: str, why: str) -> Decision:
+        """The same graph left alone, the reason noted."""
+        miss = NearMiss.of(Refusal(stage, "internal-error", None, "a graph that compiles", why))
+        near_misses = (*self.report.near_misses, miss)
+        nodes = self.report.nodes_before
+        return Decision(None, replace(self.report, rewrites=(), near_misses=near_misses, nodes_after=nodes))
+
+
+def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Decision:
+    """Analysis, legality, capability, validation and rewrite; any fault of ours leaves the graph alone."""
+    if _compat.functorch_active() or _compat.functorch_inside(gm):
+        return Decision(None, Report(notes=("left alone: a functorch transform or forward-mode AD is active",)))
+    # what is asked of symbolic sizes must not specialise the compiled program
+    with _compat.suppressed_guards(fake_mode_of(gm)):
+        return _decide(gm, example_inputs, options)
+
+
+def _decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Decision:
+    start = time.perf_counter()
+    found = analyse(gm, example_inputs, buffers=options.buffers)
+    try:
+        own = _own(gm, example_inputs, options, found, start)
+        return _with_bodies(gm, own, _bodies(gm, example_inputs, options))
+    except LacompileError:
+        raise
+    except Exception as error:
+        log.debug("the rewrite failed", exc_info=True)
+        nodes = len(gm.graph.nodes)
+        empty = Decision(None, Report(seconds=dict(found.seconds), nodes_before=nodes, nodes_after=nodes))
+        return empty.without_rewrites("rewrite", f"{type(error).__name__}: {error}")
+
+
+def _own(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, found: Analysis, start: float
+) -> Decision:
+    """The decision about the graph itself, without those that its operators call."""
+    refusals = list(found.refusals)
+    kept: list[Match] = []
+    validated: dict[int, Validation] = {}
+    for match in found.matches:
+        problem = illegal(gm, match, found.effects) or _unserved(match)
+        if problem is None:
+            outcome = validate(gm, match, example_inputs, _reference, options.validate, found.effects)
+            if isinstance(outcome, Refusal):
+                problem = outcome
+            else:
+                validated[id(match)] = outcome
+        if problem is None:
+            kept.append(match)
+        else:
+            refusals.append(problem)
+    # A final state rides on its attention: without the output's rewrite it would run the whole operator again.
+    primary = {id(f) for m in kept if not _is_state(m) for f in m.facts}
+    kept = [m for m in kept if not _is_state(m) or all(id(f) in primary for f in m.facts)]
+    rewritten = None
+    if kept and not options.dry_run:
+        rewritten = rewrite(gm, kept, torch.ops.lacompile.decayed_attention.default, found.effects)
+    with_state = {id(f) for m in kept if _is_state(m) for f in m.facts}
+    rewrites = tuple(
+        Rewrite.of(m, f, final_state=id(f) in with_state, validation=str(validated[id(m)]))
+        for m in kept
+        if not _is_state(m)
+        for f in m.facts
+    )
+    report = Report(
+        rewrites,
+        tuple(map(NearMiss.of, refusals)),
+        seconds={**found.seconds, "total": time.perf_counter() - start},
+        nodes_before=len(gm.graph.nodes),
+        nodes_after=len((rewritten or gm).graph.nodes),
+    )
+    position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    return Decision(
+        rewritten, report, tuple((position[a.node], a) for m in kept for f in m.facts for a in f.assumptions)
+    )
+
+
+# ---------------------------------------------------------------------------- graphs that an operator calls
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The decision about a graph that an operator of another one runs; ``assumed`` speaks of the inputs of that one."""
+
+    name: str
+    decision: Decision
+
+
+def _bodies(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Iterator[_Body]:
+    """Activation checkpointing hands its part of the program to an operator, as a graph of its own."""
+    position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    for node in gm.graph.nodes:
+        if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+            continue
+        name, given = str(node.args[0].target), node.args[1:]
+        body = getattr(gm, name)
+        if sum(n.op == "get_attr" and n.target == name for n in gm.graph.nodes) > 1:
+            continue
+        outer = [position.get(a) if isinstance(a, fx.Node) else None for a in given]
+        inputs = [example_inputs[i] if i is not None else _number(a) for i, a in zip(outer, given, strict=True)]
+        made = _decide(body, inputs, options)
+        assumed = [(outer[i], a) for i, a in made.assumed]
+        if any(i is None for i, _ in assumed):
+            made = made.without_rewrites("rewrite", "an assumption about a value that is no input")
+            assumed = []
+        yield _Body(name, replace(made, assumed=tuple((i, a) for i, a in assumed if i is not None)))
+
+
+def _number(arg: Any) -> Any:
+    """An argument that is a number, or a symbolic one; None for a tensor, whose values nobody knows yet."""
+    example = arg.meta.get("example_value") if isinstance(arg, fx.Node) else arg
+    return None if isinstance(example, torch.Tensor) else example
+
+
+def _with_bodies(gm: fx.GraphModule, own: Decision, bodies: Iterator[_Body]) -> Decision:
+    out = own
+    for body in bodies:
+        made = body.decision
+        rewritten = out.rewritten
+        if made.rewritten is not None:
+            rewritten = rewritten or _copy(gm)
+            setattr(rewritten, body.name, made.rewritten)
+        report = replace(out.report + made.report, graphs=out.report.graphs)
+        out = Decision(rewritten, report, (*out.assumed, *made.assumed))
+    return out
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph in a module of its own, so that an attribute can be another one."""
+    copied = fx.GraphModule(gm, gm.graph)
+    copied.meta = gm.meta
+    return copied
+
+
+# ------------------------------------------------------------------------------------------------------------- details
+
+
+def _is_state(match: Match) -> bool:
+    """Whether the match is of a final state rather than of an output."""
+
+    def indices(expr: Expr) -> set[int]:
+        own = {expr.index} if isinstance(expr, Attend) else set()
+        return own.union(*(indices(c) for c in children(expr))) if not isinstance(expr, Attend) else own
+
+    return indices(match.replacement) == {1}
+
+
+def _unserved(match: Match) -> Refusal | None:
+    """A dtype, head size or device that no kernel serves."""
+    from .kernels.select import refusal
+
+    device = match.target.meta["example_value"].device.type
+    for fact in match.facts:
+        why = refusal(device_type=device, dtype=fact.dtype, dk=fact.dk, dv=fact.dv)
+        if why is not None:
+            return Refusal("select", "unsupported", match.target, "a kernel for this case", why, progress=9)
+    return None
+
+
+def _reference(fact: DecayedAttention, q: Any, k: Any, v: Any, log_decay: Any, state: Any) -> tuple[Any, Any]:
+    """The operator's meaning in whatever dtype it is given, for validation."""
+    from .kernels import cpu
+
+    return cpu.forward(q, k, v, log_decay, fact.scale, state)
+
+
+def is_rewritten(gm: fx.GraphModule) -> bool:
+    """Whether a graph, or one that it calls, holds the fused operator."""
+    op = torch.ops.lacompile.decayed_attention.default
+    return any(n.target is op for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes)
+
+
+def code_of(gm: fx.GraphModule) -> str:
+    """The code of a graph and of those that it calls."""
+    return "\n".join(m.code for m in gm.modules() if isinstance(m, fx.GraphModule))
+
+
+__all__ = ["Decision", "code_of", "decide", "is_rewritten", "ops"]

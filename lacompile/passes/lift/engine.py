@@ -532,6 +532,8 @@ class Engine(Algebra):
                 return y
         if (self.index_only(a) and self.index_only(b)) or not a.single or not b.single:
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
+        if out.is_floating_point() and self.plain(a) and self.plain(b) and (same := self._like_terms(a, b)) is not None:
+            return same
         if not (self.structured(a) or self.structured(b) or self._moves(a) or self._moves(b)):
             if not (self._products(a) and self._products(b) and self._shares_signature(a, b)):
                 if not (self._summed(a) or self._summed(b) or self._updates(a, b) or self._updates(b, a)):
@@ -540,6 +542,13 @@ class Engine(Algebra):
                 return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
         left, right = self.align_weights(a.terms, b.terms, a.shape)
         return self.sum_of(a.shape, (*left, *right))
+
+    def _like_terms(self, a: Val, b: Val) -> Val | None:
+        """x - x is 0 and x + 2 x is 3 x, where each side is a number times one factor; None if they differ."""
+        x, y = self.pick(a).one, self.pick(b).one
+        if x is None or y is None or x.body != y.body or len(x.accs) > 1:
+            return None
+        return value(a.shape, [x.but(coef=x.coef + y.coef)] if x.coef + y.coef else [])
 
     def _alt_of_sum(self, a: Val, b: Val, out: torch.Tensor) -> Term | None:
         try:

@@ -86,7 +86,7 @@ def _split(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term |
 
 
 def _cuts(algebra: Algebra, whole: Term, part: Term, shape: tuple[Aff, ...]) -> list[Aff]:
-    """Where the region of ``part`` ends inside that of ``whole``: conditions on free dimensions, if there is just one."""
+    """Where the region of ``part`` ends inside that of ``whole``: a condition on free dimensions, if there is one."""
     space = algebra.space
     extra = [g for g in part.guards - whole.guards if all(v >= 0 for v in space.vars(g))]
     ranges = algebra.ranges(shape, whole.guards)

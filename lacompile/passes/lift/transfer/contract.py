@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..affine import ONE, ZERO, Aff
+from ..affine import ONE, Aff
 from ..engine import MAX_FACTORS, MAX_TERMS, Engine, GiveUp
 from ..leaves import Opaque
 from ..term import Term, Val
@@ -192,7 +192,7 @@ def cumprod(op: Op) -> Val:
     if v.shape[d] == ONE:
         return v
     logs = [Term(1.0, f, mono) for mono, f in t.exp.lin]
-    logs += [Term(1.0, accs=(engine.log_access(a),)) for a in t.accs]
+    logs += [x for a in t.accs for x in engine.log_terms(a)]
     if t.coef != 1:
         logs.append(Term(math.log(t.coef)))
     b = Aff.var(FRESH)

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,15 @@ import pytest
 
 # name: (kernel, element type, Dk, Dv, per-token decay, tensor descriptors, bytes of stack per thread that are let pass)
 CASES = {
+    "hopper forward bf16 64": ("hopper forward 0", "bf16", 64, 64, False, True, 0),
+    "hopper forward bf16 64 per token": ("hopper forward 0", "bf16", 64, 64, True, True, 0),
+    "hopper forward bf16 128": ("hopper forward 0", "bf16", 128, 128, False, True, 0),
+    "hopper forward fp16 112x80 per token": ("hopper forward 0", "fp16", 112, 80, True, True, 80),
+    "hopper forward bf16 128 narrow": ("hopper forward 2", "bf16", 128, 128, False, True, 144),
+    "hopper backward bf16 64": ("hopper backward 0", "bf16", 64, 64, False, True, 32),
+    "hopper backward bf16 128 per token": ("hopper backward 0", "bf16", 128, 128, True, True, 48),
+    "hopper backward bf16 128 three stages": ("hopper backward 1", "bf16", 128, 128, True, True, 48),
+    "hopper backward bf16 128 narrow": ("hopper backward 2", "bf16", 128, 128, False, True, 400),
     "forward bf16 64": ("forward", "bf16", 64, 64, False, True, 0),
     "forward bf16 128": ("forward", "bf16", 128, 128, False, True, 0),
     "forward bf16 128x64 per token": ("forward", "bf16", 128, 64, True, True, 48),
@@ -38,45 +48,73 @@ CASES = {
 }
 
 
-def kernel_and_arguments(
-    kernel: str, element: str, dk: int, dv: int, per_token: bool, tma: bool
-) -> tuple[Any, dict[str, Any], dict[str, int], int, int]:
-    """A kernel, its compile-time arguments, the columns of its tiles, warps and stages, as its launcher chooses."""
+@dataclass
+class Case:
+    """A kernel, its compile-time arguments, the columns of its tiles, and what it is launched with."""
+
+    kernel: Any
+    constants: dict[str, Any]
+    columns: dict[str, int]
+    options: dict[str, int]
+
+
+def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) -> Case:
+    """As the launcher chooses, in the form that needs the most: with states in and out, and the decay's gradient."""
     import torch
 
-    from lacompile.kernels.lightning2 import launch
+    from lacompile.kernels.lightning2 import launch, segments
     from lacompile.kernels.lightning2.backward import backward_kernel
     from lacompile.kernels.lightning2.decay_grad import decay_grad_kernel
     from lacompile.kernels.lightning2.decode import decode_kernel, tile
     from lacompile.kernels.lightning2.forward import forward_kernel
-    from lacompile.kernels.lightning2.segments import contributions_kernel, scan_kernel
+    from lacompile.kernels.lightning2.hopper.backward import backward_kernel as hopper_backward
+    from lacompile.kernels.lightning2.hopper.forward import forward_kernel as hopper_forward
+    from lacompile.kernels.tuning import space
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[element]
-    v, k = launch.config(dk, dv, dtype), launch.config(dv, dk, dtype)
-    common = {"DK": dk, "DV": dv, "CHUNK": v.chunk, "UNIT": 8, "PER_TOKEN": per_token, "TMA": tma}
-    common["PRECISION"] = launch.precision(dtype)
-    own = {"BK": v.bk, "BV": v.bv}
-    if kernel == "forward":
-        columns = {"q_source": v.bk, "k_source": v.bk, "v_source": v.bv, "o_target": v.bv}
-        return forward_kernel, common | own | {"HAS_START": True, "STORE_END": True}, columns, v.warps, v.stages
-    if kernel == "backward":
+    v, k, pre = space.portable(dk, dv, dtype), space.portable(dv, dk, dtype), launch.prepass_config(dk, dv, dtype)
+    common: dict[str, Any] = {"DK": dk, "DV": dv, "CHUNK": v.chunk, "PER_TOKEN": per_token}
+    own = {"UNIT": 8, "TMA": tma, "PRECISION": launch.precision(dtype)}
+    end = {"HAS_START": True, "STORE_END": True}
+    ends = {"HAS_START": True, "HAS_D_START": True, "STORE_D_END": True, "DECAY_GRAD": True}
+
+    def forward_columns(bk: int, bv: int) -> dict[str, int]:
+        return {"q_source": bk, "k_source": bk, "v_source": bv, "o_target": bv}
+
+    def backward_columns(k_full: int, v_full: int, k_part: int, v_part: int) -> dict[str, int]:
+        full = {"q_full": k_full, "k_full": k_full, "v_full": v_full, "do_full": v_full}
+        part = dict.fromkeys(("q_part", "k_part", "dq_part", "dk_part"), k_part)
+        return full | part | dict.fromkeys(("do_part", "dv_part"), v_part)
+
+    if name.startswith("hopper"):
+        _, use, n = name.split()
+        tiles = space.hopper(dk, dv)[int(n)]
+        bk, bv = tiles.bk, tiles.bv
+        common |= {"BK": bk, "BV": bv, "STAGES": tiles.stages, "WARPS": tiles.warps}
+        options = {"num_warps": tiles.warps}
+        if use == "forward":
+            return Case(hopper_forward, common | end, forward_columns(bk, bv), options)
+        return Case(hopper_backward, common | ends, backward_columns(bk, bk, bv, bv), options)
+    options = {"num_warps": v.warps, "num_stages": v.stages}
+    if name == "forward":
+        return Case(forward_kernel, common | own | end | {"BK": v.bk, "BV": v.bv}, forward_columns(v.bk, v.bv), options)
+    if name == "backward":
         blocks = {"K_FULL": v.bk, "V_FULL": k.bk, "K_PART": k.bv, "V_PART": v.bv}
-        flags = {"HAS_START": True, "HAS_D_START": True, "STORE_D_END": True, "DECAY_GRAD": True}
-        columns = {"q_full": v.bk, "k_full": v.bk, "v_full": k.bk, "do_full": k.bk, "q_part": k.bv, "k_part": k.bv}
-        columns |= {"do_part": v.bv, "dq_part": k.bv, "dk_part": k.bv, "dv_part": v.bv}
-        return backward_kernel, common | blocks | flags, columns, v.warps, min(v.stages, k.stages)
-    if kernel == "contributions":
-        columns = {"b_source": v.bk, "c_source": v.bv}
-        return contributions_kernel, common | own | {"REVERSE": True}, columns, v.warps, v.stages
-    if kernel == "decode":
+        options["num_stages"] = min(v.stages, k.stages)
+        return Case(backward_kernel, common | own | ends | blocks, backward_columns(v.bk, k.bk, k.bv, v.bv), options)
+    if name == "contributions":
+        common |= {"BK": pre.bk, "BV": pre.bv, "PIECES": launch.PIECES, "REVERSE": True}
+        columns, options = {"b_source": pre.bk, "c_source": pre.bv}, {"num_warps": pre.warps, "num_stages": pre.stages}
+        return Case(segments.contributions_kernel, common | own, columns, options)
+    if name == "decode":
         bk, bv, warps = tile(dk, dv)
-        const = {"DK": dk, "DV": dv, "BK": bk, "BV": bv, "PER_TOKEN": per_token, "HAS_START": True, "STORE_END": True}
-        const |= {"s_v": 1, "e_v": 1}
-        return decode_kernel, const, dict.fromkeys(["q_ptr", "k_ptr", "v_ptr", "o_ptr"]), warps, 1
-    if kernel == "scan":
-        return scan_kernel, {"DKV": dk * dv, "TILE": 1024, "REVERSE": True, "HAS_FIRST": True}, {}, 4, 1
+        const = {"DK": dk, "DV": dv, "BK": bk, "BV": bv, "PER_TOKEN": per_token, "s_v": 1, "e_v": 1} | end
+        return Case(decode_kernel, const, dict.fromkeys(["q_ptr", "k_ptr", "v_ptr", "o_ptr"], 0), {"num_warps": warps})
+    if name == "scan":
+        const = {"DKV": dk * dv, "TILE": 1024, "CHUNK": v.chunk, "PIECES": launch.PIECES, "REVERSE": True}
+        return Case(segments.scan_kernel, const | {"PER_TOKEN": per_token, "HAS_FIRST": True}, {}, {"num_warps": 4})
     const = {"DKV": dk * dv, "BLOCKS": 2, "SPAN": launch.span(per_token), "PER_TOKEN": per_token}
-    return decay_grad_kernel, const | {"HAS_START": True, "HAS_D_END": True}, {}, 4, 1
+    return Case(decay_grad_kernel, const | {"HAS_START": True, "HAS_D_END": True}, {}, {"num_warps": 4})
 
 
 def is_aligned(name: str, kind: str) -> bool:
@@ -84,30 +122,34 @@ def is_aligned(name: str, kind: str) -> bool:
     return kind.startswith("*") or name in ("s_b", "s_h", "s_k", "e_b", "e_h", "e_k")
 
 
-def compiled(kernel: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) -> dict[str, int]:
+def compiled(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) -> dict[str, int]:
     """Registers, stack bytes per thread, shared memory and warp-group products of one kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    function, const, columns, warps, stages = kernel_and_arguments(kernel, element, dk, dv, per_token, tma)
-    names = function.arg_names
+    from lacompile.kernels.lightning2.hopper.layouts import SWIZZLED
+
+    made_of = case(name, element, dk, dv, per_token, tma)
+    const, columns, gluon = made_of.constants, made_of.columns, name.startswith("hopper")
+    names = made_of.kernel.arg_names
     types = {name: "i32" for name in names if name not in const} | {"scale": "fp32"}
     for name in names:
         if name in columns and tma:
-            types[name] = f"tensordesc<{element}[1,1,{const['CHUNK']},{columns[name]}]>"
+            tile = f"{element}[1,1,{const['CHUNK']},{columns[name]}]"
+            types[name] = f"tensordesc<{tile},{SWIZZLED!r}>" if gluon else f"tensordesc<{tile}>"
         elif name in columns or "marks" in name:
             types[name] = f"*{element}"
         elif name.endswith("_ptr"):
             types[name] = "*fp32"
-    source = ASTSource(
-        function,
+    source = (GluonASTSource if gluon else ASTSource)(
+        made_of.kernel,
         {name: types.get(name, "constexpr") for name in names},
         {(names.index(name),): value for name, value in const.items()},
         {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if is_aligned(name, types.get(name, ""))},
     )
-    options = {"num_warps": warps, "num_stages": stages}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=made_of.options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -139,7 +181,7 @@ def test_fits(case, results):
     found = results[case]
     assert found["stack"] <= stack, found
     assert found["shared"] <= 227 * 1024, found
-    if kernel in ("forward", "backward", "contributions"):
+    if kernel.split()[0] in ("hopper", "forward", "backward", "contributions"):
         assert found["products"] > 0, "no warp-group products: a tile too small for Hopper's tensor cores"
 
 

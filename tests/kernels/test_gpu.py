@@ -7,13 +7,16 @@ or for long sequences the chunked form, in fp64.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 
 from lacompile.kernels import cpu, reference
+from lacompile.kernels.tuning import space
 from lacompile.testing import budget, head_log_decay, qkv, relative_error, state, token_log_decay
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -26,14 +29,27 @@ HEAD_SIZES += [(128, 64), (64, 128), (16, 256), (24, 20)]
 LENGTHS = (1, 2, 63, 64, 65, 200, 513)
 
 
-@pytest.fixture(params=["descriptors", "pointers"])
+@pytest.fixture(params=["hopper", "descriptors", "pointers"])
 def kernels(request, monkeypatch):
+    """The kernels, with one of their bodies and ways to read tiles; ``hopper`` is what is chosen on such a device."""
     from lacompile.kernels import lightning2
 
-    if request.param == "descriptors" and torch.cuda.get_device_capability() < (9, 0):
+    capability = torch.cuda.get_device_capability()
+    if request.param == "hopper" and capability[0] != 9:
+        pytest.skip("no such tensor cores")
+    if request.param == "descriptors" and capability < (9, 0):
         pytest.skip("no tensor memory accelerator")
-    monkeypatch.setattr(lightning2.launch, "TMA", request.param == "descriptors")
-    return lightning2
+    monkeypatch.setattr(lightning2.launch, "TMA", request.param != "pointers")
+    monkeypatch.setattr(lightning2.launch, "HOPPER", request.param == "hopper")
+    lightning2.calls.forget()
+    yield lightning2
+    lightning2.calls.forget()
+
+
+def set_plan(kernels, monkeypatch, plan):
+    """Splits sequences by ``plan(length)``."""
+    monkeypatch.setattr(kernels.launch, "plan", lambda length, *_, **__: kernels.launch.Segments(*plan(length)))
+    kernels.calls.forget()
 
 
 @contextlib.contextmanager
@@ -130,19 +146,67 @@ class TestEveryShape:
         check(kernels, *arguments(333, per_token=per_token, heads=4, tokens_first=tokens_first, **groups))
 
 
+class TestEveryConfiguration:
+    """What tuning may choose is right, whether it is the fastest or not."""
+
+    CASES: ClassVar = [(size, n) for size in (64, 128) for n in range(len(space.hopper(size, size)))]
+
+    @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
+    def size(self, request, monkeypatch):
+        from lacompile.kernels import lightning2
+
+        if torch.cuda.get_device_capability()[0] != 9:
+            pytest.skip("no such tensor cores")
+        size, n = request.param
+        tiles = space.hopper(size, size)[n]
+        config = lightning2.launch.config
+        own = lambda *kind: config(*kind) if kind[-1] is True and tiles.warps == 8 else tiles  # noqa: E731 (see config)
+        monkeypatch.setattr(lightning2.launch, "config", own)
+        lightning2.calls.forget()
+        yield size
+        lightning2.calls.forget()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    @DECAYS
+    def test_against_the_reference(self, size, dtype, per_token):
+        from lacompile.kernels import lightning2
+
+        for length in (1, 64, 200, 1000):
+            check(lightning2, *arguments(length, size, size, per_token, dtype, tokens_first=length > 64))
+        check(lightning2, *arguments(5000, size, size - 24, per_token, dtype, batch=1, heads=2, k_heads=1))
+        check(lightning2, *arguments(300, size - 16, size, per_token, dtype, states=""))
+
+    def test_small_integers(self, size):
+        from lacompile.kernels import lightning2
+
+        TestExactness.check_integers(lightning2, size, torch.bfloat16)
+
+    @DECAYS
+    def test_many_programs_give_the_same_bits(self, size, per_token):
+        """More programs than run at a time, so that their timing differs from run to run."""
+        from lacompile.kernels import lightning2
+
+        args, do, d_state = arguments(1100, size, size, per_token, batch=4, heads=64)
+        first = (*lightning2.forward(*args), *lightning2.backward(do, d_state, *args))
+        for _ in range(3):
+            again = (*lightning2.forward(*args), *lightning2.backward(do, d_state, *args))
+            assert all(torch.equal(a, b) for a, b in itertools.zip_longest(first, again))
+
+
 class TestLongSequences:
     @pytest.mark.parametrize("size", [64, 128, 256])
     @pytest.mark.parametrize("length", [4096, 16384 + 37])
     @DECAYS
     def test_segments(self, kernels, size, length, per_token):
-        assert kernels.launch.plan(length, 4, 264, 0.4).count > 1
+        tiles = kernels.launch.portable(size, size, torch.bfloat16)
+        assert kernels.launch.plan(length, 4, 132, tiles).count > 1
         check(kernels, *arguments(length, size, size, per_token, batch=1, heads=1))
 
     @DECAYS
     def test_segments_agree_with_one_segment(self, kernels, per_token, monkeypatch):
         args, do, d_state = arguments(8192, 128, 128, per_token, batch=1, heads=2)
         split = (*kernels.forward(*args), *kernels.backward(do, d_state, *args))
-        monkeypatch.setattr(kernels.launch, "plan", lambda length, *_: kernels.launch.Segments(length, 1))
+        set_plan(kernels, monkeypatch, lambda length: (length, 1))
         whole = (*kernels.forward(*args), *kernels.backward(do, d_state, *args))
         for n, (a, b) in enumerate(zip(split, whole, strict=True)):
             if n != 5 or per_token:
@@ -164,7 +228,11 @@ class TestExactness:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_small_integers(self, kernels, size, dtype, monkeypatch):
         """Without decay sums of small integers are exact: one lost or doubled product shows, whatever the tolerance."""
-        monkeypatch.setattr(kernels.launch, "plan", lambda length, *_: kernels.launch.Segments(512, -(-length // 512)))
+        set_plan(kernels, monkeypatch, lambda length: (512, -(-length // 512)))
+        self.check_integers(kernels, size, dtype)
+
+    @staticmethod
+    def check_integers(kernels, size, dtype):
         generator = torch.Generator("cuda").manual_seed(0)
         length = 1024 + 77
         sparse = torch.rand(3, B, H, length, size, generator=generator, device="cuda") < 4 / size
@@ -207,11 +275,12 @@ class TestExactness:
 
 class TestCompilation:
     def test_none_per_length_or_batch(self, kernels):
-        from lacompile.kernels.lightning2.backward import backward_kernel
-        from lacompile.kernels.lightning2.forward import forward_kernel
+        names = ("forward", "backward", "segments", "hopper.forward", "hopper.backward")
+        modules = [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
+        every = {id(k): k for m in modules for name, k in vars(m).items() if name.endswith("_kernel")}
 
         def compiled():
-            return sum(len(cache[0]) for k in (forward_kernel, backward_kernel) for cache in k.device_caches.values())
+            return sum(len(cache[0]) for k in every.values() for cache in k.device_caches.values())
 
         def run(length, batch, heads):
             args, do, d_state = arguments(length, 64, 64, batch=batch, heads=heads, tokens_first=True)
@@ -219,6 +288,7 @@ class TestCompilation:
             kernels.backward(do, d_state, *args)
 
         run(100, 2, 3)
+        run(20000, 1, 3)
         before = compiled()
         for length, batch, heads in ((1, 1, 1), (16, 1, 3), (101, 2, 3), (64, 16, 16), (5000, 1, 2), (8192, 2, 1)):
             run(length, batch, heads)

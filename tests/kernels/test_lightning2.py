@@ -37,6 +37,7 @@ def poisoned(monkeypatch, request):
             config = lightning2.launch.config
             wide = {"chunk": C, "stages": 1}  # the short chunks of fp32 take the interpreter four times as long
             monkeypatch.setattr(lightning2.launch, "config", lambda *a: dataclasses.replace(config(*a), **wide))
+        lightning2.calls.forget()
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -51,9 +52,9 @@ def own_tiles():
 def descriptors(monkeypatch):
     """Tiles by tensor descriptor, as on Hopper. Returns what was described: nothing must fall back to pointers."""
     seen = []
-    source = lightning2.launch.source
+    use_tma = lightning2.launch.use_tma
     monkeypatch.setattr(lightning2.launch, "has_tma", lambda device: True)
-    monkeypatch.setattr(lightning2.launch, "source", lambda x, tma, *tile: seen.append(tma) or source(x, tma, *tile))
+    monkeypatch.setattr(lightning2.launch, "use_tma", lambda *x: seen.append(use_tma(*x)) or seen[-1])
     yield
     assert seen and all(seen)
 
@@ -63,7 +64,7 @@ def short_segments():
     """Segments of two chunks and marks at every chunk, so that short sequences have many of both."""
     launch = lightning2.launch
 
-    def plan(length, programs, slots, prepass):
+    def plan(length, *_, **__):
         return launch.Segments(2 * C, -(-length // (2 * C)))
 
     with mock.patch.multiple(launch, plan=plan, SPAN_PER_TOKEN=C, SPAN_FIXED=C):
@@ -196,7 +197,11 @@ class TestDecays:
         out, _ = lightning2.forward(q, k, v, g, 1.0, None)
         gap = torch.arange(length, dtype=torch.float64) - j
         want = torch.where(gap >= 0, torch.exp2(-gap), 0.0)
-        torch.testing.assert_close(out[0, 0, :, 0].double(), want, rtol=2e-5, atol=1e-37)
+        got = out[0, 0, :, 0].double()
+        # What a fixed decay has halved 40 times may be forgotten from one segment to the next.
+        near = (gap <= 40) | per_token
+        torch.testing.assert_close(got[near], want[near], rtol=2e-5, atol=1e-37)
+        assert ((got == 0) | ((got / want - 1).abs() <= 2e-5))[~near].all()
         assert (out[..., 1:] == 0).all()
 
     def test_small_integers_are_exact(self, short_segments):
@@ -286,18 +291,29 @@ class TestLayouts:
 
 @interpreted
 class TestPlan:
-    def test_one_segment_when_the_device_is_full(self):
-        assert lightning2.launch.plan(4096, 256, 264, 0.4).count == 1
+    @pytest.fixture
+    def tiles(self):
+        return lightning2.launch.portable(128, 128, torch.bfloat16)
+
+    def test_one_segment_when_the_device_is_full(self, tiles):
+        assert lightning2.launch.plan(4096, 256, 132, tiles).count == 1
 
     @pytest.mark.parametrize("length", [32768, 131072, 40001])
-    def test_segments_when_it_is_not(self, length):
-        split = lightning2.launch.plan(length, 32, 264, 0.4)
+    @pytest.mark.parametrize("uses", [1, 3])
+    def test_segments_when_it_is_not(self, length, uses, tiles):
+        split = lightning2.launch.plan(length, 32, 132, tiles, uses)
         assert split.count > 2 and split.tokens % lightning2.launch.GRANULE == 0
         assert (split.count - 1) * split.tokens < length <= split.count * split.tokens
 
     @pytest.mark.parametrize("length", [0, 1, 511, 512])
-    def test_short_sequences_stay_whole(self, length):
-        assert lightning2.launch.plan(length, 1, 264, 0.4).count == 1
+    def test_short_sequences_stay_whole(self, length, tiles):
+        assert lightning2.launch.plan(length, 1, 132, tiles).count == 1
+
+    @pytest.mark.parametrize("tokens", [64, 128, 512, 1536, 5120])
+    def test_pieces_make_up_a_segment(self, tokens):
+        launch = lightning2.launch
+        piece = launch.Segments(tokens, 3).piece
+        assert piece % launch.CHUNK == 0 and launch.PIECES * piece >= tokens
 
     def test_segments_end_at_marks_and_chunks(self):
         launch = lightning2.launch

@@ -5,14 +5,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference import head_count
+from ..tuning.space import next_power_of_2
 from . import launch
 from .body import attend
+from .calls import Box, Calls, Launch, signature
 from .decay import to_log2
 from .decay_grad import decay_grad
 from .segments import segment_states
@@ -174,76 +178,118 @@ def backward(
     Without ``want_decay`` the gradient of log_decay is zero and costs nothing; without an initial state its gradient
     is empty.
     """
-    with torch.cuda.device_of(q):
-        return _backward(do, d_state, q, k, v, log_decay, scale, initial_state, want_decay)
+    with launch.on_device_of(q):
+        q, k, v, do = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v), launch.unit_last(do)
+        initial_state, d_state = launch.dense_state(initial_state), launch.dense_state(d_state)
+        given = do, d_state, q, k, v, log_decay, initial_state
+        call = CALLS.get((signature(*given), scale, want_decay), lambda: _prepare(*given, float(scale), want_decay))
+        return call(*given)
 
 
-def _backward(
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Call = Callable[[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None], Gradients]
+CALLS: Calls[Call] = Calls()
+
+
+def _prepare(
     do: Tensor,
     d_state: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     log_decay: Tensor,
-    scale: float,
     initial_state: Tensor | None,
+    scale: float,
     want_decay: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Call:
+    """A function for tensors like these."""
     heads = head_count(q, k, v, log_decay, initial_state)
     batch, _, length, dk = q.shape
     dv = v.shape[3]
-    groups = heads // q.shape[1], heads // k.shape[1], heads // v.shape[1]
-    q, k, v, do = (launch.unit_last(x) for x in (q, k, v, do))
-    dq, dk_, dv_ = (launch.grad_like(x, heads) for x in (q, k, v))
-    d_decay = torch.zeros(log_decay.shape, dtype=torch.float32, device=q.device)
-    fp32 = {"dtype": torch.float32, "device": q.device}
+    own_heads = q.shape[1], k.shape[1], v.shape[1]
+    per_token, has_start = log_decay.dim() == 3, initial_state is not None
+    rows, span = batch * heads, launch.span(per_token)
     # Triton 3.6 pipelines heads of 256 into more shared memory than there is unless the last state is stored.
-    store_end = initial_state is not None or launch.next_power_of_2(max(dk, dv)) == 256
-    d_initial = torch.empty((batch, heads, dk, dv) if store_end else (0,), **fp32)
-    if batch * heads * length == 0:
-        d_initial = d_initial.zero_() if d_state is None or initial_state is None else d_initial.copy_(d_state)
-        d_initial = d_initial if initial_state is not None else d_initial.new_empty(0)
-        dq, dk_, dv_ = (launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v)))
-        return dq, dk_, dv_, d_decay, d_initial
-    initial_state, d_state = launch.dense_state(initial_state), launch.dense_state(d_state)
-    for_k, for_v = launch.config(dv, dk, q.dtype), launch.config(dk, dv, q.dtype)
-    k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
-    rows = batch * heads
-    programs = rows * (2 * k_blocks + v_blocks)
-    resident = min(for_k.resident, for_v.resident)
-    split = launch.plan(length, programs, launch.processors(q.device) * resident, launch.PREPASS_BACKWARD)
-    start, d_start, slots = initial_state, d_state, 1
-    if split.count > 1:
-        start = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
-        d_start = segment_states(q, do, log_decay, scale, d_state, split, reverse=True)
-        slots = split.count + 1
-    span = launch.span(log_decay.dim() == 3)
-    spans = launch.blocks(length, span)
-    q_rows = torch.empty((k_blocks, rows, length) if want_decay else (0,), **fp32)
-    k_rows = torch.empty_like(q_rows)
-    marks_shape = (rows, spans + 1, dk, dv) if want_decay else (0,)
-    marks = torch.empty(marks_shape, dtype=launch.mark_dtype(q.dtype, log_decay.dim() == 3), device=q.device)
-    d_marks = torch.empty_like(marks)
-    unit = launch.unit(q, k, v, do, dq, dk_, dv_)
+    store_end = has_start or next_power_of_2(max(dk, dv)) == 256
+    end_shape = (batch, heads, dk, dv) if store_end else (0,)
+
+    def gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        made = (launch.grad_like(x, heads) for x in (q, k, v))
+        return *made, torch.empty(end_shape, dtype=torch.float32, device=q.device)
+
+    def finished(dq: Tensor, dk: Tensor, dv: Tensor, d_decay: Tensor | None, d_initial: Tensor) -> Gradients:
+        dq, dk, dv = (launch.fold(g, n) for g, n in zip((dq, dk, dv), own_heads, strict=True))
+        if d_decay is None:
+            d_decay = torch.zeros(decay_shape, dtype=torch.float32, device=dq.device)
+        return dq, dk, dv, d_decay, d_initial if has_start else d_initial.new_empty(0)
+
+    decay_shape = log_decay.shape
+    if rows * length == 0:
+        return lambda do, d_end, q, k, v, log_decay, initial: finished(
+            *gradients(q, k, v)[:3], None, torch.zeros(end_shape, device=q.device) if d_end is None else d_end.clone()
+        )
+
+    dq, dk_, dv_, _ = gradients(q, k, v)
     tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
+    mark_dtype = launch.mark_dtype(q.dtype, per_token)
+    rounded_marks = want_decay and mark_dtype != torch.float32
+    for_k = launch.config("backward", dv, dk, q.dtype, q.device, tma, rounded_marks)
+    for_v = launch.config("backward", dk, dv, q.dtype, q.device, tma, rounded_marks)
     chunk = min(for_k.chunk, for_v.chunk)
-    boxes = [(q, for_v.bk), (k, for_v.bk), (v, for_k.bk), (do, for_k.bk), (q, for_k.bv), (k, for_k.bv), (do, for_v.bv)]
-    boxes += [(dq, for_k.bv), (dk_, for_k.bv), (dv_, for_v.bv)]
-    backward_kernel[(programs * split.count,)](
-        *(launch.source(x, tma, chunk, columns) for x, columns in boxes), log_decay, q_rows, k_rows,
-        q_rows if start is None else start, q_rows if d_start is None else d_start, marks, d_marks, d_initial,
-        *launch.strides(q, unit), *launch.strides(k, unit), *launch.strides(v, unit), *launch.strides(do, unit),
-        *launch.strides(dq, unit), *launch.strides(dk_, unit), *launch.strides(dv_, unit),
-        *launch.decay_strides(log_decay), float(scale), rows, heads, *groups, length,
+    k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
+    programs = rows * (2 * k_blocks + v_blocks)
+    split = launch.plan(length, programs, launch.processors(q.device), for_v, uses=3)
+    states, d_states, slots = None, None, 1
+    if split.count > 1:
+        states = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
+        d_states = segment_states(q, do, log_decay, scale, d_state, split, reverse=True)
+        slots = split.count + 1
+    numbers = [
+        *launch.decay_strides(log_decay), scale, rows, heads, *(heads // n for n in own_heads), length,
         split.tokens, split.count, span, slots,
-        DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv,
-        CHUNK=chunk, UNIT=unit, TMA=tma,
-        PER_TOKEN=log_decay.dim() == 3, HAS_START=start is not None, HAS_D_START=d_start is not None,
-        STORE_D_END=store_end, DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype),
-        num_warps=max(for_k.warps, for_v.warps), num_stages=min(for_k.stages, for_v.stages),
-    )  # fmt: skip
-    if want_decay:
-        d_decay = decay_grad(q_rows, k_rows, marks, d_marks, log_decay, initial_state, d_state, span)
-    d_initial = d_initial if initial_state is not None else d_initial.new_empty(0)
-    dq, dk_, dv_ = (launch.fold(g, x.shape[1]) for g, x in ((dq, q), (dk_, k), (dv_, v)))
-    return dq, dk_, dv_, d_decay, d_initial
+    ]  # fmt: skip
+    constants = {
+        "DK": dk, "DV": dv, "CHUNK": chunk, "PER_TOKEN": per_token,
+        "HAS_START": states is not None or has_start, "HAS_D_START": d_states is not None or d_state is not None,
+        "STORE_D_END": store_end, "DECAY_GRAD": want_decay,
+    }  # fmt: skip
+    columns = [(q, for_v.bk), (k, for_v.bk), (v, for_k.bk), (do, for_k.bk)]
+    columns += [(q, for_k.bv), (k, for_k.bv), (do, for_v.bv), (dq, for_k.bv), (dk_, for_k.bv), (dv_, for_v.bv)]
+    if for_v.body == "hopper":
+        from .hopper.backward import backward_kernel as kernel
+        from .hopper.layouts import SWIZZLED
+
+        constants |= {"BK": for_v.bk, "BV": for_v.bv, "STAGES": for_v.stages, "WARPS": for_v.warps}
+        boxes, options = [Box(x, chunk, n, SWIZZLED) for x, n in columns], {"num_warps": for_v.warps}
+    else:
+        tensors = q, k, v, do, dq, dk_, dv_
+        kernel, unit = backward_kernel, launch.unit(*tensors)
+        numbers = [s for x in tensors for s in launch.strides(x, unit)] + numbers
+        constants |= {"K_FULL": for_v.bk, "V_FULL": for_k.bk, "K_PART": for_k.bv, "V_PART": for_v.bv, "UNIT": unit}
+        constants |= {"TMA": tma, "PRECISION": launch.precision(q.dtype)}
+        boxes = [Box(x, chunk, n) if tma else None for x, n in columns]
+        options = {"num_warps": max(for_k.warps, for_v.warps), "num_stages": min(for_k.stages, for_v.stages)}
+    run = Launch(kernel, programs * split.count, [*boxes, *[None] * 8], numbers, constants, options)
+    rows_shape = (k_blocks, rows, length) if want_decay else (0,)
+    marks_shape = (rows, launch.blocks(length, span) + 1, dk, dv) if want_decay else (0,)
+
+    def call(
+        do: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None
+    ) -> Gradients:
+        dq, dk, dv, d_initial = gradients(q, k, v)
+        start = initial if states is None else states(k, v, log_decay, initial)
+        d_start = d_end if d_states is None else d_states(q, do, log_decay, d_end)
+        q_rows = torch.empty(rows_shape, dtype=torch.float32, device=q.device)
+        k_rows = torch.empty_like(q_rows) if want_decay else q_rows
+        marks = torch.empty(marks_shape, dtype=mark_dtype, device=q.device) if want_decay else q_rows
+        d_marks = torch.empty_like(marks) if want_decay else q_rows
+        run(
+            q, k, v, do, q, k, do, dq, dk, dv, log_decay, q_rows, k_rows, q_rows if start is None else start,
+            q_rows if d_start is None else d_start, marks, d_marks, d_initial,
+        )  # fmt: skip
+        d_decay = None
+        if want_decay:
+            d_decay = decay_grad(q_rows, k_rows, marks, d_marks, log_decay, initial, d_end, span)
+        return finished(dq, dk, dv, d_decay, d_initial)
+
+    return call

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import head_count
+from ..tuning.space import next_power_of_2
 from . import launch
 from .decay import to_log2
 
@@ -126,8 +127,8 @@ def tile(dk: int, dv: int) -> tuple[int, int, int]:
     Rows of at least 128 bytes, a line of the cache. 64 registers of a thread hold the state, and eight programs share
     a multiprocessor, so that the loads of one overlap the stores of another.
     """
-    bk = max(16, launch.next_power_of_2(dk))
-    bv = max(16, min(launch.next_power_of_2(dv), max(32, 4096 // bk)))
+    bk = max(16, next_power_of_2(dk))
+    bv = max(16, min(next_power_of_2(dv), max(32, 4096 // bk)))
     return bk, bv, max(1, min(8, bk * bv // 2048))
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,7 @@ from torch import Tensor
 from ..reference import head_count
 from . import launch
 from .body import attend
+from .calls import Box, Calls, Launch, signature
 from .decay import to_log2
 from .segments import segment_states
 from .tiles import of_head
@@ -61,10 +64,10 @@ def forward_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
-    UNIT: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     HAS_START: tl.constexpr,
     STORE_END: tl.constexpr,
+    UNIT: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -109,40 +112,72 @@ def forward(
     want_state: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B,H,N,Dv]`` in q's dtype and layout, and the final state ``[B,H,Dk,Dv]`` fp32 (empty if not wanted)."""
-    with torch.cuda.device_of(q):
-        return _forward(q, k, v, log_decay, scale, initial_state, want_state)
+    with launch.on_device_of(q):
+        q, k, v = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v)
+        initial_state = launch.dense_state(initial_state)
+        key = signature(q, k, v, log_decay, initial_state), scale, want_state
+        call = CALLS.get(key, lambda: _prepare(q, k, v, log_decay, float(scale), initial_state, want_state))
+        return call(q, k, v, log_decay, initial_state)
 
 
-def _forward(
+Call = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+CALLS: Calls[Call] = Calls()
+
+
+def _prepare(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, initial_state: Tensor | None, want_state: bool
-) -> tuple[Tensor, Tensor]:
+) -> Call:
+    """A function for tensors like these."""
     heads = head_count(q, k, v, log_decay, initial_state)
     batch, _, length, dk = q.shape
     dv = v.shape[3]
-    o = launch.empty_like_q(q, heads, dv)
+    per_token = log_decay.dim() == 3
     shape = (batch, heads, dk, dv) if want_state else (0,)
-    state = torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+        return launch.empty_like_q(q, heads, dv), torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    def nothing(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        o, state = outputs(q)
+        return o, state.zero_() if initial is None or not want_state else state.copy_(initial)
+
+    o = outputs(q)[0]
     if o.numel() == 0:
-        return o, state.zero_() if initial_state is None or not want_state else state.copy_(initial_state)
-    q, k, v = (launch.unit_last(x) for x in (q, k, v))
-    initial_state = launch.dense_state(initial_state)
-    c = launch.config(dk, dv, q.dtype)
-    programs = batch * heads * launch.blocks(dv, c.bv)
-    split = launch.plan(length, programs, launch.processors(q.device) * c.resident, launch.PREPASS_FORWARD)
-    start, slots = initial_state, 1
-    if split.count > 1:
-        slots = split.count + 1
-        start = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
-    unit = launch.unit(q, k, v, o)
+        return nothing
     tma = launch.use_tma(q, k, v, o)
-    boxes = [launch.source(x, tma, c.chunk, n) for x, n in ((q, c.bk), (k, c.bk), (v, c.bv), (o, c.bv))]
-    forward_kernel[(programs * split.count,)](
-        *boxes, log_decay, q if start is None else start, state,
-        *launch.strides(q, unit), *launch.strides(k, unit), *launch.strides(v, unit), *launch.strides(o, unit),
-        *launch.decay_strides(log_decay), float(scale), heads,
-        heads // q.shape[1], heads // k.shape[1], heads // v.shape[1], length, split.tokens, split.count, slots,
-        DK=dk, DV=dv, BK=c.bk, BV=c.bv, CHUNK=c.chunk, UNIT=unit, PER_TOKEN=log_decay.dim() == 3,
-        HAS_START=start is not None, STORE_END=want_state, TMA=tma, PRECISION=launch.precision(q.dtype),
-        num_warps=c.warps, num_stages=c.stages,
-    )  # fmt: skip
-    return o, state
+    tiles = launch.config("forward", dk, dv, q.dtype, q.device, tma)
+    programs = batch * heads * launch.blocks(dv, tiles.bv)
+    split = launch.plan(length, programs, launch.processors(q.device), tiles)
+    states, slots = None, 1
+    if split.count > 1:
+        states, slots = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False), split.count + 1
+    numbers = [
+        *launch.decay_strides(log_decay), scale, heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
+        length, split.tokens, split.count, slots,
+    ]  # fmt: skip
+    constants = {
+        "DK": dk, "DV": dv, "BK": tiles.bk, "BV": tiles.bv, "CHUNK": tiles.chunk, "PER_TOKEN": per_token,
+        "HAS_START": states is not None or initial_state is not None, "STORE_END": want_state,
+    }  # fmt: skip
+    columns = ((q, tiles.bk), (k, tiles.bk), (v, tiles.bv), (o, tiles.bv))
+    if tiles.body == "hopper":
+        from .hopper.forward import forward_kernel as kernel
+        from .hopper.layouts import SWIZZLED
+
+        constants |= {"STAGES": tiles.stages, "WARPS": tiles.warps}
+        boxes, options = [Box(x, tiles.chunk, n, SWIZZLED) for x, n in columns], {"num_warps": tiles.warps}
+    else:
+        kernel, unit = forward_kernel, launch.unit(q, k, v, o)
+        numbers = [s for x in (q, k, v, o) for s in launch.strides(x, unit)] + numbers
+        constants |= {"UNIT": unit, "TMA": tma, "PRECISION": launch.precision(q.dtype)}
+        boxes = [Box(x, tiles.chunk, n) if tma else None for x, n in columns]
+        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    run = Launch(kernel, programs * split.count, [*boxes, None, None, None], numbers, constants, options)
+
+    def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        o, state = outputs(q)
+        start = initial if states is None else states(k, v, log_decay, initial)
+        run(q, k, v, o, log_decay, state if start is None else start, state)
+        return o, state
+
+    return call

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import gcd
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-CHUNK = 64
+from ..tuning.space import CHUNK, Config, Use, candidates, portable
+
 TMA = True  # read and write by tensor descriptors where that is possible
+HOPPER = True  # use the body in hopper/ where that is possible
 # Tokens between two states that are written down when the decay's gradient is wanted (see decay_grad.py); powers of
 # two and multiples of every chunk. Between them rounding accumulates. A fixed decay sums its gradient over all tokens,
 # which amplifies that, so it gets a mark at every chunk; per token, marks add 7 % to the bytes of the backward pass.
@@ -21,47 +23,28 @@ SPAN_FIXED = 64
 GRANULE = 512
 
 
-@dataclass(frozen=True)
-class Config:
-    """Tiles and scheduling of one use of the body.
-
-    Contraction block BK, column block BV, tokens to a chunk, warps, pipeline stages, programs resident on a
-    multiprocessor at a time.
-    """
-
-    bk: int
-    bv: int
-    chunk: int
-    warps: int
-    stages: int
-    resident: int = 1
-
-
 def blocks(columns: int, block: int) -> int:
     """How many blocks cover so many columns."""
     return -(-columns // block)
 
 
-def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << max(n - 1, 0).bit_length()
+def config(
+    use: Use, dk: int, dv: int, dtype: torch.dtype, device: torch.device, descriptors: bool, rounded_marks: bool = False
+) -> Config:
+    """The tiles for heads of this kind; ``descriptors``: every tensor can be read by one.
 
-
-@cache
-def config(dk: int, dv: int, dtype: torch.dtype) -> Config:
-    """The tile for contracting over ``dk`` into ``dv`` columns: fixed and validated, never searched for at run time.
-
-    The state ``[BK, BV]`` in fp32 is what fills the registers, so BV shrinks as BK grows.
+    ``rounded_marks``: marks in bf16 are written. With them the tile of eight warps has been seen to return wrong
+    gradients of k, differently from run to run, on an H100 under Triton 3.6 (docs/kernel-notes.md).
     """
-    bk = max(64, next_power_of_2(dk))
-    bv = max(16, min(64, next_power_of_2(dv)))
-    if dtype == torch.float32:
-        # Three products for one leave few registers: short chunks, and more warps for large heads.
-        return Config(bk, min(bv, 32), 16, 4, 2) if bk == 64 else Config(bk, min(bv, 32), 16, 8, 1)
-    if bk == 256:
-        return Config(bk, min(bv, 32), CHUNK, 4, 2)
-    # Two programs share a multiprocessor: at most 255 registers to a thread and 113 KiB of shared memory each.
-    return Config(bk, bv, CHUNK, 4, 3 if bk == 64 else 2, resident=2)
+    hopper = descriptors and HOPPER and has_warp_group_products(device)
+    found = candidates(dk, dv, dtype, hopper)
+    return next(tiles for tiles in found if not (rounded_marks and tiles.body == "hopper" and tiles.warps == 8))
+
+
+def prepass_config(dk: int, dv: int, dtype: torch.dtype) -> Config:
+    """The tiles of the pre-pass, which has one product and reads two tensors."""
+    tiles = portable(dk, dv, dtype)
+    return tiles if dtype == torch.float32 or tiles.bk > 128 else replace(tiles, stages=3)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -84,16 +67,25 @@ def mark_dtype(dtype: torch.dtype, per_token: bool) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Segments:
-    """A sequence split into ``count`` segments of ``tokens`` tokens (the last is shorter)."""
+    """A sequence split into ``count`` segments of ``tokens`` tokens (the last is shorter).
+
+    The pre-pass cuts each segment into PIECES pieces, which run in parallel.
+    """
 
     tokens: int
     count: int
 
+    @property
+    def piece(self) -> int:
+        """Tokens to a piece, a multiple of every chunk; the last pieces may be empty."""
+        return -(-self.tokens // (PIECES * CHUNK)) * CHUNK
+
 
 MAX_SEGMENTS = 64
-# Share of the pre-pass in the time of a pass, by its bytes and products: k and v of q, k, v and o and one product of
-# four forwards; two of them beside three uses backwards.
-PREPASS_FORWARD, PREPASS_BACKWARD = 0.4, 0.25
+PIECES = 8
+# The pre-pass in tokens of one program of the main pass: launches, then for each segment a step of the scan. A piece
+# takes as long as in the main pass, and this many of its programs share a multiprocessor.
+PREPASS_LATENCY, SCAN_STEP, PREPASS_RESIDENT = 640, 64, 3
 
 
 @cache
@@ -103,21 +95,32 @@ def processors(device: torch.device) -> int:
 
 
 @lru_cache(maxsize=4096)
-def plan(length: int, programs: int, slots: int, prepass: float) -> Segments:
-    """How to split ``length`` tokens when one segment would make ``programs`` programs and ``slots`` run at a time.
+def plan(length: int, programs: int, processors: int, tiles: Config, uses: int = 1) -> Segments:
+    """How to split ``length`` tokens when one segment would make ``programs`` programs, of so many ``uses``.
 
-    Segments are multiples of GRANULE tokens. Time is modelled as waves of programs, each as long as its segment, plus
-    the pre-pass, which costs ``prepass`` times as much.
+    Segments are multiples of GRANULE tokens. The model, in units of one token of one program: waves of programs, each
+    as long as its segment, but no less than memory takes for all of them; and a pre-pass for each direction of time.
+    Its constants are fitted to times on an H100 (docs/kernel-notes.md).
     """
-    best, cost = Segments(max(length, 1), 1), float(-(-programs // slots) * length)
+    slots, passes = processors * tiles.resident, min(uses, 2)
+    memory = programs * length / (processors * tiles.saturating)
+    best, cost = Segments(max(length, 1), 1), max(-(-programs // slots) * length, memory)
     for count in range(2, min(MAX_SEGMENTS, -(-length // GRANULE)) + 1):
         tokens = -(-length // (count * GRANULE)) * GRANULE
         count = -(-length // tokens)
-        # A tenth more: a split must be clearly better to be worth its extra launches.
-        this = 1.1 * tokens * -(-programs * count // slots) * (1 + prepass)
+        work = programs / uses * (length - tokens) / (PREPASS_RESIDENT * processors)
+        prepass = passes * (tokens / PIECES + work + PREPASS_LATENCY + SCAN_STEP * count)
+        this = max(tokens * -(-programs * count // slots), memory) + prepass
         if count > 1 and this < cost:
             best, cost = Segments(tokens, count), this
     return best
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of x the current one."""
+    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device_of(x)
 
 
 def unit_last(x: Tensor) -> Tensor:
@@ -144,6 +147,12 @@ def has_tma(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+@cache
+def has_warp_group_products(device: torch.device) -> bool:
+    """Whether a device has Hopper's tensor cores; those that came later have others."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def use_tma(*tensors: Tensor) -> bool:
     """Whether every tensor ``[B,H,N,D]`` can be read by descriptor: 16-bit, rows aligned to 16 bytes, none repeated."""
     if not TMA or not has_tma(tensors[0].device):
@@ -159,15 +168,6 @@ def use_tma(*tensors: Tensor) -> bool:
 def _outer(x: Tensor) -> list[tuple[int, int]]:
     """(size, stride) of all dimensions but the last."""
     return list(zip(x.shape[:-1], x.stride()[:-1], strict=True))
-
-
-def source(x: Tensor, tma: bool, rows: int, columns: int) -> Tensor | TensorDescriptor:
-    """What a kernel reads tiles ``[rows, columns]`` of one head of x from, or writes them to (tiles.py)."""
-    if not tma:
-        return x
-    # The stride of a dimension of one element means nothing but must be a valid one.
-    steps = [8 if size == 1 else stride for size, stride in _outer(x)]
-    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, columns])
 
 
 def strides(x: Tensor, unit: int) -> tuple[int, int, int]:

@@ -1,7 +1,10 @@
 """Few heads: the sequence is cut into segments that run in parallel, each from the state at its start.
 
-A pre-pass takes each segment's own contribution to the state, a scan over the segments combines them. Both exist for
-the state (forwards, from k and v) and for its gradient (backwards, from q and do).
+A pre-pass takes the contributions to the state of pieces of segments, a scan over the pieces combines them. Both exist
+for the state (forwards, from k and v) and for its gradient (backwards, from q and do).
+
+With a fixed decay what lies far enough behind a segment's border is below rounding there, and is not read at all. How
+far that is (:func:`reach`) follows from the decay alone: no kernel waits for another to know it, nor the host for any.
 """
 
 # What @triton.jit makes of a function and of its launch is beyond a type checker.
@@ -9,18 +12,29 @@ the state (forwards, from k and v) and for its gradient (backwards, from q and d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tuning.space import next_power_of_2
 from . import launch
 from .body import state_offsets
+from .calls import Box, Launch
 from .decay import chunk_sums, to_log2
 from .tiles import of_head, read
 
 # Fixed decay: what is older than this many halvings is below the rounding of the fp32 state and is not read.
 HALVINGS = tl.constexpr(40.0)
+
+
+@triton.jit
+def reach(g_head, CHUNK: tl.constexpr):
+    """How many tokens before a border still count there, given a log2-decay: a multiple of CHUNK."""
+    horizon = tl.minimum(1.0 / tl.maximum(-g_head, 1e-7) * HALVINGS, 1e9)
+    return (tl.cdiv(horizon.to(tl.int32), CHUNK) + 1) * CHUNK
 
 
 @triton.jit
@@ -56,13 +70,6 @@ def contribution(
     total = tl.full((), 0.0, tl.float32)
     if not PER_TOKEN:
         total = (stop - begin).to(tl.float32) * g_head
-        # The oldest tokens that still count: the same for every program of a head, and known before the loop.
-        horizon = tl.minimum(1.0 / tl.maximum(-g_head, 1e-9) * HALVINGS, (stop - begin).to(tl.float32))
-        reach = (tl.cdiv(horizon.to(tl.int32), CHUNK) + 1) * CHUNK
-        if REVERSE:
-            stop = tl.minimum(stop, begin + reach)
-        else:
-            begin = tl.maximum(begin, begin + ((stop - begin - reach) // CHUNK) * CHUNK)
     state = tl.zeros([BK, BV], tl.float32)
     chunks = tl.cdiv(stop - begin, CHUNK)
     for step in range(chunks):
@@ -78,18 +85,33 @@ def contribution(
     return state, total
 
 
+@triton.jit
+def piece_of(begin, stop, piece, index, g_head, CHUNK: tl.constexpr, REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """(first token, end) of a segment's piece: nothing of it where all of it is out of reach of the border.
+
+    The border is the segment's end forwards and its start backwards.
+    """
+    first = begin + index * piece
+    end = tl.minimum(first + piece, stop)
+    if not PER_TOKEN:
+        far = reach(g_head, CHUNK)
+        if (first - begin >= far) if REVERSE else (stop - end >= far):
+            end = first
+    return first, tl.maximum(end, first)
+
+
 @triton.jit(
     do_not_specialize=[
         "b_b", "b_h", "b_t", "c_b", "c_h", "c_t", "g_b", "g_h", "g_t",
-        "scale", "heads", "b_group", "c_group", "length", "segment", "segments",
+        "scale", "heads", "b_group", "c_group", "length", "segment", "segments", "piece",
     ]
 )  # fmt: skip
 def contributions_kernel(
     b_source,
     c_source,
     g_ptr,
-    states_ptr,  # [rows, segments + 1, DK, DV] fp32: each segment's contribution, in the slot it leads to
-    totals_ptr,  # [rows, segments] fp32: log2-decay over each segment
+    states_ptr,  # [rows, segments, PIECES, DK, DV] fp32: contributions; nothing where a piece is out of reach
+    totals_ptr,  # [rows, segments, PIECES] fp32: log2-decay over each piece, if PER_TOKEN
     b_b,
     b_h,
     b_t,
@@ -106,76 +128,104 @@ def contributions_kernel(
     length,
     segment,
     segments,
+    piece,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
     UNIT: tl.constexpr,
+    PIECES: tl.constexpr,
     REVERSE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (batch and head, segment but the last in this direction of time, block of columns).
+    """One program per (batch and head, segment but the last in this direction of time, piece, block of columns).
 
-    b ``[B,*,N,DK]`` and c ``[B,*,N,DV]`` are k and v forwards, q and do backwards. Segment s leads to slot s + 1
-    forwards and to slot s backwards.
+    b ``[B,*,N,DK]`` and c ``[B,*,N,DV]`` are k and v forwards, q and do backwards.
     """
     blocks: tl.constexpr = (DV + BV - 1) // BV
     pid = tl.program_id(0)
     block = pid % blocks
-    part = (pid // blocks) % (segments - 1) + (1 if REVERSE else 0)
-    row = (pid // blocks) // (segments - 1)
+    index = (pid // blocks) % PIECES
+    part = (pid // (blocks * PIECES)) % (segments - 1) + (1 if REVERSE else 0)
+    row = pid // (blocks * PIECES) // (segments - 1)
     b = row // heads
     h = row % heads
     row = row.to(tl.int64)
     g_at = g_ptr + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
-    begin = part * segment
-    state, total = contribution(
-        of_head(b_source, b, h // b_group, b_b, b_h, UNIT, TMA),
-        of_head(c_source, b, h // c_group, c_b, c_h, UNIT, TMA), g_at, b, h // b_group, h // c_group,
-        b_t * UNIT, c_t * UNIT, g_t, g_head, scale, begin, tl.minimum(begin + segment, length), block,
-        DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, TMA, PRECISION,
-    )  # fmt: skip
-    at_state, in_state = state_offsets(block, DK, DV, False, BK, BV)
-    slot = row * (segments + 1) + (part if REVERSE else part + 1)
-    tl.store(states_ptr + slot * (DK * DV) + at_state, state, mask=in_state)
-    if block == 0:
-        tl.store(totals_ptr + row * segments + part, total)
+    start = part * segment
+    first, end = piece_of(start, tl.minimum(start + segment, length), piece, index, g_head, CHUNK, REVERSE, PER_TOKEN)
+    slot = (row * segments + part) * PIECES + index
+    if end > first:
+        state, total = contribution(
+            of_head(b_source, b, h // b_group, b_b, b_h, UNIT, TMA),
+            of_head(c_source, b, h // c_group, c_b, c_h, UNIT, TMA), g_at, b, h // b_group, h // c_group,
+            b_t * UNIT, c_t * UNIT, g_t, g_head, scale, first, end, block,
+            DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, TMA, PRECISION,
+        )  # fmt: skip
+        at_state, in_state = state_offsets(block, DK, DV, False, BK, BV)
+        tl.store(states_ptr + slot * (DK * DV) + at_state, state, mask=in_state)
+        if PER_TOKEN:
+            if block == 0:
+                tl.store(totals_ptr + slot, total)
 
 
-@triton.jit(do_not_specialize=["segments"])
+@triton.jit(do_not_specialize=["heads", "g_h", "length", "segment", "segments", "piece"])
 def scan_kernel(
-    states_ptr,  # [rows, segments + 1, DK, DV] fp32: contributions in, states out
-    totals_ptr,  # [rows, segments] fp32
+    contributions_ptr,  # [rows, segments, PIECES, DK, DV] fp32
+    totals_ptr,  # [rows, segments, PIECES] fp32, if PER_TOKEN
+    g_ptr,
     first_ptr,  # [rows, DK, DV] state to begin with, if HAS_FIRST
+    states_ptr,  # [rows, segments + 1, DK, DV] fp32: the states at the borders
+    heads,
+    g_h,
+    length,
+    segment,
     segments,
+    piece,
     DKV: tl.constexpr,
     TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PIECES: tl.constexpr,
     REVERSE: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     HAS_FIRST: tl.constexpr,
 ):
-    """One program per (batch and head, tile of the state): ``S <- exp(total) S + contribution`` over the segments."""
+    """One program per (batch and head, tile of the state): ``S <- exp(total) S + contribution`` over the pieces.
+
+    Segment s leads to slot s + 1 forwards and to slot s backwards.
+    """
     tiles: tl.constexpr = (DKV + TILE - 1) // TILE
     pid = tl.program_id(0)
     row = (pid // tiles).to(tl.int64)
     e = pid % tiles * TILE + tl.arange(0, TILE)
     inside = e < DKV
+    g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_ptr + (pid // tiles) % heads * g_h))
     if HAS_FIRST:
         state = tl.load(first_ptr + row * DKV + e, mask=inside, other=0.0).to(tl.float32)
     else:
         state = tl.zeros([TILE], tl.float32)
-    slot = row * (segments + 1) + (segments if REVERSE else 0)
-    tl.store(states_ptr + slot * DKV + e, state, mask=inside)
+    slots = states_ptr + row * (segments + 1) * DKV + e
+    tl.store(slots + (segments.to(tl.int64) * DKV if REVERSE else 0), state, mask=inside)
     for step in range(segments - 1):
         part = segments - 1 - step if REVERSE else step
-        slot = row * (segments + 1) + (part if REVERSE else part + 1)
-        at = states_ptr + slot * DKV + e
-        total = tl.load(totals_ptr + row * segments + part)
-        state = state * tl.exp2(total) + tl.load(at, mask=inside, other=0.0)
-        tl.store(at, state, mask=inside)
+        start = part * segment
+        stop = tl.minimum(start + segment, length)
+        for n in tl.static_range(PIECES):
+            index = PIECES - 1 - n if REVERSE else n
+            first, end = piece_of(start, stop, piece, index, g_head, CHUNK, REVERSE, PER_TOKEN)
+            slot = (row * segments + part) * PIECES + index
+            if PER_TOKEN:
+                total = tl.load(totals_ptr + slot, mask=end > first, other=0.0)
+            else:
+                whole = tl.maximum(tl.minimum(start + (index + 1) * piece, stop) - (start + index * piece), 0)
+                total = whole.to(tl.float32) * g_head
+            here = inside & (end > first)
+            state = state * tl.exp2(total) + tl.load(contributions_ptr + slot * DKV + e, mask=here, other=0.0)
+        tl.store(slots + (part if REVERSE else part + 1).to(tl.int64) * DKV, state, mask=inside)
 
 
 def segment_states(
@@ -186,32 +236,45 @@ def segment_states(
     first: Tensor | None,
     split: launch.Segments,
     reverse: bool,
-) -> Tensor:
-    """States at the borders of the segments, ``[B,H,segments + 1,Dk,Dv]`` fp32.
+) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
+    """Makes of tensors like these the states at the borders of the segments, ``[B,H,segments + 1,Dk,Dv]`` fp32.
 
     Forwards (b, c) = (k, v), ``first`` is the state before token 0 and the last slot is left unset; backwards they
     are (q, do) and the gradient of the state after the last token, and slot 0 is left unset.
     """
-    heads = log_decay.shape[0 if log_decay.dim() == 1 else 1]
+    per_token = log_decay.dim() == 3
+    heads = log_decay.shape[1 if per_token else 0]
     batch, _, length, dk = b.shape
     dv = c.shape[3]
-    cfg = launch.config(dk, dv, b.dtype)
+    rows = batch * heads
+    tiles = launch.prepass_config(dk, dv, b.dtype)
     unit, tma = launch.unit(b, c), launch.use_tma(b, c)
-    fp32 = {"dtype": torch.float32, "device": b.device}
-    states = torch.empty(batch, heads, split.count + 1, dk, dv, **fp32)
-    totals = torch.empty(batch * heads, split.count, **fp32)
-    grid = (batch * heads * (split.count - 1) * launch.blocks(dv, cfg.bv),)
-    contributions_kernel[grid](
-        launch.source(b, tma, cfg.chunk, cfg.bk), launch.source(c, tma, cfg.chunk, cfg.bv), log_decay, states, totals,
-        *launch.strides(b, unit), *launch.strides(c, unit), *launch.decay_strides(log_decay), float(scale), heads,
-        heads // b.shape[1], heads // c.shape[1], length, split.tokens, split.count,
-        DK=dk, DV=dv, BK=cfg.bk, BV=cfg.bv, CHUNK=cfg.chunk, UNIT=unit, REVERSE=reverse,
-        PER_TOKEN=log_decay.dim() == 3, TMA=tma, PRECISION=launch.precision(b.dtype),
-        num_warps=cfg.warps, num_stages=cfg.stages,
+    chunk, pieces = tiles.chunk, launch.PIECES
+    boxes = [Box(b, chunk, tiles.bk), Box(c, chunk, tiles.bv)] if tma else [None, None]
+    contribute = Launch(
+        contributions_kernel, rows * (split.count - 1) * pieces * launch.blocks(dv, tiles.bv), [*boxes, *[None] * 3],
+        [*launch.strides(b, unit), *launch.strides(c, unit), *launch.decay_strides(log_decay), scale, heads,
+         heads // b.shape[1], heads // c.shape[1], length, split.tokens, split.count, split.piece],
+        {"DK": dk, "DV": dv, "BK": tiles.bk, "BV": tiles.bv, "CHUNK": chunk, "UNIT": unit, "PIECES": pieces,
+         "REVERSE": reverse, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": launch.precision(b.dtype)},
+        {"num_warps": tiles.warps, "num_stages": tiles.stages},
     )  # fmt: skip
-    tile = min(1024, launch.next_power_of_2(dk * dv))
-    scan_kernel[(batch * heads * launch.blocks(dk * dv, tile),)](
-        states, totals, states if first is None else first, split.count,
-        DKV=dk * dv, TILE=tile, REVERSE=reverse, HAS_FIRST=first is not None, num_warps=4,
+    tile = min(1024, next_power_of_2(dk * dv))
+    scan = Launch(
+        scan_kernel, rows * launch.blocks(dk * dv, tile), [None] * 5,
+        [heads, 0 if per_token else log_decay.stride(0), length, split.tokens, split.count, split.piece],
+        {"DKV": dk * dv, "TILE": tile, "CHUNK": chunk, "PIECES": pieces, "REVERSE": reverse, "PER_TOKEN": per_token,
+         "HAS_FIRST": first is not None},
+        {"num_warps": 4},
     )  # fmt: skip
+
+    def states(b: Tensor, c: Tensor, log_decay: Tensor, first: Tensor | None) -> Tensor:
+        fp32 = {"dtype": torch.float32, "device": b.device}
+        contributions = torch.empty((rows, split.count, pieces, dk, dv), **fp32)
+        totals = torch.empty((rows, split.count, pieces), **fp32)
+        made = torch.empty((batch, heads, split.count + 1, dk, dv), **fp32)
+        contribute(b, c, log_decay, contributions, totals)
+        scan(contributions, totals, log_decay, made if first is None else first, made)
+        return made
+
     return states

@@ -127,8 +127,7 @@ class Statics:
         self._used.add(node)
         access: Access = (leaf, index)
         if how == "decay":
-            (log,) = self.engine.log_terms(access)
-            return log.accs, 1
+            access = self.engine.log_access(access)
         return (access,), -1 if how == "slope" else 1
 
     def _table(self, family: Family) -> int:

@@ -37,7 +37,8 @@ def refuse_forward_mode() -> None:
         raise ForwardModeRefused
 
 
-def _heads(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> int:
+def heads_of(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> int:
+    """H of a call."""
     from .kernels.reference import head_count
 
     return head_count(q, k, v, log_decay, state)
@@ -93,7 +94,7 @@ def decayed_attention_op(
 @decayed_attention_op.register_fake
 def _(q, k, v, log_decay, scale, initial_state, return_final_state):  # type: ignore[no-untyped-def]
     refuse_forward_mode()
-    heads = _heads(q, k, v, log_decay, initial_state)
+    heads = heads_of(q, k, v, log_decay, initial_state)
     dtype = state_dtype(q)
     shape = (q.shape[0], heads, q.shape[3], v.shape[3]) if return_final_state else (0,)
     return output_like(q, heads, v.shape[3]), q.new_empty(shape, dtype=dtype)
@@ -215,6 +216,7 @@ def decayed_attention(
     scale: float = 1.0,
     initial_state: Tensor | None = None,
     return_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Decayed causal linear attention: ``S_t = exp(g_t) S_{t-1} + k_t^T v_t``, ``o_t = scale q_t S_t``.
 
@@ -228,6 +230,8 @@ def decayed_attention(
         scale: factor of the output.
         initial_state: ``[B,H,Dk,Dv]``, the state before the first token.
         return_final_state: also return the state after the last token.
+        cu_seqlens: for S sequences packed one after the other along N, with B = 1: where they begin, and N;
+            ``[S+1]`` of int32 or int64, on q's device. States are then ``[S,H,Dk,Dv]``. No second derivatives.
 
     Returns:
         o ``[B,H,N,Dv]`` in q's dtype; with ``return_final_state`` the pair (o, state ``[B,H,Dk,Dv]`` in fp32).
@@ -236,10 +240,17 @@ def decayed_attention(
         BadArgument: a shape, dtype or device that does not fit, or a positive log-decay given as a number.
     """
     log_decay, scale = as_log_decay(log_decay, q), as_scale(scale)
-    check(q, k, v, log_decay, initial_state)
-    out, state = torch.ops.lacompile.decayed_attention(
-        q, k, v, log_decay, scale, initial_state, return_final_state
-    )
+    if cu_seqlens is None:
+        check(q, k, v, log_decay, initial_state)
+        out, state = torch.ops.lacompile.decayed_attention(
+            q, k, v, log_decay, scale, initial_state, return_final_state
+        )
+    else:
+        from .packed import check_packing, packed_attention_op
+
+        check_packing(q, cu_seqlens)
+        check(q, k, v, log_decay, initial_state, states=cu_seqlens.shape[0] - 1)
+        out, state = packed_attention_op(q, k, v, log_decay, scale, initial_state, return_final_state, cu_seqlens)
     return (out, state) if return_final_state else out
 
 
@@ -273,15 +284,16 @@ def check(
     state: Tensor | None = None,
     *,
     state_name: str = "initial_state",
+    states: int | None = None,
 ) -> None:
-    """Raises BadArgument for the first argument that does not fit the others."""
+    """Raises BadArgument for the first argument that does not fit the others; ``states`` is B unless given."""
     optional = () if state is None else ((state_name, state),)
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), *optional):
         _check_tensor(name, x)
         if x.device != q.device:
             raise BadArgument(name, f"device {q.device} like q", str(x.device))
     batch, _, length, dk = q.shape
-    heads = _heads(q, k, v, log_decay, state)
+    heads = heads_of(q, k, v, log_decay, state)
     for name, x in (("k", k), ("v", v)):
         if x.shape[0] != batch or x.shape[2] != length:
             raise BadArgument(name, f"batch {batch} and length {length} like q", f"{tuple(x.shape)}")
@@ -295,8 +307,9 @@ def check(
     want = (heads,) if log_decay.dim() == 1 else (batch, heads, length)
     if tuple(log_decay.shape) != want:
         raise BadArgument("log_decay", f"shape {want}", f"{tuple(log_decay.shape)}")
-    if state is not None and tuple(state.shape) != (batch, heads, dk, v.shape[3]):
-        raise BadArgument(state_name, f"shape {(batch, heads, dk, v.shape[3])}", f"{tuple(state.shape)}")
+    want = (batch if states is None else states, heads, dk, v.shape[3])
+    if state is not None and tuple(state.shape) != want:
+        raise BadArgument(state_name, f"shape {want}", f"{tuple(state.shape)}")
 
 
 _LAYOUTS = {

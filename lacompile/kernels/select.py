@@ -34,16 +34,29 @@ def refusal(*, device_type: str, dtype: torch.dtype, dk: int, dv: int) -> str | 
     return None
 
 
+def _has_kernels(q: torch.Tensor, v: torch.Tensor) -> bool:
+    device = q.device.type
+    return device == "cuda" and refusal(device_type=device, dtype=q.dtype, dk=q.shape[3], dv=v.shape[3]) is None
+
+
 def implementation(q: torch.Tensor, v: torch.Tensor) -> ModuleType:
     """The module whose ``forward`` and ``backward`` run on these tensors.
 
     Triton's kernels where they serve, else the chunked form in ATen, which any device, dtype and head size can run.
     """
-    device = q.device.type
-    if device == "cuda" and refusal(device_type=device, dtype=q.dtype, dk=q.shape[3], dv=v.shape[3]) is None:
+    if _has_kernels(q, v):
         from . import lightning2
 
         return lightning2
     from . import cpu
 
     return cpu
+
+
+def packed_implementation(q: torch.Tensor, v: torch.Tensor) -> ModuleType:
+    """The same for packed sequences. Where there is nothing to compute, one by one will do."""
+    if _has_kernels(q, v) and q.numel() and v.numel():
+        from .lightning2 import packed
+    else:
+        from . import packed
+    return packed

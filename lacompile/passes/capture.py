@@ -224,8 +224,7 @@ class Capture(TorchDispatchMode):
         return out
 
     def _values(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        dtypes = [a.dtype if isinstance(a, torch.Tensor) else None for a in args]
-        return [self._value(a) for a in args], dtypes
+        return [self._value(a) for a in args], [_dtypes(a) for a in args]
 
     def _value(self, arg: Any) -> Any:
         if isinstance(arg, torch.Tensor):
@@ -423,11 +422,18 @@ def _copied(obs: Any, vals: list[Any], kw: dict[str, Any], t: torch.Tensor, dtyp
     return obs.operation(aten._to_copy.default, [source], {"dtype": t.dtype}, t, [dtypes[1]])
 
 
+def _dtypes(arg: Any) -> Any:
+    """The dtype of a tensor argument, a tuple of them for a list of tensors, else None."""
+    if isinstance(arg, list | tuple):
+        return tuple(map(_dtypes, arg)) if any(isinstance(a, torch.Tensor) for a in arg) else None
+    return arg.dtype if isinstance(arg, torch.Tensor) else None
+
+
 def _functional_of(func: Any) -> Functional | None:
     """What an in-place operation computes, as a functional one on the same arguments."""
     packet = func.overloadpacket
     name = packet.__name__
-    if packet is aten.copy_:
+    if packet is aten.copy_ or func is aten.fill_.Tensor:
         return _copied
     if packet in (aten.zero_, aten.fill_):
         fill = (lambda vals: 0.0) if packet is aten.zero_ else (lambda vals: vals[1])

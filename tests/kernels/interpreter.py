@@ -28,6 +28,7 @@ def interpreted_kernels() -> ModuleType | None:
         return None
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         from lacompile.kernels import lightning2
+        from lacompile.kernels.lightning2 import packed as _packed  # noqa: F401
     return lightning2
 
 

@@ -28,6 +28,33 @@ def inner(states_ptr, grads_ptr, DKV: tl.constexpr):
     return tl.sum(total, 0)
 
 
+@triton.jit
+def span_gradient(
+    q_rows_ptr,  # fp32: partial sums of q * dq over the tokens of one span
+    k_rows_ptr,  # the same of k * dk
+    to_next,  # elements from one partial sum to the next
+    before,  # <S, dS> at the span's start
+    after,  # <S, dS> at its end
+    count,
+    BLOCKS: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """``[SPAN]`` gradients of ``count`` tokens' log-decays, then zeros.
+
+    The first half is summed from the span's start, the rest from its end.
+    """
+    t = tl.arange(0, SPAN)
+    here = t < count
+    difference = tl.zeros([SPAN], tl.float32)
+    for block in tl.static_range(BLOCKS):
+        difference += tl.load(q_rows_ptr + block * to_next + t, mask=here, other=0.0)
+        difference -= tl.load(k_rows_ptr + block * to_next + t, mask=here, other=0.0)
+    first = t < count // 2
+    done = tl.cumsum(tl.where(first, difference, 0.0), 0) - difference
+    to_come = tl.cumsum(tl.where(first, 0.0, difference), 0, reverse=True)
+    return tl.where(here, tl.where(first, before - done, after + to_come), 0.0)
+
+
 @triton.jit(do_not_specialize=["length", "rows", "spans"])
 def decay_grad_kernel(
     q_rows_ptr,  # [blocks, rows, N] fp32: partial sums of q * dq
@@ -47,20 +74,10 @@ def decay_grad_kernel(
     HAS_START: tl.constexpr,
     HAS_D_END: tl.constexpr,
 ):
-    """One program per (batch and head, span); a span's first half is summed from its start, the rest from its end."""
+    """One program per (batch and head, span)."""
     pid = tl.program_id(0)
     row = (pid // spans).to(tl.int64)
     span = pid % spans
-    t = tl.arange(0, SPAN)
-    count = tl.minimum(length - span * SPAN, SPAN)
-    here = t < count
-    at = span.to(tl.int64) * SPAN + t
-    difference = tl.zeros([SPAN], tl.float32)
-    for block in tl.static_range(BLOCKS):
-        from_row = (block * rows + row) * length
-        difference += tl.load(q_rows_ptr + from_row + at, mask=here, other=0.0)
-        difference -= tl.load(k_rows_ptr + from_row + at, mask=here, other=0.0)
-
     slot = (row * (spans + 1) + span) * DKV
     before = 0.0
     after = 0.0
@@ -73,14 +90,16 @@ def decay_grad_kernel(
     elif HAS_D_END:
         after = inner(marks_ptr + slot + DKV, d_end_ptr + row * DKV, DKV)
 
-    first = t < count // 2
-    done = tl.cumsum(tl.where(first, difference, 0.0), 0) - difference
-    to_come = tl.cumsum(tl.where(first, 0.0, difference), 0, reverse=True)
-    gradient = tl.where(first, before - done, after + to_come)
+    count = tl.minimum(length - span * SPAN, SPAN)
+    at = row * length + span.to(tl.int64) * SPAN
+    gradient = span_gradient(
+        q_rows_ptr + at, k_rows_ptr + at, rows.to(tl.int64) * length, before, after, count, BLOCKS, SPAN
+    )
     if PER_TOKEN:
-        tl.store(out_ptr + row * length + at, gradient, mask=here)
+        t = tl.arange(0, SPAN)
+        tl.store(out_ptr + at + t, gradient, mask=t < count)
     else:
-        tl.store(out_ptr + row * spans + span, tl.sum(tl.where(here, gradient, 0.0), 0))
+        tl.store(out_ptr + row * spans + span, tl.sum(gradient, 0))
 
 
 def decay_grad(

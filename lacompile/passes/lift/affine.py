@@ -260,7 +260,15 @@ class Space:
         return -INF if low == -INF else low / m if not isinstance(low, int) else -((-low) // m)
 
     def guard(self, aff: Aff) -> Aff:
-        """The condition ``aff >= 0`` with coprime integer coefficients."""
+        """The condition ``aff >= 0`` with coprime integer coefficients, and without a floor division alone.
+
+        ``floor(a / m) >= k`` is ``a >= m k``, and ``floor(a / m) <= k`` is ``a <= m k + m - 1``.
+        """
+        if len(aff.terms) == 1 and (v := aff.terms[0][0]) >= FIRST_DIV:
+            (inner, m), c = self.div_of[v], aff.terms[0][1]
+            if c > 0:
+                return self.guard(inner + m * (int(aff.const) // int(c)))
+            return self.guard(-inner + m * (int(aff.const) // int(-c)) + m - 1)
         g = math.gcd(*(int(c) for _, c in aff.terms)) if aff.terms else 0
         if g > 1:
             return Aff(tuple((v, int(c) // g) for v, c in aff.terms), int(aff.const) // g)

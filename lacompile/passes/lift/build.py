@@ -14,7 +14,7 @@ from ..names import spoken
 from .affine import ONE, Aff
 from .emit import CannotEmit, Emitter, Piece, cast
 from .interpret import Interpreter
-from .leaves import Argument, Opaque, Symbol
+from .leaves import Argument, Extended, Opaque, Symbol
 from .proof import E_ROLE, N_ROLE, Proof, Refused
 from .term import Access, Mono, Term
 
@@ -94,13 +94,16 @@ class Builder:
             kind = self.engine.leaves[leaf].kind
             if isinstance(kind, Opaque) and kind.node is not None:
                 return kind.node
+            inner: list[Access] = []
             if isinstance(kind, Symbol):
-                for a in kind.args:
-                    if isinstance(a, Argument):
-                        try:
-                            return self._some_node([(a.leaf, ())])
-                        except CannotEmit:
-                            continue
+                inner = [(a.leaf, ()) for a in kind.args if isinstance(a, Argument)]
+            elif isinstance(kind, Extended):
+                inner = [(kind.of, ())]
+            for access in inner:
+                try:
+                    return self._some_node([access])
+                except CannotEmit:
+                    continue
         raise CannotEmit("a value of the traced graph", "queries made of constants")
 
     def _head_roles(self, p: Proof) -> tuple[list[int], list[int]]:

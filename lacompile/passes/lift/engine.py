@@ -16,7 +16,8 @@ import torch
 from ..._compat import outside_modes
 from .affine import INF, ONE, ZERO, Aff, Number
 from .evaluate import Evaluator
-from .leaves import Interval, Leaf, Leaves, Opaque, Symbol, Table
+from .leaves import Interval, Leaf, Leaves, Opaque, Table
+from .logs import log_summands
 from .merge import TooManyTerms, merge_sum
 from .normal import Algebra
 from .term import NO_GUARDS, Access, Case, Exponent, Guards, Mono, Term, Val, constant, value
@@ -532,6 +533,8 @@ class Engine(Algebra):
                 return y
         if (self.index_only(a) and self.index_only(b)) or not a.single or not b.single:
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
+        if out.is_floating_point() and self.plain(a) and self.plain(b) and (same := self._like_terms(a, b)) is not None:
+            return same
         if not (self.structured(a) or self.structured(b) or self._moves(a) or self._moves(b)):
             if not (self._products(a) and self._products(b) and self._shares_signature(a, b)):
                 if not (self._summed(a) or self._summed(b) or self._updates(a, b) or self._updates(b, a)):
@@ -540,6 +543,14 @@ class Engine(Algebra):
                 return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
         left, right = self.align_weights(a.terms, b.terms, a.shape)
         return self.sum_of(a.shape, (*left, *right))
+
+    def _like_terms(self, a: Val, b: Val) -> Val | None:
+        """x - x is 0 and x + 2 x is 3 x, where each side is a number times one factor; None if they differ."""
+        x, y = (v.one if v.alt is None else v.alt for v in (a, b))
+        if x is None or y is None or x.body != y.body or len(x.accs) > 1:
+            return None
+        self.pick(a)
+        return value(a.shape, [x.but(coef=x.coef + y.coef)] if x.coef + y.coef else [])
 
     def _alt_of_sum(self, a: Val, b: Val, out: torch.Tensor) -> Term | None:
         try:
@@ -601,18 +612,14 @@ class Engine(Algebra):
                         ok = False
                         break
                     accs.remove(acc)
-                    moved.append(((self.log_access(acc),), ONE))
+                    moved += [(x.accs, Aff.lit(x.coef)) for x in self.log_terms(acc)]
                 if ok:
                     return t.but(accs=tuple(accs), exp=t.exp + Exponent.of(moved, ()))
         return t
 
-    def log_access(self, acc: Access) -> Access:
+    def log_terms(self, acc: Access) -> list[Term]:
         """The logarithm of a factor that must be positive; the match proves that, or demands it."""
-        kind = self.leaves[acc[0]].kind
-        if isinstance(kind, Symbol) and kind.op is aten.sigmoid.default:  # exact where the sigmoid itself underflows
-            inner = kind.args[0]
-            return self._symbol(aten.log_sigmoid.default, [((inner.leaf, acc[1]), inner.dtype)], None)
-        return self._symbol(aten.log.default, [(acc, None)], None)
+        return [Term(c, accs=() if x is None else (x,)) for c, x in log_summands(self.leaves, acc)]
 
 
 def _nearly_equal(a: Any, b: Any) -> bool:

@@ -34,7 +34,10 @@ def merge_sum(
         while new is not None:
             for n in range(len(done) - 1, -1, -1):
                 old = done[n]
-                if old.signature == new.signature and (merged := _merge(algebra, old, new, shape)) is not None:
+                if old.signature != new.signature:
+                    continue
+                merged = _merge(algebra, old, new, shape) or _split(algebra, old, new, shape)
+                if merged is not None:
                     del done[n]
                     new = algebra.normalise(merged, shape)
                     break
@@ -61,6 +64,34 @@ def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term |
         or _line(algebra, a, b)
         or _free_line(algebra, a, b, shape)
     )
+
+
+def _split(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
+    """R6: one term holds on a part of the other's region only; cut there, join the parts, and then the two halves.
+
+    The state before the second of two chunks is such a term: it holds on c >= 1, with the constant range [0, C - 1],
+    and the pairs inside the chunks on all c.
+    """
+    for whole, part in ((a, b), (b, a)):
+        for g in _cuts(algebra, whole, part, shape):
+            inside = algebra.normalise(whole.but(guards=whole.guards | {g}), shape)
+            outside = algebra.normalise(whole.but(guards=whole.guards | {-g - 1}), shape)
+            if inside is None or outside is None or inside.signature != part.signature:
+                continue
+            joined = _merge(algebra, inside, part, shape)
+            joined = None if joined is None else algebra.normalise(joined, shape)
+            if joined is not None and (out := _merge(algebra, joined, outside, shape)) is not None:
+                return out
+    return None
+
+
+def _cuts(algebra: Algebra, whole: Term, part: Term, shape: tuple[Aff, ...]) -> list[Aff]:
+    """Where the region of ``part`` ends inside that of ``whole``: a condition on free dimensions, if there is one."""
+    space = algebra.space
+    extra = [g for g in part.guards - whole.guards if all(v >= 0 for v in space.vars(g))]
+    ranges = algebra.ranges(shape, whole.guards)
+    cuts = [g for g in extra if space.upper(g, ranges) >= 0 and not algebra.implied(g, whole.guards, ranges)]
+    return cuts if len(cuts) == 1 else []
 
 
 def _own(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> list[Aff]:
@@ -287,10 +318,20 @@ def _restore(mine: dict[Number, list[Aff]], theirs: dict[Number, list[Aff]]) -> 
         if len(positions) - have > 1:
             return False
         if len(mine.get(-c, ())) < len(theirs.get(-c, ())):
-            # the pair P(u) - P(u): u is the other side's end, which does not move
-            u = theirs[1 if 1 in theirs else c][0]
+            # the pair P(u) - P(u): u is the other side's end, the later of its positions, which does not move
+            u = _latest([*theirs[c], *theirs.get(-c, ())])
             mine.setdefault(c, []).append(u)
             mine.setdefault(-c, []).append(u)
         else:
             mine.setdefault(c, []).append(Aff())
     return True
+
+
+def _latest(positions: list[Aff]) -> Aff:
+    """The largest, as far as differences are numbers."""
+    best = positions[0]
+    for p in positions[1:]:
+        step = p - best
+        if step.is_const and step.const > 0:
+            best = p
+    return best

@@ -127,7 +127,8 @@ class Statics:
         self._used.add(node)
         access: Access = (leaf, index)
         if how == "decay":
-            access = self.engine.log_access(access)
+            (log,) = self.engine.log_terms(access)
+            return log.accs, 1
         return (access,), -1 if how == "slope" else 1
 
     def _table(self, family: Family) -> int:

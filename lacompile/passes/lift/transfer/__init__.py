@@ -22,7 +22,7 @@ class Op:
     args: list[Any]
     kwargs: dict[str, Any]
     out: Any
-    dtypes: list[torch.dtype | None]
+    dtypes: list[Any]  # of the arguments; a tuple for a list of tensors
 
     def arg(self, n: int, name: str, default: Any = None) -> Any:
         return self.args[n] if n < len(self.args) else self.kwargs.get(name, default)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..affine import ONE, ZERO, Aff
+from ..affine import ONE, Aff
 from ..engine import MAX_FACTORS, MAX_TERMS, Engine, GiveUp
 from ..leaves import Opaque
 from ..term import Term, Val
@@ -51,14 +51,16 @@ def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int
     """sum over one index of a * b; ``keep`` maps the other dimensions to those of the result."""
     engine, shape = op.engine, op.shape
     length = a.shape[sum_a]
-    bound = ZERO if length == ONE else Aff.var(FRESH)
+    if length == ONE:  # nothing is summed
+        return engine.multiply(_kept(engine, a, keep_a, shape), _kept(engine, b, keep_b, shape))
+    bound = Aff.var(FRESH)
     a, b = _operand(engine, a), _operand(engine, b)
     if _projects(engine, a, sum_a, b) or _projects(engine, b, sum_b, a):
         raise GiveUp("a projection of what is looked into")
     left, right = _over(engine, a, keep_a, sum_a, bound), _over(engine, b, keep_b, sum_b, bound)
     if len(left) * len(right) > MAX_TERMS * 4:
         raise GiveUp("a product of long sums")
-    ranges = () if length == ONE else (Aff.var(FRESH), length - 1 - Aff.var(FRESH))
+    ranges = (Aff.var(FRESH), length - 1 - Aff.var(FRESH))
     terms = list(_products(engine, left, right, ranges))
     plain = engine.plain(a) and engine.plain(b)
     alt = engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket))).one if plain and terms else None
@@ -78,11 +80,15 @@ def _operand(engine: Engine, v: Val) -> Val:
     return engine.flat(engine.pick(v))
 
 
+def _kept(engine: Engine, v: Val, keep: dict[int, int], shape: tuple[Aff, ...]) -> Val:
+    """An operand without its summed dimension, which has length 1, spread over the result."""
+    return engine.index(v, {d: Aff.var(n) for d, n in keep.items() if d != n and v.shape[d] != ONE}, shape)
+
+
 def _over(engine: Engine, v: Val, keep: dict[int, int], summed: int, bound: Aff) -> list[Term]:
     # Bound indices of the operand move far away first, so that the fresh one is not captured.
     mapping = {d: Aff.var(n) for d, n in keep.items() if d != n and v.shape[d] != ONE}
-    if v.shape[summed] != ONE:
-        mapping[summed] = bound
+    mapping[summed] = bound
     return [t.sub(engine.space, mapping) for t in v.terms]
 
 
@@ -186,7 +192,7 @@ def cumprod(op: Op) -> Val:
     if v.shape[d] == ONE:
         return v
     logs = [Term(1.0, f, mono) for mono, f in t.exp.lin]
-    logs += [Term(1.0, accs=(engine.log_access(a),)) for a in t.accs]
+    logs += [x for a in t.accs for x in engine.log_terms(a)]
     if t.coef != 1:
         logs.append(Term(math.log(t.coef)))
     b = Aff.var(FRESH)

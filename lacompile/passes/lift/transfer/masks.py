@@ -11,6 +11,7 @@ import torch
 from ..affine import ONE, TAU, ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..leaves import Opaque, Table
+from ..logs import known_positive, log_summands
 from ..term import NO_EXPONENT, NO_GUARDS, Case, Exponent, Guards, Mono, Term, Val, constant, value
 from . import Op, rule
 from .arith import number, operand
@@ -437,6 +438,11 @@ def log_sigmoid(op: Op) -> list[Val]:
 def log(op: Op) -> Val:
     v: Val = op.args[0]
     if not any(t.exp for c in v.cases for t in c.terms) or any(len(c.terms) > 1 for c in v.cases):
+        t = op.engine.pick(v).one
+        if t is not None and op.engine.plain_term(t) and len(t.accs) == 1 and t.coef == 1:
+            summands = log_summands(op.engine.leaves, t.accs[0])
+            if known_positive(op.engine.leaves, summands):
+                return value(v.shape, op.engine.log_terms(t.accs[0]))
         return op.symbol()
     cases = []
     for c in v.cases:
@@ -494,4 +500,4 @@ def _log_base(op: Op, base: Val) -> Val:
         if found <= 0:
             raise GiveUp("a power of a number that is not positive")
         return constant(base.shape, math.log(found))
-    return value(base.shape, [Term(accs=(engine.log_access(found[0]),))])
+    return value(base.shape, engine.log_terms(found[0]))

@@ -10,6 +10,7 @@ from ..affine import ONE, ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..term import Case, Val
 from . import Op, rule
+from .masks import choose
 from .views import slice_bounds
 
 aten = torch.ops.aten
@@ -33,6 +34,24 @@ def select_scatter(op: Op) -> Val:
     if at.is_const and at.const < 0:
         at = at + base.shape[d]
     return written_at(op.engine, base, src, d, at)
+
+
+@rule(aten.index_put)
+def index_put(op: Op) -> Val:
+    """``x[.., mask] = number``: one condition over neighbouring dimensions, and one number for all of them."""
+    base, indices, new = op.args[0], op.args[1], op.args[2]
+    masks = [n for n, i in enumerate(indices) if i is not None]
+    if op.arg(3, "accumulate", False) or len(masks) != 1 or any(n != ONE for n in new.shape):
+        raise GiveUp("a write at positions that are data")
+    (at,) = masks
+    mask = indices[at]
+    if op.dtypes[1][at] is not torch.bool:
+        raise GiveUp("a write at positions that are data")
+    dims = range(at, at + len(mask.shape))
+    if not op.engine.index_only(mask) or mask.shape != tuple(base.shape[d] for d in dims):
+        raise GiveUp("a write at positions that are data")
+    inside = op.engine.index(mask, {n: Aff.var(d) for n, d in enumerate(dims) if base.shape[d] != ONE}, base.shape)
+    return choose(op, inside, op.engine.broadcast(new, base.shape), base)
 
 
 def written_at(engine: Engine, base: Val, src: Val, d: int, at: Aff) -> Val:

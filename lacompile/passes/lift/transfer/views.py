@@ -301,6 +301,10 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
     engine, shape = op.engine, op.shape
     if len(parts) == 1:
         return parts[0]
+    filled = [n for n, p in enumerate(parts) if not p.single or p.terms]
+    if len(filled) == 1:
+        low, high = (sum((p.shape[d] for p in side), ZERO) for side in (parts[: filled[0]], parts[filled[0] + 1 :]))
+        return _pad_dim(engine, parts[filled[0]], d, low, high, 0.0)
     x, start = Aff.var(d), ZERO
     cases: list[Case] = []
     terms: list[Term] = []

@@ -1,0 +1,75 @@
+"""The logarithm of a factor, taken apart as far as its function symbols go: a decay is one however it was raised."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .leaves import Argument, Leaves, Symbol
+from .term import Access
+
+aten = torch.ops.aten
+
+Summand = tuple[float, Access | None]
+"""A coefficient, and what it multiplies; None is 1."""
+
+
+def log_summands(leaves: Leaves, access: Access) -> list[Summand]:
+    """Summands whose sum is ``log`` of a leaf's entry, where the entry and every factor of it are positive.
+
+    The symbols ``log(x)`` among them name the x that must be positive: the match proves that of each, or demands it.
+    """
+    leaf, idx = access
+    kind = leaves[leaf].kind
+    if isinstance(kind, Symbol) and (found := _of_symbol(leaves, kind, idx, leaves[leaf].dtype)) is not None:
+        if known_positive(leaves, found) or leaves[leaf].interval[0] <= 0:
+            return found  # else the whole is known to be positive, and its factors are not
+    log = leaves.symbol(aten.log.default, [(access, None)], {}, leaves[leaf].dtype)
+    assert log is not None
+    return [(1.0, log)]
+
+
+def known_positive(leaves: Leaves, summands: list[Summand]) -> bool:
+    """Whether every logarithm among the summands is one of something that is positive by its interval."""
+    for _, access in summands:
+        kind = leaves[access[0]].kind if access is not None else None
+        if isinstance(kind, Symbol) and kind.op is aten.log.default and leaves[kind.args[0].leaf].interval[0] <= 0:
+            return False
+    return True
+
+
+def _of_symbol(leaves: Leaves, kind: Symbol, idx: tuple[Any, ...], dtype: torch.dtype) -> list[Summand] | None:
+    """The logarithm of a function symbol; None where it is not taken apart."""
+    if kind.kwargs:
+        return None
+    op, given = kind.op, kind.args[0]
+    if op is aten.sigmoid.default and isinstance(given, Argument):  # exact where the sigmoid itself underflows
+        made = leaves.symbol(aten.log_sigmoid.default, [((given.leaf, idx), given.dtype)], {}, dtype)
+        return None if made is None else [(1.0, made)]
+    args: list[Any] = []
+    start = 0
+    for a in kind.args:
+        if not isinstance(a, Argument):
+            args.append(a)
+            continue
+        if a.dtype is not None:
+            return None
+        args.append((a.leaf, idx[start : start + a.rank]))
+        start += a.rank
+    first = args[0]
+    if op is aten.exp.default:
+        return [(1.0, first)]
+    if op is aten.mul.Tensor and isinstance(first, tuple):
+        if isinstance(args[1], tuple):
+            return [*log_summands(leaves, first), *log_summands(leaves, args[1])]
+        if args[1] > 0:
+            return [*log_summands(leaves, first), (math.log(args[1]), None)]
+    if op is aten.reciprocal.default:
+        return [(-c, x) for c, x in log_summands(leaves, first)]
+    if op is aten.pow.Tensor_Scalar and isinstance(args[1], int | float):
+        return [(c * args[1], x) for c, x in log_summands(leaves, first)]
+    if op is aten.sqrt.default:
+        return [(c / 2, x) for c, x in log_summands(leaves, first)]
+    return None

@@ -1,0 +1,161 @@
+"""Spellings that a generator found to be missed, cut down to what mattered; each has a twin that must be refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lacompile.testing import assert_refused, assert_rewritten
+
+B, H, N, D, E = 2, 2, 8, 4, 3
+OFF = {"validate": "off"}
+
+
+def arguments(length: int = N):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, H, length, n, generator=generator).requires_grad_() for n in (D, D, E))
+    return q, k, v, torch.tensor([0.9, 0.7])
+
+
+def distance(n: int = N) -> torch.Tensor:
+    i = torch.arange(n)
+    return i[:, None] - i[None, :]
+
+
+def rewritten(f, length: int = N):
+    assert_rewritten(f, *arguments(length), compiled=False, options=OFF)
+
+
+def refused(f, length: int = N):
+    assert_refused(f, *arguments(length), options=OFF)
+
+
+# ------------------------------------------------------------------------------------------------------ two chunks only
+
+
+def two_chunks(q, k, v, gamma, first=0.0, size=4):
+    """The state before the second chunk has a constant range, where that of more chunks grows with the chunk."""
+    qc, kc, vc = (x.unflatten(2, (-1, size)) for x in (q, k, v))
+    inner = (qc @ kc.mT).tril() @ vc
+    states = kc.mT @ vc
+    before = torch.stack([first * states[:, :, 0], states[:, :, 0]], 2)
+    return (inner + qc @ before).flatten(2, 3)
+
+
+def test_two_chunks():
+    rewritten(two_chunks)
+
+
+def test_two_chunks_of_which_the_first_sees_itself_as_past():
+    refused(lambda q, k, v, gamma: two_chunks(q, k, v, gamma, first=1.0))
+
+
+# --------------------------------------------------------------------------------------------------- writes into a mask
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_mask_written_by_a_condition(shift):
+    def f(q, k, v, gamma):
+        weight = gamma[:, None, None] ** distance()
+        weight[..., distance() < shift] = 0
+        return (q @ k.mT * weight) @ v
+
+    (refused if shift else rewritten)(f)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_mask_written_row_by_row(shift):
+    def f(q, k, v, gamma):
+        weight = gamma[:, None, None] ** distance()
+        for row in range(N):
+            weight[..., row, row + 1 - shift :] = 0
+        return (q @ k.mT * weight) @ v
+
+    (refused if shift else rewritten)(f)
+
+
+def test_a_write_at_positions_is_none_by_a_condition():
+    def f(q, k, v, gamma):
+        weight = (gamma[:, None, None] ** distance()).tril()
+        weight[..., torch.arange(N)] = 0
+        return (q @ k.mT * weight) @ v
+
+    refused(f)
+
+
+# -------------------------------------------------------------------------------------------------------------- padding
+
+
+@pytest.mark.parametrize("front", [0, 2])
+def test_padding_by_concatenation(front):
+    def f(q, k, v, gamma):
+        zeros = v.new_zeros(B, H, 2, E)
+        v = torch.cat([zeros, v] if front else [v, zeros], 2)
+        q, k = (F.pad(x, (0, 0, 0, 2)) for x in (q, k))
+        return ((q @ k.mT).tril() @ v)[:, :, :N]
+
+    (refused if front else rewritten)(f)
+
+
+# ----------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_a_difference_that_is_nothing():
+    """The last of the chunks holds one token: its key's decay to the end of the chunk is exp(g - g)."""
+
+    def f(q, k, v, gamma):
+        g = F.logsigmoid(k[..., 0])
+        k = k * torch.exp(g - g)[..., None]
+        run = g.cumsum(-1)
+        return (q @ k.mT * (run[..., :, None] - run[..., None, :]).tril().exp().tril()) @ v
+
+    rewritten(f)
+
+
+@pytest.mark.parametrize("length", [9, 10])
+def test_a_factor_raised_by_a_number(length):
+    """gamma ** 4 between the chunks is four times log(gamma), as gamma ** (i + 1) inside them is i + 1 times."""
+
+    def f(q, k, v, gamma, size=4):
+        out, state = [], q.new_zeros(B, H, D, E)
+        for start in range(0, length, size):
+            qc, kc, vc = (x[:, :, start : start + size] for x in (q, k, v))
+            m = qc.shape[2]
+            i = torch.arange(m)
+            weight = torch.where(distance(m) >= 0, gamma[:, None, None] ** distance(m), 0.0)
+            inner = (qc @ kc.mT * weight) @ vc
+            out.append(inner + (qc * gamma[:, None, None] ** (i + 1)[:, None]) @ state)
+            kd = kc * gamma[:, None, None] ** (m - 1 - i)[:, None]
+            state = state * (gamma**m)[:, None, None] + kd.mT @ vc
+        return torch.cat(out, 2)
+
+    rewritten(f, length)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_decay_that_is_a_positive_number_times_minus_one(late):
+    """The end of a prefix sum is its later position, whatever the sign of its coefficient."""
+
+    def f(q, k, v, gamma):
+        g = -torch.exp(gamma)[:, None] * F.softplus(k[..., 0])
+        state, out = q.new_zeros(B, H, D, E), []
+        for t in range(N):
+            update = k[:, :, t, :, None] * v[:, :, t, None, :]
+            state = (state + update if late else state) * g[:, :, t, None, None].exp()
+            state = state if late else state + update
+            out.append((q[:, :, t, None] @ state)[:, :, 0])
+        return torch.stack(out, 2)
+
+    (refused if late else rewritten)(f)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_weight_multiplied_by_a_matrix_product_over_one(causal):
+    def f(q, k, v, gamma):
+        weight = gamma[:, None, None] ** distance().abs()
+        weight = weight.tril() if causal else weight
+        scores = (q @ k.mT).permute(1, 2, 3, 0)[..., None] @ weight[..., None, None]
+        return scores[..., 0].permute(3, 0, 1, 2) @ v
+
+    (rewritten if causal else refused)(f)

@@ -36,10 +36,10 @@ def small(monkeypatch):
     if lightning2 is None:
         return
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # Triton reads its variable again when it runs
-    config = lightning2.launch.config
+    config = lightning2.launch.portable
     monkeypatch.setattr(pieces, "SHORTEST", 2 * C)
     wide = {"chunk": C, "stages": 1}
-    monkeypatch.setattr(lightning2.launch, "config", lambda *a: dataclasses.replace(config(*a), **wide))
+    monkeypatch.setattr(lightning2.launch, "portable", lambda *a: dataclasses.replace(config(*a), **wide))
     torch.use_deterministic_algorithms(True)
     with mock.patch.multiple(lightning2.launch, SPAN_PER_TOKEN=C, SPAN_FIXED=C):
         yield

@@ -163,7 +163,7 @@ def backward(
         d_initial = torch.empty((pieces.sequences, heads, dk, dv), **fp32)
         states = piece_states(k, v, log_decay, 1.0, pieces, heads, initial_state, None, reverse=False)
         d_states = piece_states(q, do, log_decay, scale, pieces, heads, d_state, d_initial, reverse=True)
-        for_k, for_v = launch.config(dv, dk, q.dtype), launch.config(dk, dv, q.dtype)
+        for_k, for_v = launch.portable(dv, dk, q.dtype), launch.portable(dk, dv, q.dtype)
         k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
         span = launch.span(per_token)
         spans = launch.blocks(pieces.tokens, span)

@@ -90,7 +90,7 @@ def packed_forward_kernel(
 
 def cut_for(q: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor) -> Pieces:
     """The pieces of a call."""
-    tiles = launch.config(q.shape[3], v.shape[3], q.dtype)
+    tiles = launch.portable(q.shape[3], v.shape[3], q.dtype)
     slots = launch.processors(q.device) * tiles.resident
     programs = heads * launch.blocks(v.shape[3], tiles.bv)
     return cut(cu_seqlens, q.shape[2], tokens_of_a_piece(q.shape[2], programs, slots))
@@ -119,7 +119,7 @@ def forward(
         states = piece_states(
             k, v, log_decay, 1.0, pieces, heads, initial_state, end if want_state else None, reverse=False
         )
-        tiles, unit = launch.config(dk, dv, q.dtype), launch.unit(q, k, v, o)
+        tiles, unit = launch.portable(dk, dv, q.dtype), launch.unit(q, k, v, o)
         packed_forward_kernel[(pieces.count * heads * launch.blocks(dv, tiles.bv),)](
             q, k, v, o, log_decay, pieces.table, pieces.firsts, states, end,
             *(s for x in (q, k, v, o) for s in launch.strides(x, unit)[1:]), *launch.decay_strides(log_decay)[1:],

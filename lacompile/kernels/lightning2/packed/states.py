@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...tuning.space import next_power_of_2
 from .. import launch
 from ..body import state_offsets
 from ..decay import to_log2
@@ -142,7 +143,7 @@ def piece_states(
         reverse: backwards.
     """
     dk, dv = b.shape[3], c.shape[3]
-    tiles = launch.config(dk, dv, b.dtype)
+    tiles = launch.portable(dk, dv, b.dtype)
     fp32 = {"dtype": torch.float32, "device": b.device}
     states = torch.empty(pieces.count, heads, dk, dv, **fp32)
     totals = torch.empty(pieces.count, heads, **fp32)
@@ -155,7 +156,7 @@ def piece_states(
         PER_TOKEN=log_decay.dim() == 3, PRECISION=launch.precision(b.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    tile = min(1024, launch.next_power_of_2(dk * dv))
+    tile = min(1024, next_power_of_2(dk * dv))
     scan_kernel[(pieces.sequences * heads * launch.blocks(dk * dv, tile),)](
         pieces.firsts, states, totals, states if outer is None else outer, states if empty is None else empty, heads,
         DKV=dk * dv, TILE=tile, REVERSE=reverse, HAS_OUTER=outer is not None, STORE_EMPTY=empty is not None,

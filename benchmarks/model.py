@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -257,12 +257,13 @@ def main() -> None:
         if (style, backend) != ("TransNormer", "inductor") or length <= INDUCTOR_ON_A_MASK
     ]
     about = harness.provenance("torch", "triton", dtype="bfloat16", **shape)
+    rows: list[Row] = []
     with ThreadPoolExecutor(args.processes) as pool:
-        rows = list(pool.map(in_a_process, runs))
-    rows.sort(key=lambda r: (r["style"], r["backend"], r["N"]))
-    if args.out is not None:
-        harness.write_csv(args.out, about, rows)
-        harness.write_page(args.out.with_suffix(".md"), "Training step", about, rows, COLUMNS)
+        for done in as_completed([pool.submit(in_a_process, run) for run in runs]):
+            rows = sorted([*rows, done.result()], key=lambda r: (r["style"], r["backend"], r["N"]))
+            if args.out is not None:
+                harness.write_csv(args.out, about, rows)
+                harness.write_page(args.out.with_suffix(".md"), "Training step", about, rows, COLUMNS)
 
 
 if __name__ == "__main__":

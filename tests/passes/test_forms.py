@@ -7,6 +7,7 @@ import torch
 
 from lacompile.testing import assert_refused, assert_rewritten
 
+from . import loops, twins  # noqa: F401  (they register their programs)
 from .forms import LOOPS, PARALLEL, TWINS, B, D, E, H, N
 
 

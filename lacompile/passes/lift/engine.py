@@ -259,9 +259,6 @@ class Engine(Algebra):
                 work.append(Case(outside, tuple(t for t in case.terms if guard not in t.guards)))
         return out
 
-    def _speaks_of_bound(self, g: Aff) -> bool:
-        return any(v < 0 for v in self.space.vars(g))
-
     def zip_cases(self, vals: Sequence[Val], f: Callable[[list[tuple[Term, ...]]], Iterable[Term]]) -> Val:
         """``f`` applied on every non-empty intersection of the cases of ``vals`` (all of one shape)."""
         shape = vals[0].shape

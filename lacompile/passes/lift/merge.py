@@ -14,6 +14,7 @@ from .normal import Algebra
 from .term import Access, Exponent, Mono, Term
 
 MAX_UNMERGED = 64
+MAX_ENDS = 9  # pairs of ends that are tried for one index
 
 
 class TooManyTerms(Exception):
@@ -103,8 +104,17 @@ def _own(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> list[Aff
     return [g for g in extra if not algebra.implied(g, b.guards, ranges)]
 
 
-def _ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> tuple[Aff, Aff] | None:
-    """The range of ``var`` in this term; a free dimension without guards has its whole extent."""
+Ends = tuple[Aff, Aff]
+
+
+def _ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> Ends | None:
+    """The range of ``var`` in this term, if it has one lower and one upper end."""
+    found = _all_ends(algebra, term, var, shape)
+    return found[0] if len(found) == 1 else None
+
+
+def _all_ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> list[Ends]:
+    """Every pair of ends; a free dimension without guards has its whole extent."""
     bounds = algebra.bounds(var, term.guards)
     low, high = bounds.low, bounds.high
     if var >= 0:
@@ -112,20 +122,23 @@ def _ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> tup
         simple_low = [x for x in low if not x.terms or all(v >= 100 for v, _ in x.terms)]
         simple_high = [x for x in high if not x.terms or all(v >= 100 for v, _ in x.terms)]
         low, high = simple_low or [Aff.lit(0)], simple_high or [size - 1]
-    return (low[0], high[0]) if len(low) == 1 and len(high) == 1 else None
+    return [(lo, hi) for lo in low for hi in high]
 
 
 def _adjacent(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
     """Equal bodies on ranges [l1, u1] and [u1 + 1, u2] of one index."""
     differ = {v for g in a.guards ^ b.guards for v, _ in g.terms if v < 100}
     for var in sorted(differ):
-        for first, second in ((a, b), (b, a)):
-            r1, r2 = _ends(algebra, first, var, shape), _ends(algebra, second, var, shape)
-            if r1 is None or r2 is None or r1[1] + 1 != r2[0]:
-                continue
-            joined = _join(algebra, first, second, var, r1, r2, shape)
-            if joined is not None:
-                return joined
+        ends_a, ends_b = _all_ends(algebra, a, var, shape), _all_ends(algebra, b, var, shape)
+        if len(ends_a) * len(ends_b) > MAX_ENDS:
+            continue
+        for first, ends_1, second, ends_2 in ((a, ends_a, b, ends_b), (b, ends_b, a, ends_a)):
+            for r1 in ends_1:
+                for r2 in ends_2:
+                    if r1[1] + 1 == r2[0]:
+                        joined = _join(algebra, first, second, var, r1, r2, shape)
+                        if joined is not None:
+                            return joined
     return None
 
 
@@ -148,10 +161,10 @@ def _join(
     if own1 or own2:
         return None
     guards = (rest1.guards | rest2.guards | {low, high}) - {end1, start2}
-    ranges = algebra.ranges(shape, {g for g in guards if not g.coef(var)})
-    for lo, hi in (r1, r2):
-        if algebra.space.lower(hi - lo + 1, ranges) < 0 and not algebra.implied(hi - lo + 1, guards, ranges):
-            return None
+    elsewhere = {g for g in guards if var not in algebra.space.vars(g)}
+    ranges = algebra.ranges(shape, elsewhere)
+    if not all(algebra.implied(hi - lo + 1, elsewhere, ranges) for lo, hi in (r1, r2)):
+        return None
     return first.but(guards=guards)
 
 

@@ -8,88 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
-from .affine import FIRST_DIV, INF, TAU, ZERO, Aff, Range, Space, box
+from .affine import FIRST_DIV, INF, ONE, TAU, ZERO, Aff, Range, box
+from .regions import Regions
 from .term import Access, Exponent, Guards, Mono, Term
 
 ROUNDS = 8
 DENSE = 12  # free dimensions whose coefficients are compared one by one
 
 
-class Bounds(NamedTuple):
-    """The guards that bound one variable from below (var >= low) and above (var <= high)."""
-
-    low: list[Aff]
-    high: list[Aff]
-    other: bool  # some guard holds the variable in another way
-
-
-class Algebra:
-    """The space of one analysis and the shapes of its leaves: what the rules need to know."""
-
-    def __init__(self) -> None:
-        self.space = Space()
-        self.leaf_shapes: dict[int, tuple[Aff, ...]] = {}
-
-    # ------------------------------------------------------------------------------------------------------- boxes
-
-    def ranges(self, shape: Iterable[Aff], guards: Iterable[Aff] = ()) -> dict[int, Range]:
-        """The box of the free dimensions, tightened by the guards that speak of one free dimension alone."""
-        out = box(shape)
-        for g in guards:
-            free = [(v, c) for v, c in g.terms if v < 100]
-            if len(free) != 1 or free[0][0] < 0 or any(v >= FIRST_DIV for v, _ in g.terms):
-                continue
-            v, c = free[0]
-            if v not in out:
-                continue
-            low, high = out[v]
-            rest = g.without(v)
-            if c == 1 and self.space.lower(-rest - low, {}) >= 0:
-                out[v] = (-rest, high)
-            elif c == -1 and self.space.lower(high - rest, {}) >= 0:
-                out[v] = (low, rest)
-        return out
-
-    def bounds(self, var: int, guards: Iterable[Aff]) -> Bounds:
-        low: list[Aff] = []
-        high: list[Aff] = []
-        other = False
-        for g in guards:
-            c = g.coef(var)
-            if c == 1:
-                low.append(-g.without(var))
-            elif c == -1:
-                high.append(g.without(var))
-            elif c or any(v >= FIRST_DIV and var in self.space.vars(Aff.var(v)) for v, _ in g.terms):
-                other = True
-        return Bounds(low, high, other)
-
-    def feasible(self, guards: Iterable[Aff], ranges: Mapping[int, Range]) -> bool:
-        """False only where the guards provably exclude each other on the box."""
-        gs = list(guards)
-        for n, g in enumerate(gs):
-            if self.space.upper(g, ranges) < 0:
-                return False
-            if any(self.space.upper(g + h, ranges) < 0 for h in gs[:n]):
-                return False
-        return True
-
-    def implied(self, g: Aff, guards: Iterable[Aff], ranges: Mapping[int, Range]) -> bool:
-        """True where ``g >= 0`` follows from the box and one of the guards."""
-        return self.space.lower(g, ranges) >= 0 or any(self.space.lower(g - h, ranges) >= 0 for h in guards)
-
-    def prune(self, guards: Iterable[Aff], shape: tuple[Aff, ...]) -> Guards | None:
-        """R1 for guards over free dimensions: drop what the box or another guard implies; None where impossible."""
-        kept = {self.space.guard(g) for g in guards}
-        ranges = box(shape)
-        if not self.feasible(kept, ranges):
-            return None
-        for g in sorted(kept):
-            if self.implied(g, kept - {g}, ranges):
-                kept.discard(g)
-        return frozenset(kept)
+class Algebra(Regions):
+    """The rules of normalisation."""
 
     # ------------------------------------------------------------------------------------------------- normalisation
 
@@ -133,7 +62,8 @@ class Algebra:
     def _settle(self, term: Term, ranges: Mapping[int, Range]) -> Term:
         """Floor divisions that the box decides, and exponents in their canonical reading."""
         space = self.space
-        if any(v >= FIRST_DIV for a in term.affs() for v, _ in a.terms) and not self._cyclic(ranges):
+        if any(v >= FIRST_DIV for a in term.affs() for v, _ in a.terms):
+            ranges = {v: r for v, r in ranges.items() if v >= 0 or not self._speaks_of_bound(*r)}
 
             def mono(m: Mono) -> Mono:
                 return tuple(sorted((leaf, tuple(space.settle(i, ranges) for i in idx)) for leaf, idx in m))
@@ -157,10 +87,8 @@ class Algebra:
         """Only constant ranges: a guard must not be simplified by the range it itself defines."""
         return {v: r for v, r in ranges.items() if r[0] == ZERO and v >= 0}
 
-    @staticmethod
-    def _cyclic(ranges: Mapping[int, Range]) -> bool:
-        bound = {v for v in ranges if v < 0}
-        return any(v in bound for var in bound for end in ranges[var] for v, _ in end.terms)
+    def _speaks_of_bound(self, *affs: Aff) -> bool:
+        return any(v < 0 for a in affs for v in self.space.vars(a))
 
     def _telescope(self, exp: Exponent) -> Exponent:
         """A fixed token of a long dimension, g[.., 5, ..], is P(6) - P(5): products over tokens then telescope."""
@@ -198,13 +126,13 @@ class Algebra:
 
     def _prune_guards(self, term: Term, shape: tuple[Aff, ...]) -> Term | None:
         """R1: drop guards that the box or another guard implies; None if the guards exclude each other."""
-        guards = {self.space.guard(g) for g in term.guards}
+        plain = box(shape)
+        guards = {h for g in term.guards for h in self._corner(self.space.guard(g), plain)}
         for g in [g for g in guards if g.is_const]:
             if g.const < 0:
                 return None
             guards.discard(g)
         ranges = self.ranges(shape, guards)
-        plain = box(shape)
         if not self.feasible(guards, ranges):
             return None
         for g in sorted(guards):
@@ -213,9 +141,27 @@ class Algebra:
             if speaks_of_bound:
                 if any(self.space.lower(g - h, ranges) >= 0 for h in others if self._same_side(g, h)):
                     guards.discard(g)
-            elif self.implied(g, others, plain):
+            elif self.implied(g, others, plain) or self._follows_from_a_range(g, others, plain):
                 guards.discard(g)
         return term if guards == term.guards else term.but(guards=guards)
+
+    def _corner(self, g: Aff, plain: Mapping[int, Range]) -> Iterable[Aff]:
+        """A guard that holds in one corner of the box alone, as one guard for each dimension that it pins."""
+        if len(g.terms) < 2 or any(v not in plain for v, _ in g.terms) or self.space.upper(g, plain) != 0:
+            return (g,)
+        return [Aff.var(v) - plain[v][1] if c > 0 else plain[v][0] - Aff.var(v) for v, c in g.terms]
+
+    def _follows_from_a_range(self, g: Aff, others: set[Aff], plain: Mapping[int, Range]) -> bool:
+        """Where the guard fails, the range low <= b <= high of a bound index b is empty, so the term is 0 anyway."""
+        wanted = self.space.vars(g)
+        for var in {v for h in others for v, _ in h.terms if v < 0}:
+            b = self.bounds(var, others)
+            for low in b.low:
+                for high in b.high:
+                    room = self.space.guard(high - low)
+                    if room.terms and self.space.vars(room) <= wanted and self.space.lower(g - room, plain) >= 0:
+                        return True
+        return False
 
     def _same_side(self, g: Aff, h: Aff) -> bool:
         return all(v >= 0 for v in self.space.vars(g - h))
@@ -259,6 +205,17 @@ class Algebra:
             if self.space.lower(length, self.ranges(shape, rest)) < 0:
                 rest.append(length - 1)
             term = term.but(poly=length, guards=rest)
+        return self._zero_or_one(term, shape)
+
+    def _zero_or_one(self, term: Term, shape: tuple[Aff, ...]) -> Term:
+        """An index-valued factor of a sum that can only be 0 or 1 is the guard that it is 1."""
+        poly = term.poly
+        if poly.is_const or not term.bound(self.space) or not all(isinstance(c, int) for _, c in poly.terms):
+            return term
+        ranges = box(shape)
+        if self.space.vars(poly) <= ranges.keys() and isinstance(poly.const, int):
+            if self.space.lower(poly, ranges) == 0 and self.space.upper(poly, ranges) == 1:
+                return term.but(poly=ONE, guards=term.guards | {poly - 1})
         return term
 
     def _mixed_radix(self, term: Term) -> Term:
@@ -268,49 +225,47 @@ class Algebra:
         """
         bound = sorted(term.bound(self.space))
         for b2 in bound:
-            r2 = self.bounds(b2, term.guards)
-            if r2.other or len(r2.low) != 1 or len(r2.high) != 1:
-                continue
-            length = r2.high[0] - r2.low[0] + 1
-            if not length.is_const or length.const < 1:
-                continue
-            m = int(length.const)
-            for b1 in bound:
-                if b1 == b2:
-                    continue
-                merged = self._windows(term, b1, b2, m, r2) or self._digits(term, b1, b2, m, r2)
-                if merged is not None:
-                    return merged
+            ends = self.bounds(b2, term.guards)
+            for low in ends.low if not ends.other else ():
+                for high in ends.high:
+                    length = high - low + 1
+                    if not length.is_const or length.const < 1:
+                        continue
+                    for b1 in bound:
+                        if b1 != b2 and (merged := self._as_one_index(term, b1, b2, low, int(length.const))):
+                            return merged
         return term
+
+    def _as_one_index(self, term: Term, b1: int, b2: int, low: Aff, m: int) -> Term | None:
+        """``b2`` runs over ``m`` values from ``low``; other guards may restrict it further."""
+        x = Aff.var(b2)
+        own = {self.space.guard(x - low), self.space.guard(low + (m - 1) - x)}
+        rest = term.guards - own
+        return self._windows(term, b1, b2, low, m, rest) or self._digits(term, b1, b2, low, m, rest)
 
     def _range_of(self, var: int, guards: Iterable[Aff]) -> tuple[Aff, Aff] | None:
         b = self.bounds(var, guards)
         return None if b.other or len(b.low) != 1 or len(b.high) != 1 else (b.low[0], b.high[0])
 
-    def _windows(self, term: Term, b1: int, b2: int, m: int, r2: Bounds) -> Term | None:
-        low = r2.low[0]
+    def _windows(self, term: Term, b1: int, b2: int, low: Aff, m: int, rest: Guards) -> Term | None:
         if low.coef(b1) != m or m == 1:
             return None
-        own = {g for g in term.guards if g.coef(b2)}
-        rest = term.guards - own
         range1 = self._range_of(b1, rest)
         used = set().union(*(self.space.vars(a) for a in term.but(guards=[]).affs()), set())
         if range1 is None or b1 in used:
             return None
         base = low.without(b1)
-        if b2 in self.space.vars(range1[0] - range1[1]):
+        if b1 in self.space.vars(base) or b2 in self.space.vars(range1[0]) | self.space.vars(range1[1]):
             return None
+        # A point of the union lies in one window, so a further guard on b2 says the same of it in either form.
         guards = [g for g in rest if not g.coef(b1)]
         guards.append(Aff.var(b2) - base - range1[0] * m)
         guards.append(base + range1[1] * m + (m - 1) - Aff.var(b2))
         return term.but(guards=guards)
 
-    def _digits(self, term: Term, b1: int, b2: int, m: int, r2: Bounds) -> Term | None:
-        low2 = r2.low[0]
-        if m == 1 or not low2.is_const:
+    def _digits(self, term: Term, b1: int, b2: int, low2: Aff, m: int, rest: Guards) -> Term | None:
+        if m == 1 or not low2.is_const or any(b2 in self.space.vars(g) for g in rest):
             return None
-        own = {g for g in term.guards if g.coef(b2)}
-        rest = term.guards - own
         range1 = self._range_of(b1, rest)
         if range1 is None or b2 in self.space.vars(range1[0]) | self.space.vars(range1[1]):
             return None

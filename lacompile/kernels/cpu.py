@@ -38,9 +38,9 @@ class Block:
         return self.start + self.count * self.size
 
     def of(self, x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """The block of ``[B,*,N,D]`` as ``[B,H,count,size,D]``."""
+        """The block of ``[B,*,N,D]`` as ``[B,H,count,size,D]``, contiguous: every product it is in would copy it."""
         part = expand_heads(x[:, :, self.start : self.stop], heads).to(dtype)
-        return part.reshape(*part.shape[:2], self.count, self.size, part.shape[3])
+        return part.reshape(*part.shape[:2], self.count, self.size, part.shape[3]).contiguous()
 
 
 def blocks(length: int) -> Iterator[Block]:

@@ -15,6 +15,7 @@ from .states import final_states, looks_like_state
 from .step import prove_step
 
 MAX_STEPS_BACK = 24
+EXPLAINED = 1  # progress of a refusal that names a tensor of the program, and not what became of the normal form
 
 
 def held_symbols(interpreter: Interpreter) -> dict[int, tuple[fx.Node, tuple[Aff, ...]]]:
@@ -67,8 +68,10 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
                 continue
             node, fact = behind.node, behind
         frontier, seen, whole = [node], set(), fact.tensor.numel()
+        follows = False  # whether it is computed from an attention that was found
         while frontier and len(seen) < MAX_STEPS_BACK:
             at = frontier.pop(0)
+            follows |= at in done
             if at in seen or at in done:
                 continue
             seen.add(at)
@@ -96,7 +99,7 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
             done.add(at)
             best = None
             break
-        if best is not None and best.progress > 0:
+        if best is not None and best.progress > 0 and not (follows and best.progress > EXPLAINED):
             refusals.append(best)
     matches += final_states(interpreter, states, proofs)
     return matches, sorted(refusals, key=lambda r: -r.progress)

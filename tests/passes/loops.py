@@ -179,3 +179,12 @@ def sigmoid_gates_loop(q, k, v, slope):
 def cumulative_outer_products(q, k, v, slope):
     kv = (k[..., :, None] * v[..., None, :]).cumsum(2)
     return (q[..., None, :] @ kv)[..., 0, :] * slope.sum()
+
+
+@register(LOOPS)
+def bounded_input_gate(q, k, v, slope):
+    """A gate that is at most 1 belongs to the keys."""
+    forget = F.logsigmoid(k[..., 0] + slope[:, None]).cumsum(-1)
+    total = forget[..., :, None] - forget[..., None, :] + F.logsigmoid(k.amax(-1))[..., None, :]
+    above = ~torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+    return (q @ k.mT * total.masked_fill(above, float("-inf")).exp()) @ v

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .forms import TWINS, distance, mask, register
 
@@ -145,3 +146,13 @@ def cross_lengths(q, k, v, slope):
     k, v = k[:, :, :-4], v[:, :, :-4]
     i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])[None, :]
     return (q @ k.mT * torch.where(i >= j, torch.exp(-slope[:, None, None] * (i - j)), 0.0)) @ v
+
+
+@register(TWINS, "bounded-weights")
+def stabilised_input_gate(q, k, v, slope):
+    """An exponential gate under a row maximum is the same sum, but its own exponential may overflow."""
+    forget = F.logsigmoid(k[..., 0] + slope[:, None]).cumsum(-1)
+    total = forget[..., :, None] - forget[..., None, :] + 100 * k.amax(-1)[..., None, :]
+    total = total.masked_fill(distance(q.shape[2]) < 0, float("-inf"))
+    weight = (total - total.amax(-1, keepdim=True)).exp()
+    return (q @ k.mT * weight) @ v

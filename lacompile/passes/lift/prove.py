@@ -9,6 +9,7 @@ Every obligation that fails is a :class:`~lacompile.passes.facts.Refusal` naming
     decay          the weight is exp(G_i - G_j) with G from head- or token-wise scalars
     unit-diagonal  the weight is 1 at j = i (times a constant scale)
     single-term    nothing else is added, but an initial state and a residual without a sum
+    bounded-weights  a weight of the keys does not overflow where the program's own weight is finite
     emission       every factor can be read off a value of the graph
 """
 
@@ -24,6 +25,8 @@ from .leaves import Opaque, Table
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused, at_position
 from .step import prove_step
 from .term import Access, Exponent, Mono, Term, sub_access
+
+LARGEST_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
 
 
 def prove(engine: Engine, fact: Fact, explained: set[int] | None = None) -> Proof:
@@ -127,6 +130,7 @@ class _Prover:
         self._assign_roles()
         self._sort_factors()
         self._sort_weights()
+        self._check_finite()
         for t in self.rest:
             self._other_term(t)
         return self.proof
@@ -264,6 +268,21 @@ class _Prover:
             else:
                 self._fixed_decay(mono, f)
         self._token_decays()
+
+    def _check_finite(self) -> None:
+        """exp(I_j - m_i) is finite where exp(I_j) is not: a key's weight must be bounded without the row's."""
+        if not self.proof.outer_weights:
+            return
+        for mono, c in self.proof.k_weights:
+            low, high = self.engine.leaves[mono[0][0]].interval if len(mono) == 1 else (-math.inf, math.inf)
+            if max(c * low, c * high) > LARGEST_EXPONENT:
+                raise Refused(
+                    "bounded-weights",
+                    "a weight of the keys that is finite by itself",
+                    "an exponential gate that a factor of the row (a running maximum) keeps finite",
+                    5,
+                    "apart, the exponential of the gate may overflow where the stabilised one does not",
+                )
 
     def _feature_weight(self, mono: Mono, f: Aff, holders: set[int] | frozenset[int]) -> None:
         """exp of plain data (a feature map) is a factor of its side; a decay that differs by feature is refused."""

@@ -10,9 +10,10 @@ READY := $(VENV)/.ready
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
-$(READY): requirements.txt pyproject.toml
+$(READY): requirements.txt requirements-public.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-public.txt
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $(READY)
 

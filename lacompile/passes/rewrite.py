@@ -60,6 +60,23 @@ def _facts_with_final_state(expr: Expr) -> list[DecayedAttention]:
     return own + [f for e in children(expr) for f in _facts_with_final_state(e)]
 
 
+MADE_ANEW = (torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, torch.bmm, torch.einsum)
+NEED_STRIDES = ("view", "as_strided", "unflatten")
+
+
+def _may_be_viewed(node: fx.Node) -> bool:
+    """Whether a ``view``, which fails on other strides, may see the strides of this value."""
+    work, seen = [node], {node}
+    while work:
+        for user in work.pop().users:
+            if getattr(user.target, "__name__", user.target) in NEED_STRIDES:
+                return True
+            if user.target not in MADE_ANEW and user not in seen:
+                seen.add(user)
+                work.append(user)
+    return False
+
+
 class _Writer:
     def __init__(self, gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node], operator_call: OpCall, finals: set[int]):
         self.gm, self.mapping, self.operator_call, self.finals = gm, mapping, operator_call, finals
@@ -80,6 +97,8 @@ class _Writer:
             got = new.meta["example_value"]
         if tuple(got.shape) != tuple(want.shape):
             raise CannotRewrite(f"{target.name} has shape {tuple(want.shape)}, its replacement {tuple(got.shape)}")
+        if not got.is_contiguous() and _may_be_viewed(target):  # every view of the target is one of this
+            new = self._call(torch.Tensor.contiguous, (new,), {})
         later = {self.mapping[n] for n, i in order.items() if i > order[match.after or match.target]}
         skip = set(self.made.values()) | {new}
         target.replace_all_uses_with(new, lambda user: user in later and user not in skip, propagate_meta=False)

@@ -1,4 +1,4 @@
-"""The mLSTM of mlstm-kernels and xlstm, untouched: the same operator where its input gate is bounded, else left alone."""
+"""The mLSTM of two packages, untouched: the same operator where its input gate is bounded, else left alone."""
 
 from __future__ import annotations
 

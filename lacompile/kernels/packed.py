@@ -1,15 +1,14 @@
-"""Packed sequences one by one, by any implementation of a single one: what runs on a CPU. It reads their lengths."""
+"""Packed sequences one by one, by whatever serves a single one. The lengths are read on the host, which waits."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import cpu
+from .select import implementation
 
 
 def _parts(cu_seqlens: Tensor) -> Iterator[tuple[int, slice]]:
@@ -32,9 +31,9 @@ def forward(
     initial_state: Tensor | None,
     want_state: bool,
     cu_seqlens: Tensor,
-    one: ModuleType = cpu,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[1,H,N,Dv]`` in q's dtype and final states ``[S,H,Dk,Dv]``."""
+    one = implementation(q, v)
     outs, states = [], []
     for n, part in _parts(cu_seqlens):
         first = None if initial_state is None else initial_state[n : n + 1]
@@ -55,9 +54,9 @@ def backward(
     initial_state: Tensor | None,
     want_decay: bool,
     cu_seqlens: Tensor,
-    one: ModuleType = cpu,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (zero unless wanted) and the initial states (empty without them)."""
+    one = implementation(q, v)
     grads = []
     for n, part in _parts(cu_seqlens):
         first = None if initial_state is None else initial_state[n : n + 1]

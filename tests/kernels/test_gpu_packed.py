@@ -1,4 +1,4 @@
-"""Packed sequences by the compiled kernels against separate calls in fp64, on a GPU: ``pytest -m gpu``."""
+"""Packed sequences, by kernels of their own and one by one, against separate calls in fp64, on a GPU: ``pytest -m gpu``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lacompile import decayed_attention
+from lacompile.kernels import select
 from lacompile.testing import budget, check_error, head_log_decay, qkv, relative_error, state, token_log_decay
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -13,6 +14,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 H = 4
 DECAYS = pytest.mark.parametrize("per_token", [False, True], ids=["per-head", "per-token"])
 LENGTHS = [(5000,), (1, 0, 63, 64, 65, 700), (3000, 10, 2049, 0, 1024)]
+
+
+@pytest.fixture(params=["kernels", "one by one"])
+def way(request, monkeypatch):
+    monkeypatch.setattr(select, "PACKED_KERNELS", request.param == "kernels")
 
 
 def results(lengths, leaves, cu, weights):
@@ -41,7 +47,7 @@ def results(lengths, leaves, cu, weights):
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @DECAYS
-def test_against_separate_calls(lengths, size, dtype, per_token):
+def test_against_separate_calls(lengths, size, dtype, per_token, way):
     length = sum(lengths)
     q, k, v = qkv(1, H, length, size, dtype=dtype, device="cuda", tokens_first=True, k_heads=2)
     g = token_log_decay(1, H, length, device="cuda") if per_token else head_log_decay(H, device="cuda")
@@ -62,7 +68,8 @@ def test_against_separate_calls(lengths, size, dtype, per_token):
             check_error(name, got[n], want[n], kind="output" if n < 2 else "gradient", dtype=dtype)
 
 
-def test_the_host_does_not_wait():
+def test_the_host_does_not_wait_for_kernels_of_their_own(monkeypatch):
+    monkeypatch.setattr(select, "PACKED_KERNELS", True)
     q, k, v = qkv(1, H, 3000, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     cu = torch.tensor([0, 100, 3000], device="cuda")
     g = head_log_decay(H, device="cuda")

@@ -291,7 +291,7 @@ def _of_distance(w: Writer, decay: Decay, d: T, n: str) -> T:
         if not decay.is_log or w.pick.flip(4):
             return _cut(w, decay.power(d), d, n)
         return _masked(w, decay, w.times(decay.log(), d, "exponent"), d, n)
-    if style == "infinite" and decay.negative:
+    if style == "infinite" and decay.negative and not decay.learned:  # a gradient would be inf times 0
         far = w.let("far", f"{d}.float().masked_fill(~{causal(w, d, n)}, {INF})", d.dims)
         return w.let(
             "weight", f"torch.nan_to_num(torch.exp({w.times(decay.log(), far, 'exponent')}))", decay.held.dims + d.dims

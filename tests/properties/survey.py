@@ -66,6 +66,7 @@ def _runs(program: Program, source: str) -> Run | None:
 
 
 def _is_the_fact(program: Program, exact: Run) -> None:
+    assert all(bool(torch.isfinite(x).all()) for x in exact.all), f"a gradient that is not finite\n{program.source}"
     for got, want in zip(exact.outputs, program.reference(), strict=True):
         error = float((got - want).detach().norm() / want.detach().norm())
         assert error < 1e-9, f"the generator wrote another program: off by {error:.1e}\n{program.source}"

@@ -159,3 +159,42 @@ def test_a_weight_multiplied_by_a_matrix_product_over_one(causal):
         return scores[..., 0].permute(3, 0, 1, 2) @ v
 
     (rewritten if causal else refused)(f)
+
+
+# ------------------------------------------------------------------------------------------------- a state that came in
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_factor_of_a_state_that_came_in(moved):
+    """In gate * S + k v the gate is a weight, at the first token too, where S is an input."""
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(B, H, D, E, generator=generator)
+
+    def f(q, k, v, gamma, start):
+        gate, out, state = torch.sigmoid(v[..., 0]), [], start
+        for t in range(N):
+            factor = gate[:, :, t, None, None]
+            factor = torch.tanh(k[:, :, t, :, None]) if moved and not t else factor  # a gate per feature
+            state = state * factor + k[:, :, t, :, None] * v[:, :, t, None, :]
+            out.append((q[:, :, t, None] @ state)[:, :, 0])
+        return torch.stack(out, 2)
+
+    if moved:
+        assert_refused(f, *arguments(), start, options=OFF)
+    else:
+        assert_rewritten(f, *arguments(), start, compiled=False, options=OFF)
+
+
+def test_shared_heads_of_flattened_outputs():
+    """The head of a feature is floor(x / E), and its keys' head floor(floor(x / E) / 2)."""
+
+    def f(q, k, v, gamma):
+        q = torch.cat([q, q.flip(1)], 1)
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        state, out = q.new_zeros(B, 2 * H, D, E), []
+        for t in range(N):
+            state = state + k[:, :, t, :, None] * v[:, :, t, None, :]
+            out.append((q[:, :, t, None] @ state)[:, :, 0].flatten(1))
+        return torch.stack(out, 1)
+
+    rewritten(f)

@@ -202,6 +202,10 @@ class Space:
             low, high = self.lower(rest, ranges), self.upper(rest, ranges)
             if low > -INF and high < INF and low // m == high // m:
                 return whole + int(low // m)
+        if len(rest.terms) == 1 and rest.terms[0][0] >= FIRST_DIV and rest.terms[0][1] == 1:
+            # floor((floor(a / n) + k) / m) is floor((a + n k) / (n m))
+            inner, n = self.div_of[rest.terms[0][0]]
+            return whole + self.floordiv(inner + int(rest.const) * n, n * m, ranges)
         key = (rest, m)
         var = self._divs.get(key)
         if var is None:

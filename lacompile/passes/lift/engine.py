@@ -557,8 +557,29 @@ class Engine(Algebra):
 
     def _updates(self, a: Val, b: Val) -> bool:
         """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""
-        weighted = any(m for t in a.terms for m, _ in t.exp.lin if t.accs)
+        weighted = any((m for t in a.terms for m, _ in t.exp.lin if t.accs)) or any(
+            self._scalar_factors(x, y) for x in a.terms for y in b.terms
+        )
         return weighted and len(a.terms) == len(b.terms) == 1 and any(len(t.accs) >= 2 and not t.exp for t in b.terms)
+
+    def _scalar_factors(self, state: Term, update: Term) -> list[Access]:
+        """s of s * S, if S alone holds every feature of the outer product k v that is added to it.
+
+        Both may be multiplied by the same queries, and the outer product be summed over positions.
+        """
+        own = [a for a in state.accs if a not in update.accs]
+        held = [self.space.vars_of(idx) for _, idx in own]
+        seen = state.vars(self.space)
+        outer = [
+            frozenset(v for v in self.space.vars_of(a[1]) if v >= 0 or v in seen)
+            for a in update.accs
+            if a not in state.accs
+        ]
+        whole = frozenset().union(*outer)
+        if len(outer) < 2 or whole in outer or held.count(whole) != 1 or any(not h <= whole for h in held):
+            return []
+        scalars = [a for a, h in zip(own, held, strict=True) if h != whole]
+        return [] if any(v < 0 for a in scalars for v in self.space.vars_of(a[1])) else scalars
 
     def _moves(self, v: Val) -> bool:
         """Proportional to an index, as a fixed decay's exponent is."""
@@ -584,10 +605,19 @@ class Engine(Algebra):
         """R7: in s*S + k v the factor s is a weight. Factors of one side beyond the other's move to the exponent."""
         targets = sorted((t for t in (*a, *b) if len(t.accs) >= 2), key=lambda t: len(t.accs))
 
-        def lift(terms: Sequence[Term]) -> list[Term]:
-            return [self._weigh(t, targets) for t in terms]
+        def lift(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
+            return [self._weigh_state(self._weigh(t, targets), others) for t in terms]
 
-        return lift(a), lift(b)
+        return lift(a, b), lift(b, a)
+
+    def _weigh_state(self, t: Term, others: Sequence[Term]) -> Term:
+        """The same for a state that came in: its factors without features are weights."""
+        for other in others:
+            if scalars := self._scalar_factors(t, other):
+                logs = [x for a in scalars for x in self.log_terms(a)]
+                moved = Exponent.of(((x.accs, Aff.lit(x.coef)) for x in logs), ())
+                return t.but(accs=tuple(a for a in t.accs if a not in scalars), exp=t.exp + moved)
+        return t
 
     def _weigh(self, t: Term, targets: Sequence[Term]) -> Term:
         for target in targets:

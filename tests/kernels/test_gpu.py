@@ -273,6 +273,28 @@ class TestExactness:
             assert all(torch.equal(a, b) for a, b in itertools.zip_longest(first, again))
 
 
+class TestSelfCheck:
+    @pytest.fixture(autouse=True)
+    def no_verdicts(self, kernels, monkeypatch):
+        monkeypatch.setattr(kernels.selfcheck, "VERDICTS", {})
+
+    def test_each_kind_is_asked_once(self, kernels):
+        args, do, d_state = arguments(300)
+        kernels.forward(*args)
+        kernels.backward(do, d_state, *args)
+        assert list(kernels.selfcheck.VERDICTS.values()) == [True, True]
+
+    @DECAYS
+    def test_a_wrong_kernel_is_not_used(self, kernels, per_token, monkeypatch):
+        for name in ("forward", "backward"):
+            module = sys.modules[f"{kernels.__name__}.{name}"]
+            monkeypatch.setattr(module, "equal", lambda found, want: False)
+        args = arguments(300, per_token=per_token, k_heads=1)
+        with pytest.warns(kernels.selfcheck.WrongKernel):
+            kernels.forward(*args[0])
+        check(kernels, *args)
+
+
 class TestCompilation:
     def test_none_per_length_or_batch(self, kernels):
         names = ("forward", "backward", "segments", "hopper.forward", "hopper.backward")

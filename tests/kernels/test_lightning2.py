@@ -290,6 +290,27 @@ class TestLayouts:
 
 
 @interpreted
+class TestSelfCheck:
+    @pytest.mark.parametrize("aligned", [False, True])
+    @DECAYS
+    def test_what_it_asks_for_is_exact(self, per_token, aligned):
+        known = lightning2.selfcheck.Integers(32, 48, torch.zeros(1, dtype=torch.float16), per_token, aligned)
+        assert (known.q.data_ptr() % 16 == 0) == aligned and known.output().abs().max() <= 2048
+        args = (known.q, known.k, known.v, known.log_decay, 1.0, None)
+        assert lightning2.selfcheck.equal(lightning2.forward(*args)[0], known.output())
+        found = lightning2.backward(known.do, None, *args, False)
+        assert all(lightning2.selfcheck.equal(a, b) for a, b in zip(found, known.gradients(), strict=False))
+        want = wanted(args, known.do, None)
+        assert all(torch.equal(a, b) for a, b in zip(known.gradients(), want[2], strict=False))
+
+    def test_one_lost_product_is_noticed(self):
+        known = lightning2.selfcheck.Integers(32, 32, torch.zeros(1, dtype=torch.float16), False, True)
+        wrong = known.output()
+        wrong[0, 1, 150, 3] += 1
+        assert not lightning2.selfcheck.equal(known.output().half(), wrong)
+
+
+@interpreted
 class TestPlan:
     @pytest.fixture
     def tiles(self):

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import cpu
 from ..reference import head_count
 from ..tuning.space import next_power_of_2
 from . import launch
@@ -20,6 +21,7 @@ from .calls import Box, Calls, Launch, signature
 from .decay import to_log2
 from .decay_grad import decay_grad
 from .segments import segment_states
+from .selfcheck import Integers, equal, is_right
 from .tiles import of_head
 
 
@@ -292,4 +294,15 @@ def _prepare(
             d_decay = decay_grad(q_rows, k_rows, marks, d_marks, log_decay, initial, d_end, span)
         return finished(dq, dk, dv, d_decay, d_initial)
 
+    def computes_integers() -> bool:
+        known = Integers(dk, dv, q, per_token, aligned=tma)
+        start, d_end = (known.state if constants[name] else None for name in ("HAS_START", "HAS_D_START"))
+        found = backward(known.do, d_end, known.q, known.k, known.v, known.log_decay, 1.0, start, want_decay)
+        return all(equal(a, b) for a, b in zip(found, known.gradients(), strict=False))
+
+    kind = "backward", for_k, for_v, q.dtype, tma, *constants.values(), q.device
+    if not is_right(kind, q.device, computes_integers):
+        return lambda do, d_end, q, k, v, log_decay, initial: cpu.backward(
+            do, d_end, q, k, v, log_decay, scale, initial, want_decay
+        )
     return call

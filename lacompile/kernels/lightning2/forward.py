@@ -12,12 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import cpu
 from ..reference import head_count
 from . import launch
 from .body import attend
 from .calls import Box, Calls, Launch, signature
 from .decay import to_log2
 from .segments import segment_states
+from .selfcheck import Integers, equal, is_right
 from .tiles import of_head
 
 
@@ -180,4 +182,12 @@ def _prepare(
         run(q, k, v, o, log_decay, state if start is None else start, state)
         return o, state
 
+    def computes_integers() -> bool:
+        known = Integers(dk, dv, q, per_token, aligned=tma)
+        start = known.state if constants["HAS_START"] else None
+        return equal(forward(known.q, known.k, known.v, known.log_decay, 1.0, start, want_state)[0], known.output())
+
+    kind = "forward", tiles, dk, dv, q.dtype, per_token, tma, constants["HAS_START"], want_state, q.device
+    if not is_right(kind, q.device, computes_integers):
+        return lambda q, k, v, log_decay, initial: cpu.forward(q, k, v, log_decay, scale, initial, want_state)
     return call

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import itertools
 import math
+import sys
 from typing import ClassVar
 
 import pytest

@@ -41,10 +41,17 @@ def plain(x: float, _: int | None = None) -> str:
     return f"{x:,.0f}" if x >= 10 else f"{x:g}"
 
 
+def logarithmic(ax: Axes) -> None:
+    """The y axis, with 2 and 5 named between the powers of ten."""
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter(FuncFormatter(plain))
+    ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: plain(v) if f"{v:e}"[0] in "25" else ""))
+
+
 def lengths_axis(ax: Axes, lengths: Sequence[int]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(lengths, [tokens(n) for n in lengths])
-    ax.minorticks_off()
+    ax.xaxis.minorticks_off()
     ax.set_xlabel("tokens in the sequence")
     ax.grid(axis="x", visible=False)
 
@@ -88,10 +95,9 @@ def paper(about: dict[str, str], table: Table) -> Figure:
                 ax.plot(x, y, **line, **light)
                 if which == full:
                     ends.append((x[-1], y[-1], name, COLOURS[name]))
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(FuncFormatter(plain))
+        logarithmic(ax)
         ax.set_title(title)
-        lengths_axis(ax, lengths[::2])
+        lengths_axis(ax, lengths[::2] if len(lengths) > 6 else lengths)
         name_ends(ax, ends)
     footer(
         figure, about,
@@ -159,9 +165,7 @@ def model(about: dict[str, str], table: Table) -> Figure:
         lost = [r for r in rows if r.get("failed") == "out of memory"]
         ends.append((x[-1], y[-1], name + (f" (out of memory at {tokens(int(lost[0]['N']))})" if lost else ""),
                      COLOURS[style]))  # fmt: skip
-    ax.set_yscale("log")
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-    ax.yaxis.set_minor_formatter(FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "235" else ""))
+    logarithmic(ax)
     ax.set_title("Training: million tokens per second")
     lengths_axis(ax, sorted({int(r["N"]) for r in table}))
     name_ends(ax, ends)

@@ -1,4 +1,4 @@
-"""Packed sequences, by kernels of their own and one by one, against separate calls in fp64, on a GPU: ``pytest -m gpu``."""
+"""Packed sequences, by their own kernels and one by one, against separate calls in fp64: ``pytest -m gpu``."""
 
 from __future__ import annotations
 

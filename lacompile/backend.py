@@ -47,11 +47,10 @@ def lightning(
             decision = decision.without_rewrites("rewrite", f"{type(error).__name__}: {error}")
     if compiled is None:
         compiled = hand_over(gm, example_inputs)
-    elif settings.buffers != "trust":
+    else:
         again = _Again(gm, settings, hand_over, decision.rewritten, compiled)
-        compiled = guards.guarded(
-            compiled, lambda: hand_over(gm, example_inputs), decision.assumed, example_inputs, again
-        )
+        assumed = _to_check(decision.assumed, settings)
+        compiled = guards.guarded(compiled, lambda: hand_over(gm, example_inputs), assumed, example_inputs, again)
     final = replace(decision.report, notes=decision.report.notes + tuple(hand_over.notes))
     report.publish(final)
     if settings.strict and (final.near_misses or not final.rewrites):
@@ -80,7 +79,12 @@ class _Again:
                 return None
             self.known[code] = self.hand_over(decision.rewritten, args)
         report.publish(decision.report)
-        return self.known[code], decision.assumed
+        return self.known[code], _to_check(decision.assumed, self.settings)
+
+
+def _to_check(assumed: guards.Assumed, settings: Options) -> guards.Assumed:
+    """What is looked at before each call: that buffers stay what they are may be trusted, a sign is never."""
+    return [(i, a) for i, a in assumed if a.kind != "values" or settings.buffers != "trust"]
 
 
 def _is_symbolic(node: fx.Node) -> bool:

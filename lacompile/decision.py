@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _compat, ops
 from .errors import LacompileError
 from .options import Options
 from .passes.capture import fake_mode_of
+from .passes.effects import Effects
 from .passes.facts import Analysis, Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
 from .passes.legality import illegal
 from .passes.lift import analyse
@@ -58,7 +60,7 @@ def _decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     found = analyse(gm, example_inputs, buffers=options.buffers)
     try:
         own = _own(gm, example_inputs, options, found, start)
-        return _with_bodies(gm, own, _bodies(gm, example_inputs, options))
+        return _with_bodies(gm, own, _bodies(gm, example_inputs, options, found.effects))
     except LacompileError:
         raise
     except Exception as error:
@@ -76,7 +78,7 @@ def _own(
     kept: list[Match] = []
     validated: dict[int, Validation] = {}
     for match in found.matches:
-        problem = illegal(gm, match, found.effects) or _unserved(match)
+        problem = illegal(gm, match, found.effects) or _unserved(match) or _unmet(gm, match, example_inputs)
         if problem is None:
             outcome = validate(gm, match, example_inputs, _reference, options.validate, found.effects)
             if isinstance(outcome, Refusal):
@@ -124,10 +126,12 @@ class _Body:
     decision: Decision
 
 
-def _bodies(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Iterator[_Body]:
+def _bodies(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, effects: Effects) -> Iterator[_Body]:
     """Activation checkpointing hands its part of the program to an operator, as a graph of its own."""
     position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
     for node in gm.graph.nodes:
+        if node in effects.writes:  # what was written to is no longer the input whose values are known
+            position = {n: i for n, i in position.items() if not effects.writes_into(node, n)}
         if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
             continue
         name, given = str(node.args[0].target), node.args[1:]
@@ -192,6 +196,22 @@ def _unserved(match: Match) -> Refusal | None:
         why = refusal(device_type=device, dtype=fact.dtype, dk=fact.dk, dv=fact.dv)
         if why is not None:
             return Refusal("select", "unsupported", match.target, "a kernel for this case", why, progress=9)
+    return None
+
+
+def _unmet(gm: fx.GraphModule, match: Match, example_inputs: Sequence[Any]) -> Refusal | None:
+    """An assumption that does not hold of the inputs at hand, or that cannot be asked of them.
+
+    Those on values were read off these very inputs.
+    """
+    given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=False))
+    for assumption in (a for f in match.facts for a in f.assumptions if a.kind != "values"):
+        real = given.get(assumption.node)
+        if isinstance(real, torch.Tensor) and not isinstance(real, FakeTensor) and assumption.holds(real.detach()):
+            continue
+        return Refusal(
+            "match", "decay", match.target, assumption.text, "an input of which that is not known", progress=7
+        )
     return None
 
 

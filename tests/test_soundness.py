@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import lacompile
 from lacompile.passes.lift.affine import Aff
@@ -186,9 +187,62 @@ def two_initial_states_of_which_one_is_a_leaf(q, k, v):
     return torch.stack(out, 2)
 
 
+def final_state_of_heads_before_batch(q, k, v):
+    """The operator's state is batch first."""
+    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    decay = torch.exp(-torch.tensor([0.1, 0.2, 0.3]))[:, None, None, None]
+    state, out = q.new_zeros(H, B, D, E), []
+    for t in range(N):
+        state = state * decay + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, 2), state
+
+
+def a_decay_that_rotates(q, k, v):
+    weight = torch.exp(torch.complex(torch.tensor(-0.05), torch.tensor(0.3)) * distance()) * causal()
+    return torch.view_as_real((q @ k.mT * weight) @ v.to(torch.complex64))
+
+
+def the_gate_before_the_first(q, k, v):
+    gate = F.pad(torch.sigmoid(v[..., 0]), (1, 0))
+    return attention(q, k * gate[..., :1, None], v, causal())  # zero, not the last one
+
+
+def padded_cut_and_padded(q, k, v):
+    k = F.pad(F.pad(k, (0, 0, 0, 4))[:, :, :15], (0, 0, 0, N - 15))
+    return attention(q, k, v, causal())
+
+
+def recurrent(q, k, v, gate):
+    state, out = q.new_zeros(B, H, D, E), []
+    for t in range(N):
+        state = state * gate(t) + k[:, :, t, :, None] * v[:, :, t, None, :]
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, 2)
+
+
+def a_softplus_that_is_negative(q, k, v):
+    gate = F.softplus(v[..., 0], beta=-1.0)
+    return recurrent(q, k, v, lambda t: gate[:, :, t, None, None])
+
+
+def a_step_that_decays_each_feature(q, k, v):
+    """With as many features as sequences."""
+    q, k, v = q[0, 0, :D], k[0, 0, :D], v[0, 0, :D]
+    state = torch.sin(q[..., None] * v[..., None, :]) * torch.exp(-torch.linspace(0.1, 1, D))[:, None]
+    state = state + k[..., None] * v[..., None, :]
+    return (q[..., None] * state).sum(-2), state
+
+
 @pytest.mark.parametrize(
     "f",
     named(
+        final_state_of_heads_before_batch,
+        a_decay_that_rotates,
+        the_gate_before_the_first,
+        padded_cut_and_padded,
+        a_softplus_that_is_negative,
+        a_step_that_decays_each_feature,
         weighted_by_distance,
         weighted_by_position,
         two_initial_states,
@@ -299,6 +353,54 @@ def test_every_value_that_was_looked_at_is_assumed():
     torch.testing.assert_close(compiled(*args), model(*args))
     model.gamma.copy_(torch.tensor([1.01, 1.02, 1.01]))
     torch.testing.assert_close(compiled(*args), model(*args), rtol=1e-3, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------- signs that are relied on
+
+POSITIVE, NEGATIVE = [0.9, 0.8, 0.7], [-0.9, 0.8, 0.7]
+
+
+def powers_of_an_input(q, k, v, base):
+    return recurrent(q, k, v, lambda t: base[:, None, None])
+
+
+@pytest.mark.parametrize("buffers", ["check", "trust"])
+@pytest.mark.parametrize("first", [POSITIVE, NEGATIVE])
+def test_the_base_of_a_power_is_looked_at_in_every_call(first, buffers):
+    compiled = torch.compile(powers_of_an_input, backend="lightning", options={"validate": "off", "buffers": buffers})
+    for base in (first, NEGATIVE, POSITIVE):
+        args = [*inputs(), torch.tensor(base)]
+        torch.testing.assert_close(compiled(*args), powers_of_an_input(*args), rtol=1e-3, atol=1e-4)
+
+
+class Powers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("base", torch.tensor(POSITIVE))
+
+    def forward(self, q, k, v):
+        return recurrent(q, k, v, lambda t: self.base[:, None, None])
+
+
+def test_the_sign_of_a_buffer_is_assumed_by_its_logarithm():
+    model, args = Powers(), inputs()
+    compiled = torch.compile(model, backend="lightning", options={"validate": "off"})
+    torch.testing.assert_close(compiled(*args), model(*args), rtol=1e-3, atol=1e-4)
+    model.base.copy_(torch.tensor(NEGATIVE))
+    torch.testing.assert_close(compiled(*args), model(*args), rtol=1e-3, atol=1e-4)
+
+
+class WrittenBeforeACheckpoint(Masked):
+    def forward(self, q, k, v):
+        self.mask.copy_(torch.exp(-0.3 * distance()).tril())
+        return checkpoint(attention, q, k, v, self.mask, use_reentrant=False)
+
+
+def test_a_buffer_that_was_written_before_a_checkpoint_has_no_known_values():
+    args = [x.requires_grad_() for x in inputs()]
+    want = attention(*args, torch.exp(-0.3 * distance()).tril())
+    model = WrittenBeforeACheckpoint(causal())
+    torch.testing.assert_close(torch.compile(model, backend="lightning", options={"validate": "off"})(*args), want)
 
 
 # ------------------------------------------------------------------------------------------------ the program around it

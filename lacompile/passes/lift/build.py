@@ -49,7 +49,7 @@ class Builder:
             everything += [a for mono, _ in t.exp.lin for a in mono]
         like = self._some_node(p.q)
         self.emitter = Emitter(self.engine, p.roles, everything, self.held, like)
-        heads, batch = self._head_roles(p)
+        heads, batch = p.head_roles(self.engine.space)
         dtype = p.fact.compute
         groups_q = [batch, heads, [N_ROLE], p.key_features]
         e_group = [E_ROLE] if E_ROLE in p.roles else []
@@ -105,17 +105,6 @@ class Builder:
                 except CannotEmit:
                     continue
         raise CannotEmit("a value of the traced graph", "queries made of constants")
-
-    def _head_roles(self, p: Proof) -> tuple[list[int], list[int]]:
-        """Heads are the batch-like roles that a fixed decay depends on; without one, the innermost."""
-        space = self.engine.space
-        monos = [m for m, _ in (*p.fixed, *p.tokens)]
-        used = {v for m in monos for _, idx in m for x in idx for v in space.vars(x)}
-        if p.tokens:
-            heads = p.batch_like[1:] if len(p.batch_like) > 1 else p.batch_like
-        else:
-            heads = [r for r in p.batch_like if r in used] or p.batch_like[-1:]
-        return heads, [r for r in p.batch_like if r not in heads]
 
     def _operand(
         self,
@@ -196,6 +185,8 @@ class Builder:
             if not isinstance(kind, Symbol):
                 return
             children = [a.leaf for a in kind.args if isinstance(a, Argument)]
+            if kind.op is aten.log.default and children and self.interpreter.statics is not None:
+                yield from self.interpreter.statics.assumptions((), sorted(self.engine.leaves[children[0]].rests_on))
             if kind.op is aten.log.default and children and self.engine.leaves[children[0]].interval[0] <= 0:
                 base = self.engine.leaves[children[0]].kind
                 if not isinstance(base, Opaque) or base.node is None or base.node.op != "placeholder":

@@ -195,6 +195,8 @@ class Emitter:
             at = a - size if not a.is_const else a
             if not at.is_const:
                 raise CannotEmit("a view of each tensor", f"a symbolic position {a}")
+            if self.engine.space.lower(a, {}) < 0 or self.engine.space.lower(size - 1 - a, {}) < 0:
+                raise CannotEmit("indices inside the tensor", f"{a} of {size}")
             return Call(torch.select, (expr, dim, int(at.const))), []
         terms = sorted(a.terms, key=lambda t: t[1])
         if any(c <= 0 or v not in self.sizes for v, c in terms):
@@ -230,7 +232,7 @@ class Emitter:
             return expr
         if not start.is_const or not length.is_const:
             raise CannotEmit("a view of each tensor", f"a symbolic part [{start}, {start} + {length}) of a dimension")
-        if start.const < 0 or (size.is_const and start.const + length.const > size.const):
+        if start.const < 0 or self.engine.space.lower(size - start - length, {}) < 0:
             raise CannotEmit("indices inside the tensor", f"[{start}, {start + length}) of {size}")
         return Call(torch.narrow, (expr, dim, int(start.const), int(length.const)))
 
@@ -275,6 +277,9 @@ class Emitter:
                     expand = True
         order = [position[d] for d in flat]
         dropped = [n for n in range(len(self.order)) if n not in order]
+        lost = [self.order[n] for n in dropped if self.order[n] in piece.present]
+        if lost:
+            raise CannotEmit("a factor over the dimensions of its operand", f"one that also holds {Aff.var(lost[0])}")
         for n in sorted(dropped, reverse=True):
             expr = squeezed(expr, n)
         ranks = {n: k for k, n in enumerate(sorted(order))}

@@ -70,6 +70,8 @@ class Interpreter:
         return self.engine.leaf(tensor, Opaque(node, node.name), parameter=isinstance(real, torch.nn.Parameter))
 
     def _numbers(self, tensor: torch.Tensor, real: torch.Tensor) -> Val:
+        if real.is_complex():
+            return self.engine.leaf(tensor, Opaque(None, "complex constant"))
         with outside_modes():
             numbers = real.detach().to("cpu", torch.float64).numpy()
         try:

@@ -168,6 +168,8 @@ class Leaves:
 def interval_of(op: Any, args: list[Interval]) -> Interval:
     """An interval that the results of ``op`` stay in, given those of its arguments."""
     packet = getattr(op, "overloadpacket", op)
+    if packet == aten.softplus and len(args) > 1 and args[1][0] <= 0:  # its beta
+        return ANY
     if packet in RANGE_OF:
         return RANGE_OF[packet]
     if packet == aten.mul and len(args) == 2:

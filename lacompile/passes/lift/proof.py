@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from .affine import TAU, Aff
+from .affine import TAU, Aff, Space
 from .interpret import Fact
 from .term import Access, Mono, Term
 
@@ -62,6 +62,16 @@ class Proof:
     @property
     def leaves(self) -> set[int]:
         return {a[0] for a in (*self.q, *self.k, *self.v, *self.outer)}
+
+    def head_roles(self, space: Space) -> tuple[list[int], list[int]]:
+        """The batch-like roles that are heads, and the others: those a fixed decay depends on, else the innermost."""
+        monos = [m for m, _ in (*self.fixed, *self.tokens)]
+        used = {v for m in monos for _, idx in m for x in idx for v in space.vars(x)}
+        if self.tokens:
+            heads = self.batch_like[1:] if len(self.batch_like) > 1 else self.batch_like
+        else:
+            heads = [r for r in self.batch_like if r in used] or self.batch_like[-1:]
+        return heads, [r for r in self.batch_like if r not in heads]
 
     @property
     def key_features(self) -> list[int]:

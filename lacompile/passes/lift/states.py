@@ -66,7 +66,9 @@ def final_state(engine: Engine, fact: Fact, p: Proof, attention: DecayedAttentio
                     continue
                 rename[e] = Aff.var(E_ROLE)
             if _is_state(engine, fact, p, rename, last):
-                return _state_expr(p, attention, shape, want, have, d, e)
+                heads, rest = p.head_roles(engine.space)
+                place = dict(zip(want, have, strict=True))
+                return _state_expr(attention, shape, [place[r] for r in (*rest, *heads) if r in place], d, e)
     return None
 
 
@@ -123,16 +125,12 @@ def _decay_over(p: Proof, end: Aff, start: Aff) -> Exponent:
 
 
 def _state_expr(
-    p: Proof,
-    attention: DecayedAttention,
-    shape: Sequence[Aff],
-    want: Sequence[int],
-    have: Sequence[int],
-    d: int | None,
-    e: int | None,
+    attention: DecayedAttention, shape: Sequence[Aff], order: Sequence[int], d: int | None, e: int | None
 ) -> Expr:
-    """The operator's second output in the dimensions of the value it replaces."""
-    order = [*have]
+    """The operator's second output in the dimensions of the value it replaces.
+
+    ``order`` are those of batch and heads, as they follow each other in the operator's output.
+    """
     tail = [x for x in (d, e) if x is not None]
     expr: Expr = Attend(attention, 1)
     sizes = [int(shape[x].const) if shape[x].is_const else -1 for x in (*order, *tail)]

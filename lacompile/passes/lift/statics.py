@@ -64,7 +64,9 @@ class Statics:
         if node in self._values:
             return self._values[node]
         real = self.real.get(node)
-        if real is None or real.is_floating_point() or real.dtype is torch.bool or not 1 < real.numel() <= MAX_VECTOR:
+        if real is None or real.is_floating_point() or real.is_complex() or real.dtype is torch.bool:
+            return None
+        if not 1 < real.numel() <= MAX_VECTOR:
             return None
         try:
             line = self.engine.table_value(real.to("cpu", torch.float64).numpy(), self.engine.shape(tensor))

@@ -32,7 +32,9 @@ def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
         _positions(engine, v, dtype, limit)
     elif dtype is torch.bool:
         _truths(engine, v)
-    elif not dtype.is_floating_point and not dtype.is_complex:
+    elif dtype.is_complex:
+        raise GiveUp("complex numbers")
+    elif not dtype.is_floating_point:
         _integers(engine, v, dtype)
     return v
 

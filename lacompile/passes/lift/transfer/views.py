@@ -382,7 +382,11 @@ def _extend_by_zeros(engine: Engine, t: Term, d: int, n: Aff) -> Term | None:
         axis = [m for m, a in enumerate(idx) if d in engine.space.vars(a)]
         if len(axis) != 1 or idx[axis[0]] != Aff.var(d):
             continue
-        if engine.leaf_shapes[leaf][axis[0]] != n and not isinstance(engine.leaves[leaf].kind, Extended):
+        beyond = n - engine.leaf_shapes[leaf][axis[0]]
+        if isinstance(engine.leaves[leaf].kind, Extended):
+            if engine.space.lower(beyond, {}) < 0:
+                continue  # it was cut inside: what is continued is not zero there
+        elif beyond != ZERO:
             continue
         accs = (*t.accs[:k], (engine.leaves.extended(leaf), idx), *t.accs[k + 1 :])
         return t.but(accs=tuple(sorted(accs)))

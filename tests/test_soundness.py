@@ -46,7 +46,7 @@ def check(f, args, **options):
     want = outputs(f, [x.clone() for x in args])
     got = outputs(torch.compile(f, backend="lightning", options=options), [x.clone() for x in args])
     for x, y in zip(got, want, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4, check_stride=True)
 
 
 def distance(n=N):
@@ -488,6 +488,24 @@ def written_after(q, k, v):
     return other, flat
 
 
+def by_strides(q, k, v):
+    o = (q @ k.mT).tril() @ v
+    return torch.as_strided(o, (N * E,), (1,))
+
+
+def reshaped_and_written(q, k, v):
+    """Where ``reshape`` copies, a write into its result leaves the original as it was."""
+    o = (q @ k.mT).tril() @ v
+    rows = o.transpose(1, 2).reshape(B, N, H * E)
+    rows += 1.0
+    return o * 2.0, rows
+
+
+def tokens_first(q, k, v):
+    o = (q.transpose(1, 2).contiguous().transpose(1, 2) @ k.mT).tril() @ v
+    return o.transpose(1, 2)
+
+
 AROUND = (
     in_place_activation_between,
     in_place_operator_between,
@@ -499,6 +517,9 @@ AROUND = (
     written_after,
     an_alias_among_the_inputs,
     a_custom_derivative,
+    by_strides,
+    reshaped_and_written,
+    tokens_first,
 )
 
 

@@ -45,7 +45,8 @@ def rewrite(gm: fx.GraphModule, matches: Sequence[Match], operator_call: OpCall,
     copied.meta = gm.meta
     # A module attribute that the copy does not name would be lost: constants and submodules are shared.
     finals = {id(f) for m in matches for f in _facts_with_final_state(m.replacement)}
-    writer = _Writer(copied, mapping, operator_call, finals)
+    written = {mapping[n] for n in effects.writes if n in mapping}
+    writer = _Writer(copied, mapping, operator_call, finals, written)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
     for match in sorted(matches, key=lambda m: order[m.after or m.target]):
         writer.replace(match, order)
@@ -60,16 +61,26 @@ def _facts_with_final_state(expr: Expr) -> list[DecayedAttention]:
     return own + [f for e in children(expr) for f in _facts_with_final_state(e)]
 
 
-MADE_ANEW = (torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, torch.bmm, torch.einsum)
-NEED_STRIDES = ("view", "as_strided", "unflatten")
+MADE_ANEW = (torch.nn.functional.linear, torch.matmul, operator.matmul, torch.bmm, torch.einsum)
+"""Functions whose results have strides of their own, whatever those of their arguments are."""
+BY_STRIDES = ("view", "view_as", "as_strided", "unflatten")
+"""Functions whose result, or whether they have one, depends on the strides of their argument."""
 
 
-def _may_be_viewed(node: fx.Node) -> bool:
-    """Whether a ``view``, which fails on other strides, may see the strides of this value."""
+def _strides_matter(node: fx.Node, written: set[fx.Node]) -> bool:
+    """Whether the program can tell which strides this value has.
+
+    A result of the graph shows them; a ``view`` needs them; a ``reshape`` goes by them whether it copies, which a later
+    write into its result reveals; what an operator outside PyTorch does with them is not known.
+    """
     work, seen = [node], {node}
     while work:
         for user in work.pop().users:
-            if getattr(user.target, "__name__", user.target) in NEED_STRIDES:
+            known = user.op == "call_method" or not isinstance(
+                user.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator
+            )
+            name = getattr(user.target, "__name__", user.target)
+            if user.op == "output" or user in written or not known or name in BY_STRIDES:
                 return True
             if user.target not in MADE_ANEW and user not in seen:
                 seen.add(user)
@@ -78,8 +89,16 @@ def _may_be_viewed(node: fx.Node) -> bool:
 
 
 class _Writer:
-    def __init__(self, gm: fx.GraphModule, mapping: dict[fx.Node, fx.Node], operator_call: OpCall, finals: set[int]):
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        mapping: dict[fx.Node, fx.Node],
+        operator_call: OpCall,
+        finals: set[int],
+        written: set[fx.Node],
+    ):
         self.gm, self.mapping, self.operator_call, self.finals = gm, mapping, operator_call, finals
+        self.written = written  # nodes that write into some tensor
         self.made: dict[int, fx.Node] = {}
         self.kept: list[Any] = []  # recipes stay alive while their ids are keys
         self.origin: fx.Node | None = None
@@ -97,11 +116,20 @@ class _Writer:
             got = new.meta["example_value"]
         if tuple(got.shape) != tuple(want.shape):
             raise CannotRewrite(f"{target.name} has shape {tuple(want.shape)}, its replacement {tuple(got.shape)}")
-        if not got.is_contiguous() and _may_be_viewed(target):  # every view of the target is one of this
-            new = self._call(torch.Tensor.contiguous, (new,), {})
+        if not _same_strides(got, want) and _strides_matter(target, self.written):
+            new = self._with_strides_of(new, want)
         later = {self.mapping[n] for n, i in order.items() if i > order[match.after or match.target]}
         skip = set(self.made.values()) | {new}
         target.replace_all_uses_with(new, lambda user: user in later and user not in skip, propagate_meta=False)
+
+    def _with_strides_of(self, new: fx.Node, want: torch.Tensor) -> fx.Node:
+        """A copy whose dimensions follow each other in memory as those of ``want`` do."""
+        rank = range(want.dim())
+        order = sorted(rank, key=lambda n: -want.stride(n)) if _known(want) else list(rank)
+        if order == list(rank):
+            return self._call(torch.Tensor.contiguous, (new,), {})
+        laid_out = self._call(torch.Tensor.contiguous, (self._call(torch.permute, (new, order), {}),), {})
+        return self._call(torch.permute, (laid_out, sorted(rank, key=order.__getitem__)), {})
 
     # ------------------------------------------------------------------------------------------------------ emission
 
@@ -169,6 +197,17 @@ class _Writer:
         mode = self.origin.meta["example_value"].fake_mode
         with mode, suppressed_guards(mode), torch.no_grad():
             return op(*fakes[0], **fakes[1])
+
+
+def _known(tensor: torch.Tensor) -> bool:
+    return all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride()))
+
+
+def _same_strides(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Whether two tensors of one shape lie alike in memory; dimensions of length 1 do not count."""
+    if _known(got) and _known(want):
+        return all(a == b for n, a, b in zip(got.shape, got.stride(), want.stride(), strict=True) if n != 1)
+    return got.is_contiguous() and want.is_contiguous()
 
 
 def _as_list(values: Any) -> Any:

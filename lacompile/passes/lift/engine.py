@@ -565,17 +565,17 @@ class Engine(Algebra):
     def _scalar_factors(self, state: Term, update: Term) -> list[Access]:
         """s of s * S, if S alone holds every feature of the outer product k v that is added to it.
 
-        Both may be multiplied by the same queries, and the outer product be summed over positions.
+        Both may be multiplied by the same queries, and the outer product be summed over positions, which all its factors
+        hold. A sum that only some hold is a contraction with queries: what is added to that is a residual, no state.
         """
         own = [a for a in state.accs if a not in update.accs]
         held = [self.space.vars_of(idx) for _, idx in own]
         seen = state.vars(self.space)
-        outer = [
-            frozenset(v for v in self.space.vars_of(a[1]) if v >= 0 or v in seen)
-            for a in update.accs
-            if a not in state.accs
-        ]
+        new = [self.space.vars_of(idx) for _, idx in (a for a in update.accs if a not in state.accs)]
+        outer = [frozenset(v for v in h if v >= 0 or v in seen) for h in new]
         whole = frozenset().union(*outer)
+        if len({h - whole for h in new}) > 1:
+            return []
         if len(outer) < 2 or whole in outer or held.count(whole) != 1 or any(not h <= whole for h in held):
             return []
         scalars = [a for a, h in zip(own, held, strict=True) if h != whole]

@@ -565,8 +565,8 @@ class Engine(Algebra):
     def _scalar_factors(self, state: Term, update: Term) -> list[Access]:
         """s of s * S, if S alone holds every feature of the outer product k v that is added to it.
 
-        Both may be multiplied by the same queries, and the outer product be summed over positions, which all its factors
-        hold. A sum that only some hold is a contraction with queries: what is added to that is a residual, no state.
+        Both may be multiplied by the same queries, and the outer product be summed over positions, which all its
+        factors hold. A sum that only some hold is a contraction with queries: what is added to that is a residual.
         """
         own = [a for a in state.accs if a not in update.accs]
         held = [self.space.vars_of(idx) for _, idx in own]

@@ -15,6 +15,13 @@ def suppressed_guards(fake_mode: Any) -> contextlib.AbstractContextManager[None]
     return contextlib.nullcontext() if env is None else env.suppress_guards()
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has a shape and no values."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(tensor, FakeTensor)
+
+
 def outside_modes() -> contextlib.AbstractContextManager[Any]:
     """Real arithmetic in the middle of a trace: no fake tensors, no dispatch mode."""
     from torch.utils._python_dispatch import _disable_current_modes

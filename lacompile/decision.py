@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _compat, ops
 from .errors import LacompileError
@@ -207,7 +206,7 @@ def _unmet(gm: fx.GraphModule, match: Match, example_inputs: Sequence[Any]) -> R
     given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=False))
     for assumption in (a for f in match.facts for a in f.assumptions if a.kind != "values"):
         real = given.get(assumption.node)
-        if isinstance(real, torch.Tensor) and not isinstance(real, FakeTensor) and assumption.holds(real.detach()):
+        if isinstance(real, torch.Tensor) and not _compat.is_fake(real) and assumption.holds(real.detach()):
             continue
         return Refusal(
             "match", "decay", match.target, assumption.text, "an input of which that is not known", progress=7

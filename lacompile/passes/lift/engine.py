@@ -20,7 +20,8 @@ from .leaves import Interval, Leaf, Leaves, Opaque, Table
 from .logs import log_summands
 from .merge import TooManyTerms, merge_sum
 from .normal import Algebra
-from .term import NO_GUARDS, Access, Case, Exponent, Guards, Mono, Term, Val, constant, value
+from .term import NO_GUARDS, Access, Case, Guards, Term, Val, constant, value
+from .weights import align_weights, scalar_factors
 
 aten = torch.ops.aten
 
@@ -538,7 +539,7 @@ class Engine(Algebra):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
                 alt = self._alt_of_sum(a, b, out)
                 return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
-        left, right = self.align_weights(a.terms, b.terms, a.shape)
+        left, right = align_weights(self.space, self.leaves, a.terms, b.terms)
         return self.sum_of(a.shape, (*left, *right))
 
     def _like_terms(self, a: Val, b: Val) -> Val | None:
@@ -558,28 +559,9 @@ class Engine(Algebra):
     def _updates(self, a: Val, b: Val) -> bool:
         """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""
         weighted = any((m for t in a.terms for m, _ in t.exp.lin if t.accs)) or any(
-            self._scalar_factors(x, y) for x in a.terms for y in b.terms
+            scalar_factors(self.space, x, y) for x in a.terms for y in b.terms
         )
         return weighted and len(a.terms) == len(b.terms) == 1 and any(len(t.accs) >= 2 and not t.exp for t in b.terms)
-
-    def _scalar_factors(self, state: Term, update: Term) -> list[Access]:
-        """s of s * S, if S alone holds every feature of the outer product k v that is added to it.
-
-        Both may be multiplied by the same queries, and the outer product be summed over positions, which all its
-        factors hold. A sum that only some hold is a contraction with queries: what is added to that is a residual.
-        """
-        own = [a for a in state.accs if a not in update.accs]
-        held = [self.space.vars_of(idx) for _, idx in own]
-        seen = state.vars(self.space)
-        new = [self.space.vars_of(idx) for _, idx in (a for a in update.accs if a not in state.accs)]
-        outer = [frozenset(v for v in h if v >= 0 or v in seen) for h in new]
-        whole = frozenset().union(*outer)
-        if len({h - whole for h in new}) > 1:
-            return []
-        if len(outer) < 2 or whole in outer or held.count(whole) != 1 or any(not h <= whole for h in held):
-            return []
-        scalars = [a for a, h in zip(own, held, strict=True) if h != whole]
-        return [] if any(v < 0 for a in scalars for v in self.space.vars_of(a[1])) else scalars
 
     def _moves(self, v: Val) -> bool:
         """Proportional to an index, as a fixed decay's exponent is."""
@@ -598,51 +580,6 @@ class Engine(Algebra):
             for x in {t.signature for t in a.terms if len(t.accs) >= 2}
             for y in {t.signature for t in b.terms if len(t.accs) >= 2}
         )
-
-    def align_weights(
-        self, a: Sequence[Term], b: Sequence[Term], shape: tuple[Aff, ...]
-    ) -> tuple[list[Term], list[Term]]:
-        """R7: in s*S + k v the factor s is a weight. Factors of one side beyond the other's move to the exponent."""
-        targets = sorted((t for t in (*a, *b) if len(t.accs) >= 2), key=lambda t: len(t.accs))
-
-        def lift(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
-            return [self._weigh_state(self._weigh(t, targets), others) for t in terms]
-
-        return lift(a, b), lift(b, a)
-
-    def _weigh_state(self, t: Term, others: Sequence[Term]) -> Term:
-        """The same for a state that came in: its factors without features are weights."""
-        for other in others:
-            if scalars := self._scalar_factors(t, other):
-                logs = [x for a in scalars for x in self.log_terms(a)]
-                moved = Exponent.of(((x.accs, Aff.lit(x.coef)) for x in logs), ())
-                return t.but(accs=tuple(a for a in t.accs if a not in scalars), exp=t.exp + moved)
-        return t
-
-    def _weigh(self, t: Term, targets: Sequence[Term]) -> Term:
-        for target in targets:
-            extra = list(t.signature)
-            for leaf in target.signature:
-                if leaf in extra:
-                    extra.remove(leaf)
-                else:
-                    break
-            else:
-                if not extra:
-                    return t
-                accs = list(t.accs)
-                moved: list[tuple[Mono, Aff]] = []
-                ok = True
-                for leaf in extra:
-                    acc = next(a for a in accs if a[0] == leaf)
-                    if any(v < 0 for i in acc[1] for v, _ in i.terms):
-                        ok = False
-                        break
-                    accs.remove(acc)
-                    moved += [(x.accs, Aff.lit(x.coef)) for x in self.log_terms(acc)]
-                if ok:
-                    return t.but(accs=tuple(accs), exp=t.exp + Exponent.of(moved, ()))
-        return t
 
     def log_terms(self, acc: Access) -> list[Term]:
         """The logarithm of a factor that must be positive; the match proves that, or demands it."""

@@ -1,0 +1,84 @@
+"""R7, weights on demand: in ``s * S + k v`` the factor s is a weight, and moves to the exponent as its logarithm.
+
+That s is positive is not asked here: the match proves it, or demands it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from .affine import Aff, Space
+from .leaves import Leaves
+from .logs import log_summands
+from .term import Access, Exponent, Term
+
+
+def align_weights(space: Space, leaves: Leaves, a: Sequence[Term], b: Sequence[Term]) -> tuple[list[Term], list[Term]]:
+    """The terms of both sides of a sum, factors of one beyond those of the other moved to its exponent."""
+    targets = sorted((t for t in (*a, *b) if len(t.accs) >= 2), key=lambda t: len(t.accs))
+
+    def lift(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
+        return [_weigh_state(space, leaves, _weigh(leaves, t, targets), others) for t in terms]
+
+    return lift(a, b), lift(b, a)
+
+
+def _weigh_state(space: Space, leaves: Leaves, t: Term, others: Sequence[Term]) -> Term:
+    """A state that came in: its factors without features are weights."""
+    for other in others:
+        if scalars := scalar_factors(space, t, other):
+            kept = tuple(a for a in t.accs if a not in scalars)
+            return t.but(accs=kept, exp=t.exp + _logarithm(leaves, scalars))
+    return t
+
+
+def _weigh(leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
+    for target in targets:
+        extra = list(t.signature)
+        for leaf in target.signature:
+            if leaf in extra:
+                extra.remove(leaf)
+            else:
+                break
+        else:
+            if not extra:
+                return t
+            accs = list(t.accs)
+            moved: list[Access] = []
+            ok = True
+            for leaf in extra:
+                acc = next(a for a in accs if a[0] == leaf)
+                if any(v < 0 for i in acc[1] for v, _ in i.terms):
+                    ok = False
+                    break
+                accs.remove(acc)
+                moved.append(acc)
+            if ok:
+                return t.but(accs=tuple(accs), exp=t.exp + _logarithm(leaves, moved))
+    return t
+
+
+def scalar_factors(space: Space, state: Term, update: Term) -> list[Access]:
+    """s of s * S, if S alone holds every feature of the outer product k v that is added to it.
+
+    Both may be multiplied by the same queries, and the outer product be summed over positions, which all its
+    factors hold. A sum that only some hold is a contraction with queries: what is added to that is a residual.
+    """
+    own = [a for a in state.accs if a not in update.accs]
+    held = [space.vars_of(idx) for _, idx in own]
+    seen = state.vars(space)
+    new = [space.vars_of(idx) for _, idx in (a for a in update.accs if a not in state.accs)]
+    outer = [frozenset(v for v in h if v >= 0 or v in seen) for h in new]
+    whole = frozenset().union(*outer)
+    if len({h - whole for h in new}) > 1:
+        return []
+    if len(outer) < 2 or whole in outer or held.count(whole) != 1 or any(not h <= whole for h in held):
+        return []
+    scalars = [a for a, h in zip(own, held, strict=True) if h != whole]
+    return [] if any(v < 0 for a in scalars for v in space.vars_of(a[1])) else scalars
+
+
+def _logarithm(leaves: Leaves, factors: Iterable[Access]) -> Exponent:
+    """The exponent of a product of positive factors."""
+    logs = (x for a in factors for x in log_summands(leaves, a))
+    return Exponent.of(((() if access is None else (access,), Aff.lit(c)) for c, access in logs), ())

@@ -58,9 +58,6 @@ class Mixer(nn.Module):
     def merge(self, o: Tensor, gate: Tensor) -> Tensor:
         return self.out(F.rms_norm(o.transpose(1, 2).flatten(2), (gate.shape[-1],)) * gate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
 
 class TransNormer(Mixer):
     """Scores times a mask of decays (arXiv 2307.14995)."""

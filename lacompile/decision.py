@@ -108,7 +108,7 @@ def _own(
         nodes_before=len(gm.graph.nodes),
         nodes_after=len((rewritten or gm).graph.nodes),
     )
-    position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    position = _positions(gm)
     return Decision(
         rewritten, report, tuple((position[a.node], a) for m in kept for f in m.facts for a in f.assumptions)
     )
@@ -117,17 +117,14 @@ def _own(
 # ---------------------------------------------------------------------------- graphs that an operator calls
 
 
-@dataclass(frozen=True)
-class _Body:
-    """The decision about a graph that an operator of another one runs; ``assumed`` speaks of the inputs of that one."""
+def _bodies(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, effects: Effects
+) -> Iterator[tuple[str, Decision]]:
+    """Activation checkpointing hands its part of the program to an operator, as a graph of its own.
 
-    name: str
-    decision: Decision
-
-
-def _bodies(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, effects: Effects) -> Iterator[_Body]:
-    """Activation checkpointing hands its part of the program to an operator, as a graph of its own."""
-    position = {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
+    Yields the name of each and the decision about it, whose ``assumed`` speaks of the inputs of ``gm``.
+    """
+    position = _positions(gm)
     for node in gm.graph.nodes:
         if node in effects.writes:  # what was written to is no longer the input whose values are known
             position = {n: i for n, i in position.items() if not effects.writes_into(node, n)}
@@ -144,7 +141,7 @@ def _bodies(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options,
         if any(i is None for i, _ in assumed):
             made = made.without_rewrites("rewrite", "an assumption about a value that is no input")
             assumed = []
-        yield _Body(name, replace(made, assumed=tuple((i, a) for i, a in assumed if i is not None)))
+        yield name, replace(made, assumed=tuple((i, a) for i, a in assumed if i is not None))
 
 
 def _number(arg: Any) -> Any:
@@ -153,14 +150,13 @@ def _number(arg: Any) -> Any:
     return None if isinstance(example, torch.Tensor) else example
 
 
-def _with_bodies(gm: fx.GraphModule, own: Decision, bodies: Iterator[_Body]) -> Decision:
+def _with_bodies(gm: fx.GraphModule, own: Decision, bodies: Iterator[tuple[str, Decision]]) -> Decision:
     out = own
-    for body in bodies:
-        made = body.decision
+    for name, made in bodies:
         rewritten = out.rewritten
         if made.rewritten is not None:
             rewritten = rewritten or _copy(gm)
-            setattr(rewritten, body.name, made.rewritten)
+            setattr(rewritten, name, made.rewritten)
         report = replace(out.report + made.report, graphs=out.report.graphs)
         out = Decision(rewritten, report, (*out.assumed, *made.assumed))
     return out
@@ -174,6 +170,11 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 # ------------------------------------------------------------------------------------------------------------- details
+
+
+def _positions(gm: fx.GraphModule) -> dict[fx.Node, int]:
+    """Where each placeholder stands among the inputs."""
+    return {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
 
 
 def _is_state(match: Match) -> bool:
@@ -203,9 +204,9 @@ def _unmet(gm: fx.GraphModule, match: Match, example_inputs: Sequence[Any]) -> R
 
     Those on values were read off these very inputs.
     """
-    given = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=False))
+    position = _positions(gm)
     for assumption in (a for f in match.facts for a in f.assumptions if a.kind != "values"):
-        real = given.get(assumption.node)
+        real = example_inputs[position[assumption.node]]
         if isinstance(real, torch.Tensor) and not _compat.is_fake(real) and assumption.holds(real.detach()):
             continue
         return Refusal(

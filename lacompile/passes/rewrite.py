@@ -76,11 +76,9 @@ def _strides_matter(node: fx.Node, written: set[fx.Node]) -> bool:
     work, seen = [node], {node}
     while work:
         for user in work.pop().users:
-            known = user.op == "call_method" or not isinstance(
-                user.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator
-            )
+            foreign = isinstance(user.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
             name = getattr(user.target, "__name__", user.target)
-            if user.op == "output" or user in written or not known or name in BY_STRIDES:
+            if user.op == "output" or user in written or foreign or name in BY_STRIDES:
                 return True
             if user.target not in MADE_ANEW and user not in seen:
                 seen.add(user)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -27,9 +27,6 @@ class Config:
     stages: int
     resident: int = 1
     saturating: float = 0.7
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def next_power_of_2(n: int) -> int:

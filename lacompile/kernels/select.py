@@ -53,17 +53,9 @@ def implementation(q: torch.Tensor, v: torch.Tensor) -> ModuleType:
     return cpu
 
 
-PACKED_KERNELS = False
-"""Whether packed sequences go to kernels of their own on a GPU, which read no length on the host.
-
-Not before a whole run of tests/kernels/test_gpu_packed.py has passed. In the only one so far, on an H100, one test
-failed, and the run was cut off before it said which. Until then one call for each sequence serves them.
-"""
-
-
 def packed_implementation(q: torch.Tensor, v: torch.Tensor) -> ModuleType:
-    """The same for packed sequences. Where there is nothing to compute, one by one will do."""
-    if PACKED_KERNELS and _has_kernels(q, v) and q.numel() and v.numel():
+    """The same for packed sequences. Kernels of their own read no length on the host; the rest goes one by one."""
+    if _has_kernels(q, v) and q.numel() and v.numel():
         from .lightning2 import packed
     else:
         from . import packed

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lacompile import decayed_attention
+from lacompile.kernels import packed as one_by_one
 from lacompile.kernels import select
 from lacompile.testing import budget, check_error, head_log_decay, qkv, relative_error, state, token_log_decay
 
@@ -18,7 +19,8 @@ LENGTHS = [(5000,), (1, 0, 63, 64, 65, 700), (3000, 10, 2049, 0, 1024)]
 
 @pytest.fixture(params=["kernels", "one by one"])
 def way(request, monkeypatch):
-    monkeypatch.setattr(select, "PACKED_KERNELS", request.param == "kernels")
+    if request.param == "one by one":
+        monkeypatch.setattr(select, "packed_implementation", lambda q, v: one_by_one)
 
 
 def results(lengths, leaves, cu, weights):
@@ -44,15 +46,18 @@ def results(lengths, leaves, cu, weights):
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("dk, dv", [(64, 64), (128, 128), (256, 256), (96, 40)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @DECAYS
-def test_against_separate_calls(lengths, size, dtype, per_token, way):
+def test_against_separate_calls(lengths, dk, dv, dtype, per_token, way):
     length = sum(lengths)
-    q, k, v = qkv(1, H, length, size, dtype=dtype, device="cuda", tokens_first=True, k_heads=2)
+    q, k, v = qkv(1, H, length, dk, dv, dtype=dtype, device="cuda", tokens_first=True, k_heads=2)
     g = token_log_decay(1, H, length, device="cuda") if per_token else head_log_decay(H, device="cuda")
-    leaves = [x.requires_grad_() for x in (q, k, v, g, state(len(lengths), H, size, device="cuda"))]
-    weights = (qkv(1, H, length, size, device="cuda", seed=7)[2].to(dtype), state(len(lengths), H, size, seed=8).cuda())
+    leaves = [x.requires_grad_() for x in (q, k, v, g, state(len(lengths), H, dk, dv, device="cuda"))]
+    weights = (
+        qkv(1, H, length, dk, dv, device="cuda", seed=7)[2].to(dtype),
+        state(len(lengths), H, dk, dv, device="cuda", seed=8),
+    )
     cu = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     torch.use_deterministic_algorithms(True)  # memory that is not written to holds NaN
     try:
@@ -68,8 +73,7 @@ def test_against_separate_calls(lengths, size, dtype, per_token, way):
             check_error(name, got[n], want[n], kind="output" if n < 2 else "gradient", dtype=dtype)
 
 
-def test_the_host_does_not_wait_for_kernels_of_their_own(monkeypatch):
-    monkeypatch.setattr(select, "PACKED_KERNELS", True)
+def test_the_host_does_not_wait():
     q, k, v = qkv(1, H, 3000, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     cu = torch.tensor([0, 100, 3000], device="cuda")
     g = head_log_decay(H, device="cuda")

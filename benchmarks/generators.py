@@ -5,6 +5,8 @@
 Every program comes from a seed (``tests/properties``). Validation is off: what is tested is the proof. An equivalent
 program computes one decayed attention and must be rewritten. A twin differs from such a program by one change; it must
 be refused, or what is put in its place must have the twin's own values and gradients.
+
+The results are written as the run goes, so that one that is cut off has its say.
 """
 
 from __future__ import annotations
@@ -18,13 +20,16 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+TURNS = 50
+TITLES = {"equivalents": "Equivalent programs", "twins": "Near twins"}
 
 
 def judged(task: tuple[str, int]) -> list[Any]:
@@ -45,11 +50,19 @@ def prepare() -> None:
     torch.set_num_threads(1)
 
 
-def survey_all(which: str, seeds: Sequence[int], workers: int) -> tuple[list[Any], float]:
-    start = time.perf_counter()
+def survey_all(wanted: Sequence[tuple[str, range]], workers: int, note: Callable[[dict[str, list[Any]]], None]) -> None:
+    """Judges the seeds of every kind in turns, and calls ``note`` with all findings after each turn."""
+    found: dict[str, list[Any]] = {which: [] for which, _ in wanted}
     with multiprocessing.get_context("spawn").Pool(workers, prepare, maxtasksperchild=100) as pool:
-        found = [f for many in pool.imap_unordered(judged, [(which, s) for s in seeds], chunksize=4) for f in many]
-    return sorted(found, key=lambda f: f.seed), time.perf_counter() - start
+        for turn in range(TURNS):
+            tasks = [(which, s) for which, seeds in wanted for s in _share(seeds, turn)]
+            for (which, _), findings in zip(tasks, pool.imap(judged, tasks), strict=True):
+                found[which] += findings
+            note({which: list(fs) for which, fs in found.items()})
+
+
+def _share(seeds: range, turn: int) -> range:
+    return seeds[len(seeds) * turn // TURNS : len(seeds) * (turn + 1) // TURNS]
 
 
 def table(found: Sequence[Any]) -> list[str]:
@@ -62,51 +75,58 @@ def table(found: Sequence[Any]) -> list[str]:
 
 
 def main() -> None:
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--equivalent", type=int, default=2000)
     parser.add_argument("--twins", type=int, default=5000)
     parser.add_argument("--first", type=int, default=10_000, help="the first seed")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--date", default="")
+    parser.add_argument("--commit", default="", help="what was judged, for the record")
     parser.add_argument("--out", type=Path, required=True, help="path without suffix: .md and .json are written")
     args = parser.parse_args()
+    wanted = [
+        (which, range(args.first, args.first + count))
+        for which, count in (("equivalents", args.equivalent), ("twins", args.twins))
+    ]
+    start = time.perf_counter()
+
+    def note(found: dict[str, list[Any]]) -> None:
+        write(args, wanted, found, time.perf_counter() - start)
+
+    survey_all(wanted, args.workers, note)
+    print(args.out.with_suffix(".md").read_text())
+
+
+def write(
+    args: argparse.Namespace, wanted: Sequence[tuple[str, range]], found: dict[str, list[Any]], seconds: float
+) -> None:
+    """The results so far."""
+    import torch
+
     sections, record = [], {}
-    for which, count, title in (
-        ("equivalents", args.equivalent, "Equivalent programs"),
-        ("twins", args.twins, "Near twins"),
-    ):
-        seeds = range(args.first, args.first + count)
-        found, seconds = survey_all(which, seeds, args.workers)
-        sections += [f"## {title}", "", f"Seeds {seeds[0]} to {seeds[-1]}; {seconds:.0f} s.", "", *table(found), ""]
-        unexpected = [
-            f for f in found if f.outcome in ("wrong", "failed") or (which, f.outcome) == ("equivalents", "refused")
-        ]
+    for which, seeds in wanted:
+        judged_seeds = {f.seed for f in found[which]}
+        bad = ("wrong", "failed", "refused") if which == "equivalents" else ("wrong", "failed")
+        unexpected = [f for f in found[which] if f.outcome in bad]
+        last = max(judged_seeds, default=seeds[0])
+        sections += [f"## {TITLES[which]}", "", f"Seeds {seeds[0]} to {last}.", "", *table(found[which]), ""]
         record[which] = {
-            "seeds": [seeds[0], seeds[-1]],
-            "outcomes": Counter(f.outcome for f in found),
+            "seeds": [seeds[0], last],
+            "outcomes": Counter(f.outcome for f in found[which]),
             "unexpected": [
                 {"seed": f.seed, "kind": f.kind, "outcome": f.outcome, "detail": f.detail} for f in unexpected
             ],
         }
-        if which == "equivalents" and unexpected:
-            sections += [
-                "Not rewritten, or wrong: " + ", ".join(f"{f.seed} ({f.outcome})" for f in unexpected) + ".",
-                "",
-            ]
-    made = f"torch {torch.__version__}, Python {platform.python_version()}, {args.workers} processes, {args.date}"
-    head = [
-        "# Programs from the generators",
-        "",
-        made,
-        "",
-        "    python benchmarks/generators.py " + " ".join(sys.argv[1:]),
-        "",
-    ]
+        if unexpected:
+            sections += ["Unexpected: " + ", ".join(f"{f.seed} ({f.outcome})" for f in unexpected) + ".", ""]
+    made = (
+        f"torch {torch.__version__}, Python {platform.python_version()}, {args.workers} processes, {seconds:.0f} s, "
+        f"{args.date}, commit {args.commit}"
+    )
+    head = ["# Programs from the generators", "", made, ""]
+    head += ["    python benchmarks/generators.py " + " ".join(sys.argv[1:]), ""]
     args.out.with_suffix(".md").write_text("\n".join([*head, __doc__.split("\n\n", 2)[2], *sections]))
     args.out.with_suffix(".json").write_text(json.dumps({"environment": made, **record}, indent=1) + "\n")
-    print("\n".join(sections))
 
 
 if __name__ == "__main__":

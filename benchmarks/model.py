@@ -12,19 +12,16 @@ A row that does not compile within --limit seconds is given up.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import harness
+import processes
 import torch
 import torch.nn.functional as F
 from harness import DEVICE, Row
@@ -165,11 +162,9 @@ def measure(run: Run) -> Row:
     """One row; the first step, which compiles, beside those of other rows."""
     row: Row = {"style": run.style, "backend": run.backend, "N": run.length, "B": run.tokens // run.length}
     try:
-        with harness.turn(alone=False):
-            signal.alarm(run.limit)  # ends the process: an exception would be taken for one of the compiler's
+        with processes.compiling(run.limit):
             step = training_step(run)
             row["first_s"] = round(first(step), 2)
-            signal.alarm(0)
             harness.release()
         if run.backend == "lightning":
             row["rewrites"] = rewrites()
@@ -206,21 +201,6 @@ INDUCTOR_ON_A_LOOP, INDUCTOR_ON_A_MASK = 2**12, 2**15  # where it takes minutes,
 COLUMNS = ["style", "backend", "N", "B", "tokens_per_s", "p50_ms", "peak_gb", "first_s", "failed"]
 
 
-def in_a_process(run: Run) -> Row:
-    """The row of a process that measures it."""
-    command = [sys.executable, __file__, "--one", json.dumps(run.__dict__)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        row = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError):
-        late = done.returncode == -signal.SIGALRM
-        failed = f"not compiled within {run.limit} s" if late else f"exit status {done.returncode}"
-        row = {"style": run.style, "backend": run.backend, "N": run.length, "failed": failed}
-    harness.show(row, COLUMNS)
-    return row
-
-
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -234,17 +214,16 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=240, help="seconds in which a row must compile")
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--dry", action="store_true", help="tiny models, on any device")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument(processes.ONE, dest="one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
-        print(json.dumps(measure(Run(**json.loads(args.one)))), flush=True)
-        return
+        return processes.answer(args.one, lambda run: measure(Run(**run)))
     if args.dry:
         args.lengths, args.tokens, args.width, args.heads, args.seconds = [256, 512], 1024, 32, 2, 0.05
     shape = {k: getattr(args, k) for k in ("tokens", "width", "heads", "layers")}
     kinds = [(style, backend) for style in ("TransNormer", "MiniMax") for backend in ("lightning", "inductor")]
     runs = [
-        Run(style, backend, length, **shape, seconds=args.seconds, limit=args.limit)
+        asdict(Run(style, backend, length, **shape, seconds=args.seconds, limit=args.limit))
         for length in sorted(args.lengths, reverse=True)  # those that compile longest begin first
         for style, backend in [*kinds, ("softmax", "inductor")]
         if (style, backend) != ("MiniMax", "inductor") or length <= INDUCTOR_ON_A_LOOP
@@ -252,12 +231,13 @@ def main() -> None:
     ]
     about = harness.provenance("torch", "triton", dtype="bfloat16", **shape)
     rows: list[Row] = []
-    with ThreadPoolExecutor(args.processes) as pool:
-        for done in as_completed([pool.submit(in_a_process, run) for run in runs]):
-            rows = sorted([*rows, done.result()], key=lambda r: (r["style"], r["backend"], r["N"]))
-            if args.out is not None:
-                harness.write_csv(args.out, about, rows)
-                harness.write_page(args.out.with_suffix(".md"), "Training step", about, rows, COLUMNS)
+    for run, row in processes.rows(__file__, runs, args.processes, args.limit):
+        row = {"style": run["style"], "backend": run["backend"], "N": run["length"]} | row
+        harness.show(row, COLUMNS)
+        rows = sorted([*rows, row], key=lambda r: (r["style"], r["backend"], r["N"]))
+        if args.out is not None:
+            harness.write_csv(args.out, about, rows)
+            harness.write_page(args.out.with_suffix(".md"), "Training step", about, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,15 @@ def test_a_dry_run_writes_its_table_with_what_it_rests_on(name, rows, tmp_path):
     assert out.with_suffix(".md").read_text().count("\n|") == len(found) + 2
 
 
+def test_a_layer_has_a_row_from_a_process_of_its_own(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "layers.py"), "--small", "--layers", "retention", "--lengths", "64"]
+    command += ["--backends", "eager", "--seconds", "0.01", "--out", str(tmp_path), "--name", "dry"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = harness.read_csv(tmp_path / "retention_layer_dry.csv")[1]
+    assert float(row["forward_ms"]) > 0 and float(row["train_ms"]) > 0 and 0 < float(row["error"]) < 0.02
+
+
 def test_a_wrong_kernel_is_not_timed():
     wrong = peers.Peer("wrong", lambda q, k, v, g: peers.OURS.attend(q, k, v, g) * 1.1)
     kernels = runpy.run_path(str(BENCHMARKS / "kernels.py"))

@@ -172,7 +172,7 @@ class Builder:
         if self.interpreter.statics is not None:
             read = {v.node for e in operands for v in values_of(e)}
             region = nodes_between(p.fact.node, read)
-            looked_at = {n for at in region for n in self.engine.relied.get(at, ())}
+            looked_at = p.looked_at.union(*(self.engine.relied.get(at, ()) for at in region))
             inputs = {n for n in region if n.op == "placeholder"}
             yield from self.interpreter.statics.assumptions(sorted(read | inputs), sorted(looked_at))
         seen: set[int] = set()

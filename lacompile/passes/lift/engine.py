@@ -20,12 +20,12 @@ from .leaves import Interval, Leaf, Leaves, Opaque, Table
 from .logs import log_summands
 from .merge import TooManyTerms, merge_sum
 from .normal import Algebra
-from .term import NO_GUARDS, Access, Case, Guards, Term, Val, constant, value
+from .precision import jumps
+from .term import NO_GUARDS, Access, Case, Guards, Precision, Term, Val, constant, value
 from .weights import align_weights, scalar_factors
 
 aten = torch.ops.aten
 
-COMPARISONS = (aten.ge, aten.gt, aten.le, aten.lt, aten.eq, aten.ne)
 MAX_TERMS = 12
 MAX_CASES = 8
 MAX_FACTORS = 10
@@ -102,7 +102,7 @@ class Engine(Algebra):
         """A fresh leaf holding this tensor."""
         shape = self.shape(tensor)
         leaf = self.leaves.add(Leaf(kind, shape, tensor.dtype, **facts))
-        return value(shape, [Term(accs=((leaf, self.own_index(shape)),))])
+        return value(shape, [Term(accs=((leaf, self.own_index(shape)),))], precision=Precision.EXACT)
 
     def interval(self, leaf: int) -> Interval:
         """What all entries of a leaf lie in; that the node being lifted was read by it is noted."""
@@ -193,7 +193,7 @@ class Engine(Algebra):
             if guards is not None:
                 cases.append(Case(guards, self._terms((t.sub(self.space, mapping) for t in c.terms), shape)))
         alt = None if v.alt is None else self.normalise(v.alt.sub(self.space, mapping), shape)
-        return Val(shape, tuple(cases), alt)
+        return Val(shape, tuple(cases), alt, v.precision)
 
     def _terms(self, terms: Iterable[Term], shape: tuple[Aff, ...]) -> tuple[Term, ...]:
         terms = list(terms)
@@ -382,6 +382,8 @@ class Engine(Algebra):
         shape = self.shape(out)
         used = [d if d is not None and d.is_floating_point else None for d in dtypes] or [None] * len(args)
         vals = [self.broadcast(a, shape) if isinstance(a, Val) else a for a in args]
+        if jumps(self.leaves, op, vals, out.dtype):
+            raise GiveUp("a decision by numbers that rounding may have changed")
         if all(self.index_only(v) and v.alt is None for v in vals if isinstance(v, Val)):
             return self._fold(op, vals, kwargs, shape)
         spec = [self.access(v, d) if isinstance(v, Val) else v for v, d in zip(vals, used, strict=True)]
@@ -411,8 +413,6 @@ class Engine(Algebra):
         tables = [self._as_array(v, len(shape)) if isinstance(v, Val) else v for v in vals]
         with outside_modes():
             args = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in tables]
-            if op.overloadpacket in COMPARISONS and _nearly_equal(*args[:2]):
-                raise GiveUp("a comparison that rounding decides")
             result = op(*args, **kwargs).to(torch.float64).numpy()
         return self.table_value(result, shape)
 
@@ -584,13 +584,6 @@ class Engine(Algebra):
     def log_terms(self, acc: Access) -> list[Term]:
         """The logarithm of a factor that must be positive; the match proves that, or demands it."""
         return [Term(c, accs=() if x is None else (x,)) for c, x in log_summands(self.leaves, acc)]
-
-
-def _nearly_equal(a: Any, b: Any) -> bool:
-    """Whether some numbers that are no integers differ by what another precision may round away."""
-    a, b = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
-    fractions = (a != a.round()) | (b != b.round())
-    return bool((fractions & ((a - b).abs() <= 1e-5 * torch.maximum(a.abs(), b.abs()))).any())
 
 
 def _add_infinite(a: tuple[Term, ...], b: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from ..capture import Capture, ViewStep
 from .engine import Engine, GiveUp
 from .leaves import Opaque
 from .statics import Statics
-from .term import Val
+from .term import Precision, Val
 from .transfer import Op, transfer
 from .transfer.scatter import written, written_at
 from .transfer.views import reorder, slice_bounds, view_map
@@ -75,9 +75,10 @@ class Interpreter:
         with outside_modes():
             numbers = real.detach().to("cpu", torch.float64).numpy()
         try:
-            return self.engine.table_value(numbers, self.engine.shape(tensor))
+            known = self.engine.table_value(numbers, self.engine.shape(tensor))
         except GiveUp:
             return self.engine.leaf(tensor, Opaque(None, "constant"))
+        return replace(known, precision=Precision.EXACT)
 
     def unknown(self, tensor: torch.Tensor, why: str) -> Val:
         constant = getattr(tensor, "constant", None)
@@ -122,13 +123,15 @@ class Interpreter:
         try:
             with outside_modes():
                 real = op.func(*op.args, **{k: v for k, v in op.kwargs.items() if k != "device"})
-            return self._numbers(op.out, real)
+            made = self._numbers(op.out, real)
+            # another device may round the same formula in another way
+            return made if _whole(real) else replace(made, precision=Precision.ROUNDED)
         except Exception:  # a factory that cannot run here stays unknown
             return None
 
     def write(self, base: Val, view: ViewStep, new: Val, tensor: torch.Tensor) -> Val:
         try:
-            return self._written(base, view, new)
+            return replace(self._written(base, view, new), precision=min(base.precision, new.precision))
         except GiveUp as reason:
             return self.unknown(tensor, f"written through a view: {reason}")
 
@@ -221,7 +224,7 @@ class Interpreter:
                 kind.node = node
                 return val
             fresh = self.engine.leaf(tensor, Opaque(node, kind.label, kind.of))
-            return Val(val.shape, val.cases, fresh.one) if t is val.alt else fresh
+            return replace(val, alt=fresh.one) if t is val.alt else fresh
         return val
 
     def _compute(self, node: fx.Node, tensor: torch.Tensor) -> torch.dtype:
@@ -232,6 +235,10 @@ class Interpreter:
             if fact is not None and fact.compute.is_floating_point and self.engine.contracts(fact.value):
                 out = torch.promote_types(out, fact.compute) if out.is_floating_point else fact.compute
         return out
+
+
+def _whole(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool((tensor == tensor.round()).all())
 
 
 def _order_of(op: Op, rank: int) -> list[int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from torch import fx
+
 from .affine import TAU, Aff, Space
 from .interpret import Fact
 from .term import Access, Mono, Term
@@ -42,6 +44,8 @@ class Proof:
     state: list[Access] | None = None
     residual: list[Term] = field(default_factory=list)
     shapes: dict[int, tuple[Aff, ...]] = field(default_factory=dict)
+    looked_at: set[fx.Node] = field(default_factory=set)
+    """Inputs whose values decided an obligation."""
 
     @property
     def size(self) -> tuple[Aff, int]:

@@ -274,7 +274,11 @@ class _Prover:
         if not self.proof.outer_weights:
             return
         for mono, c in self.proof.k_weights:
-            low, high = self.engine.leaves[mono[0][0]].interval if len(mono) == 1 else (-math.inf, math.inf)
+            low, high = -math.inf, math.inf
+            if len(mono) == 1:
+                leaf = self.engine.leaves[mono[0][0]]
+                low, high = leaf.interval
+                self.proof.looked_at |= leaf.rests_on
             if max(c * low, c * high) > LARGEST_EXPONENT:
                 raise Refused(
                     "bounded-weights",

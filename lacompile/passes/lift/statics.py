@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .affine import ONE, Aff
 from .buffers import Family, Fit, aligned, families, fit, head_index
 from .engine import Engine, GiveUp
 from .leaves import Opaque
-from .term import Access, Case, Exponent, Mono, Term, Val, value
+from .term import Access, Case, Exponent, Mono, Precision, Term, Val, value
 from .transfer.masks import truth
 
 MAX_VECTOR = 4096
@@ -75,7 +76,7 @@ class Statics:
         if any(t.accs for t in line.terms):
             return None
         self._used.add(node)
-        return line
+        return replace(line, precision=Precision.EXACT)
 
     def assumptions(self, nodes: Iterable[fx.Node], looked_at: Iterable[fx.Node]) -> Iterable[Assumption]:
         """What a rewrite takes for granted that rests on these inputs, and on the signs of those looked at."""
@@ -152,7 +153,9 @@ class Statics:
         inside = self._weight(found, distance, slope)
         outside = (Term(float("-inf")),) if found.log_space else ()
         cases = tuple(Case(c.guards, inside if c.terms else outside) for c in mask.cases)
-        self._values[node] = self.engine.join_cases(Val(shape, cases))
+        made = self.engine.join_cases(Val(shape, cases))
+        # Zeros and ones are what they are; of a weight only what its format leaves of it is known.
+        self._values[node] = replace(made, precision=Precision.EXACT) if slope is None else made
         self._used.add(node)
 
     @staticmethod

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any
 
 from .affine import FIRST_DIV, ONE, TAU, Aff, Number, Space
@@ -214,6 +215,17 @@ class Case:
     terms: tuple[Term, ...]
 
 
+class Precision(IntEnum):
+    """How the program's numbers relate to the normal form's, where positions and known numbers are concerned.
+
+    EXACT: they are the same. SIGN: they are zero together, and of one sign. ROUNDED: they differ by rounding.
+    """
+
+    ROUNDED = 0
+    SIGN = 1
+    EXACT = 2
+
+
 @dataclass(frozen=True)
 class Val:
     """The value of one tensor.
@@ -225,6 +237,7 @@ class Val:
     shape: tuple[Aff, ...]
     cases: tuple[Case, ...]
     alt: Term | None = None
+    precision: Precision = Precision.ROUNDED
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -249,10 +262,16 @@ class Val:
         )
 
 
-def value(shape: Iterable[Aff], terms: Iterable[Term], alt: Term | None = None) -> Val:
+def value(
+    shape: Iterable[Aff],
+    terms: Iterable[Term],
+    alt: Term | None = None,
+    precision: Precision = Precision.ROUNDED,
+) -> Val:
     """A single-case value."""
-    return Val(tuple(shape), (Case(NO_GUARDS, tuple(terms)),), alt)
+    return Val(tuple(shape), (Case(NO_GUARDS, tuple(terms)),), alt, precision)
 
 
 def constant(shape: Iterable[Aff], c: float) -> Val:
-    return value(shape, (Term(c),) if c != 0 else ())
+    """A number that the program gives."""
+    return value(shape, (Term(c),) if c != 0 else (), precision=Precision.EXACT)

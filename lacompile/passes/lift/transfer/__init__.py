@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ..affine import Aff
 from ..engine import Engine, GiveUp
+from ..precision import result_precision
 from ..term import Val
 
 
@@ -79,9 +80,15 @@ def transfer(op: Op) -> Val | list[Val]:
         out = op.symbol()
     else:
         raise GiveUp(f"{packet} has no transfer rule")
-    for v, tensor in zip([out], [op.out], strict=True) if isinstance(out, Val) else zip(out, op.out, strict=False):
-        representable(op.engine, v, tensor.dtype)
-    return out
+    if isinstance(out, Val):
+        return _in_its_format(op, out, op.out.dtype)
+    return [_in_its_format(op, v, tensor.dtype) for v, tensor in zip(out, op.out, strict=False)]
+
+
+def _in_its_format(op: Op, v: Val, dtype: torch.dtype) -> Val:
+    representable(op.engine, v, dtype)
+    precision = result_precision(op, v, dtype)
+    return v if v.precision is precision else replace(v, precision=precision)
 
 
 from . import arith, contract, masks, scatter, views  # noqa: E402, F401  (they register their rules)

@@ -9,7 +9,7 @@ import torch
 
 from ..affine import box
 from ..engine import GiveUp
-from ..term import Term, Val, constant
+from ..term import Precision, Term, Val, constant
 from . import Op, rule
 
 aten = torch.ops.aten
@@ -111,6 +111,7 @@ def floor_divided(op: Op, a: Val, divisor: float | None, mode: str) -> Val:
     t = a.one
     if (
         mode != "floor"
+        or a.precision is not Precision.EXACT
         or divisor is None
         or divisor <= 0
         or not float(divisor).is_integer()

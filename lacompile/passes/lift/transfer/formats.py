@@ -10,15 +10,10 @@ import math
 
 import torch
 
-from ..affine import Aff
 from ..engine import Engine, GiveUp
 from ..leaves import Table
-from ..term import Case, Term, Val
-
-# Integers up to this size are exact in the format; an index computed in it beyond that is not the index.
-EXACT_UP_TO = {torch.bfloat16: 2**8, torch.float16: 2**11, torch.float32: 2**24}
-WIDE = (torch.float32, torch.int32)
-"""Formats in which the length of a tensor is taken for small enough where it is not known."""
+from ..precision import EXACT_UP_TO, WIDE, ends
+from ..term import Term, Val
 
 
 def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
@@ -43,7 +38,7 @@ def _positions(engine: Engine, v: Val, dtype: torch.dtype, limit: int) -> None:
     for c in v.cases:
         for t in c.terms:
             if not t.poly.is_const and not t.accs and not t.exp and float(t.coef).is_integer():
-                reach = max(abs(x) for x in _ends(engine, v, c, t))
+                reach = max(abs(x) for x in ends(engine, v, c, t))
                 if reach > limit and not (math.isinf(reach) and dtype in WIDE):
                     raise GiveUp(f"positions computed in {dtype}, which cannot hold them exactly")
 
@@ -53,7 +48,7 @@ def _truths(engine: Engine, v: Val) -> None:
         for t in c.terms:
             if t.accs and not _is_table(engine, t):
                 _plain_of(engine, v, torch.bool)
-            elif len(c.terms) > 1 or not {t.coef * x for x in _ends(engine, v, c, t)} <= {0.0, 1.0}:
+            elif len(c.terms) > 1 or not {t.coef * x for x in ends(engine, v, c, t)} <= {0.0, 1.0}:
                 raise GiveUp("arithmetic of truths")
 
 
@@ -67,8 +62,8 @@ def _integers(engine: Engine, v: Val, dtype: torch.dtype) -> None:
                 return
             if not _whole(engine, t):
                 raise GiveUp(f"a fraction in {dtype}")
-            ends = [t.coef * x for x in _ends(engine, v, c, t)]
-            low, high = low + min(ends), high + max(ends)
+            both = [t.coef * x for x in ends(engine, v, c, t)]
+            low, high = low + min(both), high + max(both)
         unknown = math.isinf(low) or math.isinf(high)
         if dtype is torch.int64 or (unknown and dtype in WIDE):
             continue
@@ -95,15 +90,3 @@ def _whole(engine: Engine, t: Term) -> bool:
         return False
     kinds = [engine.leaves[leaf].kind for leaf, _ in t.accs]
     return all(isinstance(k, Table) and bool((k.array == k.array.round()).all()) for k in kinds)
-
-
-def _ends(engine: Engine, v: Val, c: Case, t: Term) -> tuple[float, float]:
-    """Bounds of an index-valued factor, times those of tables."""
-    ranges = engine.ranges(v.shape, c.guards | t.guards)
-    poly: Aff = t.poly
-    low, high = float(engine.space.lower(poly, ranges)), float(engine.space.upper(poly, ranges))
-    for leaf, _ in t.accs:
-        other = engine.leaves[leaf].interval
-        ends = [x * y for x in (low, high) for y in other]
-        low, high = min(ends), max(ends)
-    return low, high

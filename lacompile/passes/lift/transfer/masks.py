@@ -12,6 +12,7 @@ from ..affine import ONE, TAU, ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..leaves import Opaque, Table
 from ..logs import known_positive, log_summands
+from ..precision import decidable
 from ..term import NO_EXPONENT, NO_GUARDS, Case, Exponent, Guards, Mono, Term, Val, constant, value
 from . import Op, rule
 from .arith import number, operand
@@ -72,7 +73,7 @@ ORDER = {aten.gt: (1, True), aten.lt: (-1, True), aten.ge: (1, False), aten.le: 
 @rule(aten.ge, aten.gt, aten.le, aten.lt)
 def compare(op: Op) -> Val:
     sign, strict = ORDER[op.func.overloadpacket]
-    difference = _index_difference(op.engine, operand(op, 0), operand(op, 1))
+    difference = _decided(op, operand(op, 0), operand(op, 1))
     if difference is None:
         return op.symbol()
     return truth(op.engine, op.shape, [at_least_zero(difference * sign, strict)])
@@ -86,7 +87,7 @@ def at_least_zero(difference: Aff, strict: bool = False) -> Aff:
 
 @rule(aten.eq, aten.ne)
 def equal(op: Op) -> Val:
-    difference = _index_difference(op.engine, operand(op, 0), operand(op, 1))
+    difference = _decided(op, operand(op, 0), operand(op, 1))
     if difference is None:
         return op.symbol()
     inside = truth(op.engine, op.shape, [at_least_zero(difference), at_least_zero(-difference)])
@@ -95,8 +96,19 @@ def equal(op: Op) -> Val:
     return op.engine.zip_cases([inside], lambda g: () if g[0] else (Term(1.0),))
 
 
+def _decided(op: Op, a: Val, b: Val) -> Aff | None:
+    """A form with integer coefficients and any constant whose sign is that of ``a - b``; None if there is none.
+
+    Raises:
+        GiveUp: rounding may decide in the program.
+    """
+    difference = _index_difference(op.engine, a, b)
+    if difference is not None and not decidable(op, a, b):
+        raise GiveUp("a decision by numbers that rounding may have changed")
+    return difference
+
+
 def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:
-    """A form with integer coefficients and any constant whose sign is that of ``a - b``; None if there is none."""
     if not a.single or not b.single or len(a.terms) > 4 or len(b.terms) > 4:
         return None
     total, constant = ZERO, 0.0  # apart: a form takes a tiny constant for what is left of a cancellation
@@ -116,8 +128,9 @@ def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:
         if len(factor) != 1 or not (low > 0 or high < 0) or constant:
             return None
         total = total if low > 0 else -total
-        scale = min((abs(c) for _, c in total.terms), default=1.0)
-        total = total * (1.0 / scale)
+    if not all(isinstance(c, int) for _, c in total.terms):
+        scale = 1.0 / min(abs(c) for _, c in total.terms)
+        total, constant = total * scale, constant * scale
     if not all(isinstance(c, int) for _, c in total.terms):
         return None
     if 0 < abs(constant - round(constant)) < 1e-6:
@@ -246,7 +259,7 @@ def _piecewise(op: Op, v: Val, pick: Any) -> Val | None:
     t = v.one
     if t is None or t.poly.is_const or t.exp or t.guards:
         return None
-    difference = _index_difference(op.engine, v, constant(v.shape, 0.0))
+    difference = _decided(op, v, constant(v.shape, 0.0))
     if difference is None:
         return None
     mask = truth(op.engine, v.shape, [at_least_zero(difference)])
@@ -293,11 +306,11 @@ def _clamped(op: Op, v: Val, limit: Val, keep_above: bool) -> Val:
     engine = op.engine
     cases: list[Case] = []
     for c in v.cases:
-        piece = value(v.shape, c.terms)
+        piece = value(v.shape, c.terms, precision=v.precision)
         if len(c.terms) == 1 and math.isinf(c.terms[0].coef):
             cases.append(Case(c.guards, c.terms if (c.terms[0].coef > 0) == keep_above else limit.terms))
             continue
-        difference = _index_difference(engine, piece, limit)
+        difference = _decided(op, piece, limit)
         if difference is None:
             raise GiveUp("a clamped value that is not an index")
         keep = at_least_zero(difference if keep_above else -difference)
@@ -442,6 +455,9 @@ def log(op: Op) -> Val:
         if t is not None and op.engine.plain_term(t) and len(t.accs) == 1 and t.coef == 1:
             summands = log_summands(op.engine.leaves, t.accs[0])
             if known_positive(op.engine.leaves, summands):
+                for _, access in summands:
+                    if access is not None:
+                        op.engine.interval(access[0])  # the signs of what is taken apart are relied on
                 return value(v.shape, op.engine.log_terms(t.accs[0]))
         return op.symbol()
     cases = []

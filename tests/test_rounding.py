@@ -1,0 +1,216 @@
+"""Positions in floating formats: what the program's own rounding may have changed decides nothing.
+
+Each mask is a function of N positions. Validation is off, and would not help: it computes in fp64.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import lacompile
+from lacompile.backend import decide
+from lacompile.options import Options
+
+OPTIONS = Options.split({"validate": "off"})[0]
+B, H, N, D, E = 2, 3, 24, 8, 6
+
+
+def pairs(rows, columns):
+    return rows[:, None], columns[None, :]
+
+
+def causal(i):
+    rows, columns = pairs(i, i)
+    return (rows >= columns).float()
+
+
+def floor_of_there_and_back(i):
+    j = (i * 0.7 * (1 / 0.7)).long()  # some come out one lower
+    return torch.exp(-0.1 * (j[:, None] - j[None, :])).tril()
+
+
+def ceil_of_there_and_back(i):
+    return causal((i * 0.1 * 10).ceil()) * causal(i)
+
+
+def floor_division(i):
+    return causal(torch.div(i * 0.7, 0.7, rounding_mode="floor"))
+
+
+def remainder(i):
+    return causal(i) * ((i * 0.1) % 0.1 < 0.05)[None, :]
+
+
+def the_same_factor_in_two_ways(i):
+    rows, columns = pairs(i * 0.3, i * 0.1 * 3)
+    return (rows >= columns).float()
+
+
+def a_difference_of_the_same_factor_in_two_ways(i):
+    rows, columns = pairs(i * 0.3, i * 0.1 * 3)
+    return (rows - columns >= 0).float()
+
+
+def clamped_difference(i):
+    rows, columns = pairs(i * 0.3, i * 0.1 * 3)
+    return causal(i) * ((rows - columns).clamp(min=0) * 1e9 + 1).clamp(max=2)
+
+
+def equal_there_and_back(i):
+    return causal(i) * (i * 0.7 * (1 / 0.7) == i)[None, :]
+
+
+def truth_of_what_rounding_leaves(i):
+    return causal(i) * (i * 0.7 * (1 / 0.7) - i).bool().logical_not()[None, :]
+
+
+def truth_of_a_constant(i):
+    return causal(i) * (torch.ones(len(i)) * 0.7 * (1 / 0.7)).long()[None, :]
+
+
+def sixteen_bits(i):
+    return causal((i * 100).bfloat16())  # 300 and 301 would be one position
+
+
+def half_the_bits_beyond_2048(i):
+    rows, columns = pairs(i + 4000, (i + 4000).half())
+    return (rows >= columns).float()
+
+
+def beyond_the_integers_of_float32(i):
+    return causal((i + 2**24).float())
+
+
+def a_threshold_rounded_to_its_format(i):
+    return causal(i) * ((i + 190).bfloat16() >= 200.3)[None, :]  # 200.3 is 200 there
+
+
+def a_running_sum_of_fractions(i):
+    j = torch.full((len(i),), 0.1).cumsum(0) * 10
+    rows, columns = pairs(i + 1, j)
+    return (rows >= columns).float()
+
+
+def a_running_sum_that_is_too_large(i):
+    return causal(torch.full((len(i),), 2.0**20 + 1).cumsum(0) - (i + 1) * 2.0**20)
+
+
+def linspace(i):
+    j = (torch.linspace(0, 1, len(i)) * (len(i) - 1)).long()
+    return causal(j) * causal(i)
+
+
+def a_range_in_fractions(i):
+    j = (torch.arange(0, len(i) * 0.1 - 0.05, 0.1) * 10).long()
+    return causal(j) * causal(i)
+
+
+def a_slope_there_and_back(i):
+    slope = torch.tensor(0.37) * i
+    rows, columns = pairs(slope * 0.7 * (1 / 0.7), slope)
+    return (rows >= columns).float()
+
+
+def by_thirds(i):
+    return causal((i / 3 * 3).floor()) * causal(i)
+
+
+ATTACKS = [
+    floor_of_there_and_back,
+    ceil_of_there_and_back,
+    floor_division,
+    remainder,
+    the_same_factor_in_two_ways,
+    a_difference_of_the_same_factor_in_two_ways,
+    clamped_difference,
+    equal_there_and_back,
+    truth_of_what_rounding_leaves,
+    truth_of_a_constant,
+    sixteen_bits,
+    half_the_bits_beyond_2048,
+    beyond_the_integers_of_float32,
+    a_threshold_rounded_to_its_format,
+    a_running_sum_of_fractions,
+    a_running_sum_that_is_too_large,
+    linspace,
+    a_range_in_fractions,
+    a_slope_there_and_back,
+    by_thirds,
+]
+
+
+def rewritten(gm, example_inputs):
+    """What is put in the graph's place, run as it is: what is attacked is the rewrite, not Inductor."""
+    return (decide(gm, example_inputs, OPTIONS).rewritten or gm).forward
+
+
+def attention(mask):
+    def f(q, k, v):
+        return (q @ k.mT * mask(torch.arange(q.shape[2]))) @ v
+
+    return f
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, H, N, n, generator=generator) for n in (D, D, E)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "symbolic"])
+@pytest.mark.parametrize("mask", ATTACKS, ids=lambda f: f.__name__)
+def test_what_rounding_may_have_changed_decides_nothing(mask, dynamic):
+    f, args = attention(mask), inputs()
+    if dynamic:
+        for x in args:
+            torch._dynamo.maybe_mark_dynamic(x, 2)
+    torch._dynamo.reset()
+    got = torch.compile(f, backend=rewritten)(*args)
+    torch.testing.assert_close(got, f(*args), rtol=1e-4, atol=1e-4)
+
+
+def in_halves(i):
+    return causal(i * 0.5 - 3.25)
+
+
+def in_float32(i):
+    return causal(i.float() * 2 + 1)
+
+
+def in_sixteen_bits(i):
+    return causal(i.bfloat16())
+
+
+def rounded_to_integers(i):
+    return causal((i.float() * 3 / 1.5).floor().long())
+
+
+def counted(i):
+    return causal(torch.ones(len(i)).cumsum(0))
+
+
+def a_fraction_of_the_difference(i):
+    rows, columns = pairs(i, i)
+    return ((rows - columns) * 0.1 >= 0).float()
+
+
+def beyond_a_fraction(i):
+    rows, columns = pairs(i, i)
+    return (rows - columns > -0.3).float()
+
+
+EXACT = [
+    in_halves,
+    in_float32,
+    in_sixteen_bits,
+    rounded_to_integers,
+    counted,
+    a_fraction_of_the_difference,
+    beyond_a_fraction,
+]
+
+
+@pytest.mark.parametrize("mask", EXACT, ids=lambda f: f.__name__)
+def test_what_is_exact_in_its_format_is_read(mask):
+    report = lacompile.explain(attention(mask), validate="off")(*inputs())
+    assert len(report.rewrites) == 1, str(report)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 Number = int | float
 
@@ -32,6 +33,8 @@ def _number(x: Number) -> Number:
 
 
 def _const(x: Number) -> Number:
+    if type(x) is int:
+        return x
     return 0 if abs(x) <= TINY else _number(x)
 
 
@@ -54,17 +57,16 @@ class Aff:
     def __init__(self, terms: tuple[tuple[int, Number], ...] = (), const: Number = 0):
         self.terms = terms
         self.const = const
-        if type(const) is int and all(type(c) is int for _, c in terms):
-            self._key = (terms, const)
-        else:
-            self._key = (tuple((v, _rounded(c)) for v, c in terms), _rounded(const))
-        self._hash = hash(self._key)
+        self._hash: int | None = None  # of most forms nobody asks
 
     @staticmethod
     def of(coefs: Mapping[int, Number], const: Number = 0) -> Aff:
-        return Aff(tuple(sorted((v, _number(c)) for v, c in coefs.items() if abs(c) > TINY)), _const(const))
+        kept = [(v, c if type(c) is int else _number(c)) for v, c in coefs.items() if abs(c) > TINY]
+        kept.sort()
+        return Aff(tuple(kept), const if type(const) is int else _const(const))
 
     @staticmethod
+    @lru_cache(4096)
     def var(v: int) -> Aff:
         return Aff(((v, 1),), 0)
 
@@ -72,37 +74,66 @@ class Aff:
     def lit(c: Number) -> Aff:
         return Aff((), _const(c))
 
+    @property
+    def key(self) -> tuple:
+        """What two forms are equal and ordered by."""
+        if self._hash is None:
+            hash(self)
+        return self._key
+
     def __hash__(self) -> int:
+        if self._hash is None:
+            terms, const = self.terms, self.const
+            for _, c in terms:
+                if type(c) is not int:
+                    terms = tuple((v, _rounded(c)) for v, c in terms)
+                    break
+            self._key = (terms, const if type(const) is int else _rounded(const))
+            self._hash = hash(self._key)
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Aff) and self._hash == other._hash and self._key == other._key
+        if self is other:
+            return True
+        return isinstance(other, Aff) and hash(self) == hash(other) and self._key == other._key
 
     def __lt__(self, other: Aff) -> bool:
-        return self._key < other._key
+        return self.key < other.key
 
     def __add__(self, other: Aff | Number) -> Aff:
-        if not isinstance(other, Aff):
-            return Aff(self.terms, _const(self.const + other)) if other else self
-        if not other.terms:
-            return Aff(self.terms, _const(self.const + other.const)) if other.const else self
-        coefs = dict(self.terms)
-        for v, c in other.terms:
-            coefs[v] = coefs.get(v, 0) + c
-        return Aff.of(coefs, self.const + other.const)
-
-    def __neg__(self) -> Aff:
-        return Aff(tuple((v, -c) for v, c in self.terms), -self.const)
+        return self._plus(other, 1)
 
     def __sub__(self, other: Aff | Number) -> Aff:
-        return self + (-other)
+        return self._plus(other, -1)
+
+    def _plus(self, other: Aff | Number, k: int) -> Aff:
+        if not isinstance(other, Aff):
+            return Aff(self.terms, _const(self.const + k * other)) if other else self
+        const = self.const + k * other.const
+        if type(const) is not int:
+            const = _const(const)
+        if not other.terms:
+            return Aff(self.terms, const) if other.const else self
+        coefs = dict(self.terms)
+        for v, c in other.terms:
+            total = coefs.get(v, 0) + k * c
+            if type(total) is not int:
+                total = 0 if abs(total) <= TINY else _number(total)
+            if total:
+                coefs[v] = total
+            else:
+                coefs.pop(v, None)
+        return Aff(tuple(sorted(coefs.items())), const)
+
+    def __neg__(self) -> Aff:
+        return Aff(tuple([(v, -c) for v, c in self.terms]), -self.const)
 
     def __mul__(self, k: Number) -> Aff:
         if k == 1:
             return self
         if k == 0:
             return ZERO
-        return Aff(tuple((v, _number(c * k)) for v, c in self.terms), _const(self.const * k))
+        return Aff(tuple([(v, _number(c * k)) for v, c in self.terms]), _const(self.const * k))
 
     def coef(self, var: int) -> Number:
         for v, c in self.terms:
@@ -158,13 +189,10 @@ class Space:
 
     def vars(self, aff: Aff) -> frozenset[int]:
         """Every variable ``aff`` depends on, those inside floor divisions included."""
-        out: set[int] = set()
-        for v, _ in aff.terms:
-            if v >= FIRST_DIV:
-                out |= self._deep[v]
-            else:
-                out.add(v)
-        return frozenset(out)
+        terms = aff.terms
+        if not terms or terms[-1][0] < FIRST_DIV:
+            return frozenset([v for v, _ in terms])
+        return frozenset().union(*(self._deep[v] if v >= FIRST_DIV else (v,) for v, _ in terms))
 
     def vars_of(self, affs: Iterable[Aff]) -> frozenset[int]:
         """Every variable that some of the forms depend on."""
@@ -172,17 +200,25 @@ class Space:
 
     def sub(self, aff: Aff, mapping: Mapping[int, Aff]) -> Aff:
         """``aff`` with variables replaced, inside floor divisions too."""
-        out = None
+        moved: list[tuple[Number, Aff]] = []
+        kept: dict[int, Number] = {}
         for v, c in aff.terms:
             new = mapping.get(v)
             if new is None and v >= FIRST_DIV and not self._deep[v].isdisjoint(mapping):
                 inner, m = self.div_of[v]
                 new = self.floordiv(self.sub(inner, mapping), m)
-            if new is not None:
-                if out is None:
-                    out = aff
-                out = out + new * c - Aff(((v, c),))
-        return aff if out is None else out
+            if new is None:
+                kept[v] = c
+            else:
+                moved.append((c, new))
+        if not moved:
+            return aff
+        const = aff.const
+        for c, new in moved:
+            const += c * new.const
+            for v, d in new.terms:
+                kept[v] = kept.get(v, 0) + c * d
+        return Aff.of(kept, const)
 
     def floordiv(self, aff: Aff, m: int, ranges: Ranges | None = None) -> Aff:
         """``floor(aff / m)`` for m > 0, simplified by dropping multiples of m and by the box of the rest."""
@@ -227,14 +263,24 @@ class Space:
 
     def lower(self, aff: Aff, ranges: Ranges) -> Number:
         """A number that ``aff`` never falls below on the box; -inf where none is known."""
-        for v, c in reversed(aff.terms):
-            if v >= FIRST_DIV:
-                return max(self._lower_by_interval(aff, v, c, ranges), self._lower_by_remainder(aff, v, c, ranges))
-        rest = aff
-        for v, c in aff.terms:
-            if v in ranges:
-                low, high = ranges[v]
-                rest = rest - Aff(((v, c),)) + (low if c > 0 else high) * c
+        terms = aff.terms
+        if terms and terms[-1][0] >= FIRST_DIV:
+            v, c = terms[-1]
+            return max(self._lower_by_interval(aff, v, c, ranges), self._lower_by_remainder(aff, v, c, ranges))
+        total = aff.const
+        left: dict[int, Number] = {}
+        for v, c in terms:
+            if (found := ranges.get(v)) is None:
+                left[v] = left.get(v, 0) + c
+                continue
+            end = found[0] if c > 0 else found[1]
+            total += c * end.const
+            for w, d in end.terms:
+                left[w] = left.get(w, 0) + c * d
+        return self._lower_of_sizes(Aff.of(left, total), ranges) if left else _const(total)
+
+    def _lower_of_sizes(self, rest: Aff, ranges: Ranges) -> Number:
+        """The same of a form whose indices have been replaced by the ends of their ranges."""
         total: Number = rest.const
         for v, c in rest.terms:
             if v >= FIRST_DIV:

@@ -7,9 +7,10 @@ the ones used in docs/how-matching-works.md.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 
-from .affine import FIRST_DIV, INF, ONE, TAU, ZERO, Aff, Range, box
+from .affine import FIRST_DIV, INF, ONE, TAU, ZERO, Aff, Range
 from .regions import Regions
 from .term import Access, Exponent, Guards, Mono, Term
 
@@ -20,24 +21,34 @@ DENSE = 12  # free dimensions whose coefficients are compared one by one
 class Algebra(Regions):
     """The rules of normalisation."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._normal: dict[tuple[Term, tuple[Aff, ...]], Term | None] = {}
+
     # ------------------------------------------------------------------------------------------------- normalisation
 
     def normalise(self, term: Term, shape: tuple[Aff, ...]) -> Term | None:
         """The normal form of ``term`` as part of a tensor of this shape; None if it is zero everywhere."""
         if term.coef == 0:
             return None
-        term = self._unit_coefficient(term)
+        key = (term, shape)
+        if key not in self._normal:
+            self._normal[key] = self._normalised(self._unit_coefficient(term), shape)
+        return self._normal[key]
+
+    def _normalised(self, term: Term, shape: tuple[Aff, ...]) -> Term | None:
         if not term.guards and not any(v < 0 for a in term.affs() for v, _ in a.terms):
-            return self._canonical_names(self._settle(term, box(shape)))
+            return self._canonical_names(self._settle(term, shape))
         for _ in range(ROUNDS):
             before = term
-            pruned = self._prune_guards(term, shape)
-            if pruned is None:
+            guards = self.pruned(term.guards, shape)
+            if guards is None:
                 return None
-            term = self._collapse_points(pruned, shape)
+            term = term if guards == term.guards else term.but(guards=guards)
+            term = self._collapse_points(term, shape)
             term = self._count_unused(term, shape)
             term = self._mixed_radix(term)
-            term = self._settle(term, self._term_ranges(term, shape))
+            term = self._settle(term, shape)
             if term == before:
                 break
         return self._canonical_names(self._origins(term))
@@ -52,18 +63,19 @@ class Algebra(Regions):
         return term.but(coef=math.copysign(1.0, term.coef), exp=term.exp + log)
 
     def _term_ranges(self, term: Term, shape: tuple[Aff, ...]) -> dict[int, Range]:
-        ranges = self.ranges(shape, term.guards)
+        ranges = dict(self.ranges(shape, term.guards))
         for var in term.bound(self.space):
             b = self.bounds(var, term.guards)
             if b.low and b.high:
                 ranges[var] = (b.low[0], b.high[0])
         return ranges
 
-    def _settle(self, term: Term, ranges: Mapping[int, Range]) -> Term:
+    def _settle(self, term: Term, shape: tuple[Aff, ...]) -> Term:
         """Floor divisions that the box decides, and exponents in their canonical reading."""
         space = self.space
-        if any(v >= FIRST_DIV for a in term.affs() for v, _ in a.terms):
-            ranges = {v: r for v, r in ranges.items() if v >= 0 or not self._speaks_of_bound(*r)}
+        if any(a.terms and a.terms[-1][0] >= FIRST_DIV for a in term.affs()):
+            found = self._term_ranges(term, shape)
+            ranges = {v: r for v, r in found.items() if v >= 0 or not self._speaks_of_bound(*r)}
 
             def mono(m: Mono) -> Mono:
                 return tuple(sorted((leaf, tuple(space.settle(i, ranges) for i in idx)) for leaf, idx in m))
@@ -124,48 +136,6 @@ class Algebra(Regions):
             out.append((leaf, (*idx[:d], Aff.var(TAU) + (idx[d] - pos), *idx[d + 1 :])))
         return None if pos is None else (tuple(sorted(out)), pos)
 
-    def _prune_guards(self, term: Term, shape: tuple[Aff, ...]) -> Term | None:
-        """R1: drop guards that the box or another guard implies; None if the guards exclude each other."""
-        plain = box(shape)
-        guards = {h for g in term.guards for h in self._corner(self.space.guard(g), plain)}
-        for g in [g for g in guards if g.is_const]:
-            if g.const < 0:
-                return None
-            guards.discard(g)
-        ranges = self.ranges(shape, guards)
-        if not self.feasible(guards, ranges):
-            return None
-        for g in sorted(guards):
-            others = guards - {g}
-            speaks_of_bound = any(v < 0 for v in self.space.vars(g))
-            if speaks_of_bound:
-                if any(self.space.lower(g - h, ranges) >= 0 for h in others if self._same_side(g, h)):
-                    guards.discard(g)
-            elif self.implied(g, others, plain) or self._follows_from_a_range(g, others, plain):
-                guards.discard(g)
-        return term if guards == term.guards else term.but(guards=guards)
-
-    def _corner(self, g: Aff, plain: Mapping[int, Range]) -> Iterable[Aff]:
-        """A guard that holds in one corner of the box alone, as one guard for each dimension that it pins."""
-        if len(g.terms) < 2 or any(v not in plain for v, _ in g.terms) or self.space.upper(g, plain) != 0:
-            return (g,)
-        return [Aff.var(v) - plain[v][1] if c > 0 else plain[v][0] - Aff.var(v) for v, c in g.terms]
-
-    def _follows_from_a_range(self, g: Aff, others: set[Aff], plain: Mapping[int, Range]) -> bool:
-        """Where the guard fails, the range low <= b <= high of a bound index b is empty, so the term is 0 anyway."""
-        wanted = self.space.vars(g)
-        for var in {v for h in others for v, _ in h.terms if v < 0}:
-            b = self.bounds(var, others)
-            for low in b.low:
-                for high in b.high:
-                    room = self.space.guard(high - low)
-                    if room.terms and self.space.vars(room) <= wanted and self.space.lower(g - room, plain) >= 0:
-                        return True
-        return False
-
-    def _same_side(self, g: Aff, h: Aff) -> bool:
-        return all(v >= 0 for v in self.space.vars(g - h))
-
     def _collapse_points(self, term: Term, shape: tuple[Aff, ...]) -> Term:
         """R2: an index whose range is one point is that point. A free dimension keeps the guards that pin it."""
         for var in sorted(self._guarded(term)):
@@ -191,10 +161,10 @@ class Algebra(Regions):
 
     def _count_unused(self, term: Term, shape: tuple[Aff, ...]) -> Term:
         """A bound index that only its range mentions counts: it multiplies by the length of the range."""
-        used: set[int] = set()
-        for aff in term.but(guards=()).affs():
-            used |= self.space.vars(aff)
-        for var in sorted(term.bound(self.space) - used):
+        bound = term.bound(self.space)
+        if not bound:
+            return term
+        for var in sorted(bound - self._used(term)):
             b = self.bounds(var, term.guards)
             if b.other or len(b.low) != 1 or len(b.high) != 1 or not term.poly.is_const:
                 continue
@@ -207,12 +177,23 @@ class Algebra(Regions):
             term = term.but(poly=length, guards=rest)
         return self._zero_or_one(term, shape)
 
+    def _used(self, term: Term) -> set[int]:
+        """The variables of everything but the guards."""
+        used: set[int] = set()
+        for aff in term.factors():
+            for v, _ in aff.terms:
+                if v >= FIRST_DIV:
+                    used |= self.space.vars(Aff.var(v))
+                else:
+                    used.add(v)
+        return used
+
     def _zero_or_one(self, term: Term, shape: tuple[Aff, ...]) -> Term:
         """An index-valued factor of a sum that can only be 0 or 1 is the guard that it is 1."""
         poly = term.poly
         if poly.is_const or not term.bound(self.space) or not all(isinstance(c, int) for _, c in poly.terms):
             return term
-        ranges = box(shape)
+        ranges = self.box(shape)
         if self.space.vars(poly) <= ranges.keys() and isinstance(poly.const, int):
             if self.space.lower(poly, ranges) == 0 and self.space.upper(poly, ranges) == 1:
                 return term.but(poly=ONE, guards=term.guards | {poly - 1})
@@ -224,6 +205,8 @@ class Algebra(Regions):
         R3b: b2 in [m*b1 + r, m*b1 + r + m - 1] with b1 nowhere else is one index over the union of the windows.
         """
         bound = sorted(term.bound(self.space))
+        if len(bound) < 2:
+            return term
         for b2 in bound:
             ends = self.bounds(b2, term.guards)
             for low in ends.low if not ends.other else ():
@@ -238,6 +221,8 @@ class Algebra(Regions):
 
     def _as_one_index(self, term: Term, b1: int, b2: int, low: Aff, m: int) -> Term | None:
         """``b2`` runs over ``m`` values from ``low``; other guards may restrict it further."""
+        if m == 1 or not (low.is_const or low.coef(b1) == m):
+            return None
         x = Aff.var(b2)
         own = {self.space.guard(x - low), self.space.guard(low + (m - 1) - x)}
         rest = term.guards - own
@@ -248,11 +233,10 @@ class Algebra(Regions):
         return None if b.other or len(b.low) != 1 or len(b.high) != 1 else (b.low[0], b.high[0])
 
     def _windows(self, term: Term, b1: int, b2: int, low: Aff, m: int, rest: Guards) -> Term | None:
-        if low.coef(b1) != m or m == 1:
+        if low.coef(b1) != m or b1 in self._used(term):
             return None
         range1 = self._range_of(b1, rest)
-        used = set().union(*(self.space.vars(a) for a in term.but(guards=[]).affs()), set())
-        if range1 is None or b1 in used:
+        if range1 is None:
             return None
         base = low.without(b1)
         if b1 in self.space.vars(base) or b2 in self.space.vars(range1[0]) | self.space.vars(range1[1]):
@@ -264,19 +248,19 @@ class Algebra(Regions):
         return term.but(guards=guards)
 
     def _digits(self, term: Term, b1: int, b2: int, low2: Aff, m: int, rest: Guards) -> Term | None:
-        if m == 1 or not low2.is_const or any(b2 in self.space.vars(g) for g in rest):
+        if not low2.is_const or any(aff.coef(b1) != aff.coef(b2) * m for aff in term.factors()):
+            return None
+        if any(b2 in self.space.vars(g) for g in rest):
             return None
         range1 = self._range_of(b1, rest)
         if range1 is None or b2 in self.space.vars(range1[0]) | self.space.vars(range1[1]):
             return None
         if any(g.coef(b1) and (g.coef(b1) not in (1, -1)) for g in rest):
             return None
-        for aff in term.but(guards=()).affs():
+        for aff in term.factors():
             for v, _ in aff.terms:
                 if v >= FIRST_DIV and not self.space.vars(Aff.var(v)).isdisjoint((b1, b2)):
                     return None
-            if aff.coef(b1) != aff.coef(b2) * m:
-                return None
         guards = [g for g in rest if not g.coef(b1)]
         guards.append(Aff.var(b2) - range1[0] * m - low2)
         guards.append(range1[1] * m + (m - 1) + low2 - Aff.var(b2))
@@ -304,10 +288,17 @@ class Algebra(Regions):
 
         return (access[0], tuple(key(a) for a in access[1]), tuple(offset(a) for a in access[1]))
 
+    def _ordered(self, accs: Sequence[Access]) -> Sequence[Access]:
+        """Sorted by :meth:`_sort_key`, of which the leaf comes first."""
+        leaves = [leaf for leaf, _ in accs]
+        return sorted(accs, key=itemgetter(0) if len(set(leaves)) == len(leaves) else self._sort_key)
+
     def _origins(self, term: Term) -> Term:
         """R4: the first access that holds a bound index alone (with coefficient 1 or -1) becomes that index."""
+        if not term.bound(self.space):
+            return term
         done: set[int] = set()
-        for access in sorted(term.accs, key=self._sort_key):
+        for access in self._ordered(term.accs):
             for aff in access[1]:
                 term = self._origin(term, aff, done)
         for mono, f in term.exp.lin:
@@ -333,6 +324,13 @@ class Algebra(Regions):
 
     def _canonical_names(self, term: Term) -> Term:
         """Bound indices named -1, -2, ... by first occurrence, accesses sorted: equality becomes a comparison."""
+        bound = term.bound(self.space)
+        if bound:
+            term = self._renamed(term, bound)
+        accs = tuple(sorted(term.accs))
+        return term if accs == term.accs else term.but(accs=accs)
+
+    def _renamed(self, term: Term, bound: frozenset[int]) -> Term:
         order: list[int] = []
 
         def visit(aff: Aff) -> None:
@@ -340,20 +338,16 @@ class Algebra(Regions):
                 inner = self.space.vars(Aff.var(v)) if v >= FIRST_DIV else (v,)
                 order.extend(w for w in inner if w < 0 and w not in order)
 
-        accs = sorted(term.accs, key=self._sort_key)
-        for _, idx in accs:
+        for _, idx in self._ordered(term.accs):
             for aff in idx:
                 visit(aff)
-        for aff in term.exp.affs():
+        for aff in (*term.exp.affs(), term.poly):
             visit(aff)
-        visit(term.poly)
-        for g in sorted(term.guards, key=lambda g: (len(g.terms), tuple(abs(c) for _, c in g.terms), abs(g.const))):
-            visit(g)
-        if order:
-            names = {v: Aff.var(-(n + 1)) for n, v in enumerate(order)}
-            if any(names[v] != Aff.var(v) for v in order):
-                term = term.sub(self.space, names)
-        return term.but(accs=tuple(sorted(term.accs)))
+        if len(order) < len(bound):
+            for g in sorted(term.guards, key=lambda g: (len(g.terms), tuple(abs(c) for _, c in g.terms), abs(g.const))):
+                visit(g)
+        names = {v: Aff.var(-(n + 1)) for n, v in enumerate(order)}
+        return term if all(names[v] == Aff.var(v) for v in order) else term.sub(self.space, names)
 
     # ------------------------------------------------------------------------------------------------ small services
 

@@ -384,7 +384,7 @@ class _Prover:
     def _main_queries(self) -> list[Access]:
         return [a for a in self.main.accs if not self._holds(a, self.j)]
 
-    def _same_query(self, a: Access, b: Access, bound: set[int]) -> bool:
+    def _same_query(self, a: Access, b: Access, bound: frozenset[int] | set[int]) -> bool:
         if a[0] != b[0]:
             return False
         for x, y in zip(a[1], b[1], strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from operator import is_
 from typing import Any
 
 from .affine import FIRST_DIV, ONE, TAU, Aff, Number, Space
@@ -33,7 +34,7 @@ class Exponent:
     def __init__(self, lin: tuple[tuple[Mono, Aff], ...] = (), sums: tuple[tuple[tuple[Mono, Aff], Number], ...] = ()):
         self.lin = lin
         self.sums = sums
-        self._hash = hash((lin, sums))
+        self._hash: int | None = None
 
     @staticmethod
     def of(lin: Iterable[tuple[Mono, Aff]], sums: Iterable[tuple[tuple[Mono, Aff], Number]]) -> Exponent:
@@ -49,9 +50,13 @@ class Exponent:
         )
 
     def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash((self.lin, self.sums))
         return self._hash
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         return isinstance(other, Exponent) and self.lin == other.lin and self.sums == other.sums
 
     def __bool__(self) -> bool:
@@ -76,10 +81,12 @@ class Exponent:
     def sub(self, space: Space, mapping: Mapping[int, Aff]) -> Exponent:
         if not self:
             return self
-        return Exponent.of(
-            ((sub_mono(space, m, mapping), space.sub(f, mapping)) for m, f in self.lin),
-            (((sub_mono(space, m, mapping), space.sub(p, mapping)), c) for (m, p), c in self.sums),
+        lin = [(sub_mono(space, m, mapping), space.sub(f, mapping)) for m, f in self.lin]
+        sums = [((sub_mono(space, m, mapping), space.sub(p, mapping)), c) for (m, p), c in self.sums]
+        same = all(m is n and f is h for (m, f), (n, h) in zip(lin, self.lin, strict=True)) and all(
+            m is n and p is r for ((m, p), _), ((n, r), _) in zip(sums, self.sums, strict=True)
         )
+        return self if same else Exponent.of(lin, sums)
 
     def affs(self) -> Iterable[Aff]:
         """Every affine form mentioned, those inside monomials included."""
@@ -99,11 +106,13 @@ class Exponent:
 
 
 def sub_access(space: Space, access: Access, mapping: Mapping[int, Aff]) -> Access:
-    return (access[0], tuple(space.sub(a, mapping) for a in access[1]))
+    idx = tuple([space.sub(a, mapping) for a in access[1]])
+    return access if all(map(is_, idx, access[1])) else (access[0], idx)
 
 
 def sub_mono(space: Space, mono: Mono, mapping: Mapping[int, Aff]) -> Mono:
-    return tuple(sorted(sub_access(space, a, mapping) for a in mono))
+    moved = [sub_access(space, a, mapping) for a in mono]
+    return mono if all(map(is_, moved, mono)) else tuple(sorted(moved))
 
 
 def show_mono(mono: Mono) -> str:
@@ -116,7 +125,7 @@ NO_EXPONENT = Exponent()
 class Term:
     """One guarded, weighted product; see the module docstring. Immutable and hashed."""
 
-    __slots__ = ("_hash", "accs", "coef", "exp", "guards", "poly")
+    __slots__ = ("_bound", "_hash", "accs", "coef", "exp", "guards", "poly")
 
     def __init__(
         self,
@@ -133,18 +142,24 @@ class Term:
         self.accs = accs
         self.exp = exp
         self.guards: frozenset[Aff] = frozenset(guards)
-        self._hash = hash((self.coef, poly, accs, exp, self.guards))
+        self._hash: int | None = None
+        self._bound: frozenset[int] | None = None
 
     def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash((self.coef, self.poly, self.accs, self.exp, self.guards))
         return self._hash
 
     def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
         return (
             isinstance(other, Term)
-            and self._hash == other._hash
             and self.coef == other.coef
-            and self.body == other.body
+            and self.accs == other.accs
             and self.guards == other.guards
+            and self.exp == other.exp
+            and self.poly == other.poly
         )
 
     @property
@@ -157,15 +172,24 @@ class Term:
         return tuple(a[0] for a in self.accs)
 
     def but(self, **changes: Any) -> Term:
-        fields = {"coef": self.coef, "poly": self.poly, "accs": self.accs, "exp": self.exp, "guards": self.guards}
-        fields.update(changes)
-        return Term(**fields)
+        get = changes.get
+        return Term(
+            get("coef", self.coef),
+            get("poly", self.poly),
+            get("accs", self.accs),
+            get("exp", self.exp),
+            get("guards", self.guards),
+        )
 
-    def affs(self) -> Iterable[Aff]:
+    def factors(self) -> Iterable[Aff]:
+        """Every affine form but the guards."""
         yield self.poly
         for _, idx in self.accs:
             yield from idx
         yield from self.exp.affs()
+
+    def affs(self) -> Iterable[Aff]:
+        yield from self.factors()
         yield from self.guards
 
     def vars(self, space: Space) -> set[int]:
@@ -173,14 +197,17 @@ class Term:
         for aff in self.affs():
             for v, _ in aff.terms:
                 if v >= FIRST_DIV:
-                    out |= space.vars(aff)
+                    out |= space.vars(Aff.var(v))
                 else:
                     out.add(v)
         out.discard(TAU)
         return out
 
-    def bound(self, space: Space) -> set[int]:
-        return {v for v in self.vars(space) if v < 0}
+    def bound(self, space: Space) -> frozenset[int]:
+        """The indices that are summed over."""
+        if self._bound is None:
+            self._bound = frozenset([v for v in self.vars(space) if v < 0])
+        return self._bound
 
     def sub(self, space: Space, mapping: Mapping[int, Aff]) -> Term:
         if not mapping:

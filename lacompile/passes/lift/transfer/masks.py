@@ -420,7 +420,7 @@ def _is_empty(engine: Engine, t: Term, guards: Guards, shape: tuple[Aff, ...]) -
     return engine.implied(low - high - 1, guards, ranges)
 
 
-def _prefix_sum(engine: Engine, t: Term, bound: set[int]) -> tuple[Mono, Aff, Aff]:
+def _prefix_sum(engine: Engine, t: Term, bound: frozenset[int]) -> tuple[Mono, Aff, Aff]:
     """A sum over one index of one leaf (times factors without it), as the monomial and the range of positions."""
     if len(bound) != 1 or not t.poly.is_const:
         raise GiveUp("exp of a contraction")

@@ -30,6 +30,8 @@ CASES = {
     "hopper backward bf16 128 three stages": ("hopper backward 1", "bf16", 128, 128, True, True, 48),
     "hopper backward bf16 128 narrow": ("hopper backward 2", "bf16", 128, 128, False, True, 400),
     "forward bf16 64": ("forward", "bf16", 64, 64, False, True, 0),
+    "backward bf16 64 two stages": ("backward 1", "bf16", 64, 64, True, True, 0),
+    "backward bf16 256 one stage": ("backward 1", "bf16", 256, 256, False, True, 184),
     "forward bf16 128": ("forward", "bf16", 128, 128, False, True, 0),
     "forward bf16 128x64 per token": ("forward", "bf16", 128, 64, True, True, 48),
     "forward bf16 256": ("forward", "bf16", 256, 256, False, True, 0),
@@ -72,7 +74,9 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
     from lacompile.kernels.tuning import space
 
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[element]
-    v, k, pre = space.portable(dk, dv, dtype), space.portable(dv, dk, dtype), launch.prepass_config(dk, dv, dtype)
+    name, _, place = name.partition(" ") if name.split()[0] in ("forward", "backward") else (name, "", "")
+    v, k = (space.portables(*sizes, dtype)[int(place or 0)] for sizes in ((dk, dv), (dv, dk)))
+    pre = launch.prepass_config(dk, dv, dtype)
     common: dict[str, Any] = {"DK": dk, "DV": dv, "CHUNK": v.chunk, "PER_TOKEN": per_token}
     own = {"UNIT": 8, "TMA": tma, "PRECISION": launch.precision(dtype)}
     end = {"HAS_START": True, "STORE_END": True}

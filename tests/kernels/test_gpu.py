@@ -150,7 +150,9 @@ class TestEveryShape:
 class TestEveryConfiguration:
     """What tuning may choose is right, whether it is the fastest or not."""
 
-    CASES: ClassVar = [(size, n) for size in (64, 128) for n in range(len(space.hopper(size, size)))]
+    CASES: ClassVar = [
+        (size, n) for size in (64, 128, 256) for n in range(len(space.candidates(size, size, torch.bfloat16, True)))
+    ]
 
     @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}")
     def size(self, request, monkeypatch):
@@ -159,10 +161,7 @@ class TestEveryConfiguration:
         if torch.cuda.get_device_capability()[0] != 9:
             pytest.skip("no such tensor cores")
         size, n = request.param
-        tiles = space.hopper(size, size)[n]
-        config = lightning2.launch.config
-        own = lambda *kind: config(*kind) if kind[-1] is True and tiles.warps == 8 else tiles  # noqa: E731 (see config)
-        monkeypatch.setattr(lightning2.launch, "config", own)
+        monkeypatch.setattr(lightning2.launch, "place", lambda kind, found, *_: min(n, len(found) - 1))
         lightning2.calls.forget()
         yield size
         lightning2.calls.forget()
@@ -199,7 +198,7 @@ class TestLongSequences:
     @pytest.mark.parametrize("length", [4096, 16384 + 37])
     @DECAYS
     def test_segments(self, kernels, size, length, per_token):
-        tiles = kernels.launch.portable(size, size, torch.bfloat16)
+        tiles = space.portable(size, size, torch.bfloat16)
         assert kernels.launch.plan(length, 4, 132, tiles).count > 1
         check(kernels, *arguments(length, size, size, per_token, batch=1, heads=1))
 
@@ -296,6 +295,43 @@ class TestSelfCheck:
         check(kernels, *args)
 
 
+class TestPrecision:
+    @DECAYS
+    def test_fp32_products_are_as_exact_as_pytorch_is_asked_to_form_its_own(self, kernels, per_token):
+        args, do, d_state = arguments(700, 64, 64, per_token, torch.float32)
+        check(kernels, args, do, d_state)
+        torch.set_float32_matmul_precision("high")
+        try:
+            found = [kernels.forward(*args)[0], *kernels.backward(do, d_state, *args)[:3]]
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        out, _, grads = exact(args, do, d_state)
+        for got, want in zip(found, (out, *grads[:3]), strict=True):  # TF32 has the mantissa of fp16
+            assert budget(torch.float32).gradient < relative_error(got, want) <= budget(torch.float16).gradient
+
+
+class TestTuning:
+    def test_a_search_finds_a_winner_that_is_kept(self, monkeypatch, tmp_path):
+        from lacompile.kernels import lightning2
+        from lacompile.kernels.lightning2.compiler import identity
+        from lacompile.kernels.tuning import choose, table
+
+        monkeypatch.setenv("LACOMPILE_AUTOTUNE", "quick")
+        monkeypatch.setenv("LACOMPILE_CACHE_DIR", str(tmp_path))
+        monkeypatch.setattr(table, "shipped_path", lambda gpu: tmp_path / "none.json")
+        choose.forget()
+        lightning2.calls.forget()
+        try:
+            check(lightning2, *arguments(300))
+            found = table.read(table.stored_path(identity(torch.device("cuda", 0))))
+            assert len(found) == 2  # forward, and backward with the decay's gradient
+            for winner in found.values():
+                assert all(ms is not None and ms > 0 for ms in winner.milliseconds)
+        finally:
+            choose.forget()
+            lightning2.calls.forget()
+
+
 class TestCompilation:
     def test_none_per_length_or_batch(self, kernels):
         names = ("forward", "backward", "segments", "hopper.forward", "hopper.backward")
@@ -338,6 +374,13 @@ class TestMemory:
         for view, x in zip(views, args, strict=False):
             view.copy_(x)
         check(kernels, (*views, *args[3:]), do, d_state)
+
+    def test_no_decay_is_read_before_the_first(self, kernels):
+        """Decays so far apart that one read before token 0 would be of memory that is not there."""
+        args, do, d_state = arguments(130, per_token=True, batch=1, heads=1)
+        far = torch.zeros(130 * 2**18, device="cuda")[:: 2**18][None, None]
+        far.copy_(args[3])
+        check(kernels, (*args[:3], far, *args[4:]), do, d_state)
 
     def test_many_heads(self, kernels):
         args, do, d_state = arguments(65, 16, 16, batch=300, heads=256, states="")

@@ -36,7 +36,8 @@ def poisoned(monkeypatch, request):
         if "own_tiles" not in request.fixturenames:
             config = lightning2.launch.config
             wide = {"chunk": C, "stages": 1}  # the short chunks of fp32 take the interpreter four times as long
-            monkeypatch.setattr(lightning2.launch, "config", lambda *a: dataclasses.replace(config(*a), **wide))
+            shorter = lambda *kind: [dataclasses.replace(tiles, **wide) for tiles in config(*kind)]  # noqa: E731
+            monkeypatch.setattr(lightning2.launch, "config", shorter)
         lightning2.calls.forget()
     torch.use_deterministic_algorithms(True)
     yield

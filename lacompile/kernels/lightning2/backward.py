@@ -184,8 +184,8 @@ def backward(
         q, k, v, do = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v), launch.unit_last(do)
         initial_state, d_state = launch.dense_state(initial_state), launch.dense_state(d_state)
         given = do, d_state, q, k, v, log_decay, initial_state
-        call = CALLS.get((signature(*given), scale, want_decay), lambda: _prepare(*given, float(scale), want_decay))
-        return call(*given)
+        key = signature(*given), scale, want_decay, launch.setting(q.dtype)
+        return CALLS.get(key, lambda: _prepare(*given, float(scale), want_decay))(*given)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -234,9 +234,7 @@ def _prepare(
     dq, dk_, dv_, _ = gradients(q, k, v)
     tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
     mark_dtype = launch.mark_dtype(q.dtype, per_token)
-    rounded_marks = want_decay and mark_dtype != torch.float32
-    for_k = launch.config("backward", dv, dk, q.dtype, q.device, tma, rounded_marks)
-    for_v = launch.config("backward", dk, dv, q.dtype, q.device, tma, rounded_marks)
+    for_v, for_k = launch.config("backward", dk, dv, q.dtype, q.device, tma, per_token, want_decay)
     chunk = min(for_k.chunk, for_v.chunk)
     k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
     programs = rows * (2 * k_blocks + v_blocks)

@@ -117,7 +117,7 @@ def forward(
     with launch.on_device_of(q):
         q, k, v = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v)
         initial_state = launch.dense_state(initial_state)
-        key = signature(q, k, v, log_decay, initial_state), scale, want_state
+        key = signature(q, k, v, log_decay, initial_state), scale, want_state, launch.setting(q.dtype)
         call = CALLS.get(key, lambda: _prepare(q, k, v, log_decay, float(scale), initial_state, want_state))
         return call(q, k, v, log_decay, initial_state)
 
@@ -147,7 +147,7 @@ def _prepare(
     if o.numel() == 0:
         return nothing
     tma = launch.use_tma(q, k, v, o)
-    tiles = launch.config("forward", dk, dv, q.dtype, q.device, tma)
+    tiles, _ = launch.config("forward", dk, dv, q.dtype, q.device, tma, per_token)
     programs = batch * heads * launch.blocks(dv, tiles.bv)
     split = launch.plan(length, programs, launch.processors(q.device), tiles)
     states, slots = None, 1
@@ -187,7 +187,8 @@ def _prepare(
         start = known.state if constants["HAS_START"] else None
         return equal(forward(known.q, known.k, known.v, known.log_decay, 1.0, start, want_state)[0], known.output())
 
-    kind = "forward", tiles, dk, dv, q.dtype, per_token, tma, constants["HAS_START"], want_state, q.device
+    said = constants["HAS_START"], want_state, launch.precision(q.dtype)
+    kind = "forward", tiles, dk, dv, q.dtype, per_token, tma, *said, q.device
     if not is_right(kind, q.device, computes_integers):
         return lambda q, k, v, log_decay, initial: cpu.forward(q, k, v, log_decay, scale, initial, want_state)
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -10,7 +11,9 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from ..tuning.space import CHUNK, Config, Use, candidates, portable
+from ..tuning.choose import place
+from ..tuning.space import CHUNK, Config, Kind, Use, candidates, portable
+from .compiler import identity
 
 TMA = True  # read and write by tensor descriptors where that is possible
 HOPPER = True  # use the body in hopper/ where that is possible
@@ -21,6 +24,8 @@ SPAN_PER_TOKEN = 512
 SPAN_FIXED = 64
 # Segments are multiples of this many tokens; a multiple of the spans.
 GRANULE = 512
+forced: tuple[Kind, int] | None = None
+"""The candidate that is being tried for a kind of kernel (see trial.py)."""
 
 
 def blocks(columns: int, block: int) -> int:
@@ -29,16 +34,34 @@ def blocks(columns: int, block: int) -> int:
 
 
 def config(
-    use: Use, dk: int, dv: int, dtype: torch.dtype, device: torch.device, descriptors: bool, rounded_marks: bool = False
-) -> Config:
-    """The tiles for heads of this kind; ``descriptors``: every tensor can be read by one.
+    use: Use,
+    dk: int,
+    dv: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    descriptors: bool,
+    per_token: bool,
+    decay_gradient: bool = False,
+) -> tuple[Config, Config]:
+    """The tiles for contracting over ``dk`` into ``dv`` columns, and those that go with them the other way round.
 
-    ``rounded_marks``: marks in bf16 are written. With them the tile of eight warps has been seen to return wrong
-    gradients of k, differently from run to run, on an H100 under Triton 3.6 (docs/kernel-notes.md).
+    ``descriptors``: every tensor can be read by one. ``decay_gradient``: the backward kernel is to find that too.
     """
     hopper = descriptors and HOPPER and has_warp_group_products(device)
-    found = candidates(dk, dv, dtype, hopper)
-    return next(tiles for tiles in found if not (rounded_marks and tiles.body == "hopper" and tiles.warps == 8))
+    rounded_marks = decay_gradient and mark_dtype(dtype, per_token) != torch.float32
+    found, turned = (candidates(*sizes, dtype, hopper, rounded_marks) for sizes in ((dk, dv), (dv, dk)))
+    kind = Kind.of(use, dk, dv, dtype, per_token, decay_gradient, hopper)
+    if forced is not None and forced[0] == kind:
+        at = forced[1]
+    else:
+        at = place(kind, found, device, identity, lambda n: _milliseconds(kind, dtype, device, n))
+    return found[at], turned[at]
+
+
+def _milliseconds(kind: Kind, dtype: torch.dtype, device: torch.device, n: int) -> float | None:
+    from .trial import milliseconds
+
+    return milliseconds(kind, dtype, device, n)
 
 
 def prepass_config(dk: int, dv: int, dtype: torch.dtype) -> Config:
@@ -48,8 +71,17 @@ def prepass_config(dk: int, dv: int, dtype: torch.dtype) -> Config:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How fp32 products are formed: three TF32 products each, an error of about 1e-6. 16-bit inputs ignore it."""
-    return "tf32x3" if dtype == torch.float32 else "tf32"
+    """How fp32 products are formed: as PyTorch's own, by ``torch.set_float32_matmul_precision``.
+
+    Three TF32 products each, an error of about 1e-6; one, about 3e-4, where that allows TF32. 16-bit inputs ignore it.
+    """
+    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "tf32x3" if exact else "tf32"
+
+
+def setting(dtype: torch.dtype) -> Hashable:
+    """What a launch depends on beside its tensors."""
+    return precision(dtype), forced
 
 
 def span(per_token: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,13 +29,49 @@ class Config:
     saturating: float = 0.7
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a choice of tiles may depend on. Not on batch or length: a change of those never compiles anything.
+
+    Attributes:
+        use: which kernel.
+        dk, dv: head sizes, rounded up to the blocks that hold them.
+        bits: of an element.
+        per_token: decays per token instead of per head.
+        decay_gradient: the backward kernel also writes what the decay's gradient is made of.
+        descriptors: Hopper's tensor cores are there, and every tensor can be read by descriptor.
+    """
+
+    use: Use
+    dk: int
+    dv: int
+    bits: int
+    per_token: bool
+    decay_gradient: bool
+    descriptors: bool
+
+    @classmethod
+    def of(
+        cls, use: Use, dk: int, dv: int, dtype: torch.dtype, per_token: bool, decay_gradient: bool, descriptors: bool
+    ) -> Kind:
+        """The kind of a call on heads of these sizes."""
+        block_k, block_v = (max(64, next_power_of_2(d)) for d in (dk, dv))
+        return cls(use, block_k, block_v, dtype.itemsize * 8, per_token, decay_gradient, descriptors)
+
+    def __str__(self) -> str:
+        gradient = ", decay gradient" if self.decay_gradient else ""
+        source = "descriptors" if self.descriptors else "pointers"
+        decay = "token" if self.per_token else "head"
+        return f"{self.use} {self.dk}x{self.dv}, {self.bits} bits, decay per {decay}{gradient}, {source}"
+
+
 def next_power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def portable(dk: int, dv: int, dtype: torch.dtype) -> Config:
-    """The portable body's tile for contracting over ``dk`` into ``dv`` columns.
+    """The portable body's safe tile for contracting over ``dk`` into ``dv`` columns.
 
     The state ``[BK, BV]`` in fp32 is what fills the registers, so BV shrinks as BK grows.
     """
@@ -51,6 +87,17 @@ def portable(dk: int, dv: int, dtype: torch.dtype) -> Config:
     return Config("portable", bk, bv, CHUNK, 4, 3 if bk == 64 else 2, 2, 1.4)
 
 
+def portables(dk: int, dv: int, dtype: torch.dtype) -> list[Config]:
+    """The portable body's tiles, the safe one first; as many as for contracting over ``dv`` into ``dk`` columns.
+
+    With blocks of 128 there is one: a third stage does not fit into shared memory in the backward kernel.
+    """
+    safe = portable(dk, dv, dtype)
+    if dtype == torch.float32 or 128 in (max(64, next_power_of_2(dk)), max(64, next_power_of_2(dv))):
+        return [safe]
+    return [safe, replace(safe, stages=safe.stages - 1)]
+
+
 def hopper(dk: int, dv: int) -> list[Config]:
     """Hopper's body for heads of up to 128: sixteen columns to a warp, the safe choice first."""
     if max(dk, dv) > 128:
@@ -61,9 +108,17 @@ def hopper(dk: int, dv: int) -> list[Config]:
     return [*wide, Config("hopper", 128, 64, CHUNK, 4, 2, 2, 1.1)]
 
 
-def candidates(dk: int, dv: int, dtype: torch.dtype, descriptors: bool) -> list[Config]:
+def candidates(dk: int, dv: int, dtype: torch.dtype, descriptors: bool, rounded_marks: bool = False) -> list[Config]:
     """What may be chosen for a head of this kind, the safe choice first.
 
-    ``descriptors``: the device has Hopper's tensor cores and every tensor can be read by descriptor.
+    The same place in the list for ``dk, dv`` and for ``dv, dk`` is a pair that one backward kernel can have.
+
+    Args:
+        dk, dv: head sizes of the contraction and of the columns.
+        dtype: of the elements.
+        descriptors: the device has Hopper's tensor cores and every tensor can be read by descriptor.
+        rounded_marks: marks in bf16 are written. With them the tile of eight warps has been seen to return wrong
+            gradients of k, differently from run to run, on an H100 under Triton 3.6 (docs/kernel-notes.md).
     """
-    return (hopper(dk, dv) if descriptors else []) or [portable(dk, dv, dtype)]
+    found = [tiles for tiles in hopper(dk, dv) if descriptors and not (rounded_marks and tiles.warps == 8)]
+    return found + portables(dk, dv, dtype)

@@ -189,7 +189,7 @@ def attend(
         if PER_TOKEN:
             sums, last = token_sums(log2_of(coming), CHUNK)
             after = begin + (chunks - 2 - step if REVERSE else step + 1) * CHUNK
-            coming = load_decays(g_ptr, g_stride, after, gl.where(step + 1 < chunks, stop, 0), line, CHUNK)
+            coming = load_decays(g_ptr, g_stride, after, gl.where(step + 1 < chunks, stop, after), line, CHUNK)
             of_row = gl.convert_layout(sums, gl.SliceLayout(1, of_scores))
             of_col = gl.convert_layout(sums, gl.SliceLayout(0, of_scores))
             sums = gl.convert_layout(sums, gl.SliceLayout(0, of_y))

@@ -1,0 +1,79 @@
+"""The tiles that are shipped for this GPU: every candidate of every kind of kernel, measured.
+
+    python benchmarks/tune.py --out lacompile/kernels/tuning/configs --processes 12
+
+Writes one file, named after the GPU. What wins is the geometric mean over three problems (lightning2/trial.py). With
+--processes the candidates are compiled side by side first, which takes most of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from lacompile.kernels.lightning2.compiler import identity
+from lacompile.kernels.lightning2.trial import milliseconds
+from lacompile.kernels.tuning import table
+from lacompile.kernels.tuning.search import search
+from lacompile.kernels.tuning.space import Config, Kind, candidates
+
+SIZES = (64, 128, 256)
+USES = (("forward", False), ("backward", False), ("backward", True))
+DTYPE = torch.bfloat16
+
+
+def choices(descriptors: bool) -> Iterator[tuple[Kind, list[Config]]]:
+    """Every kind on square heads, with what there is to choose from."""
+    for size in SIZES:
+        for use, gradient in USES:
+            for per_token in (False, True):
+                rounded_marks = gradient and not per_token  # see space.candidates
+                found = candidates(size, size, DTYPE, descriptors, rounded_marks)
+                yield Kind.of(use, size, size, DTYPE, per_token, gradient, descriptors), found
+
+
+def compile_side_by_side(processes: int) -> None:
+    """Fills Triton's cache on disk, which the processes share."""
+    command = [sys.executable, __file__, "--shard"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([*command, f"{n}/{processes}"], env=environment) for n in range(processes)]
+    for process in running:
+        process.wait()
+
+
+def main() -> None:
+    assert __doc__ is not None
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=table.SHIPPED, help="a folder")
+    parser.add_argument("--processes", type=int, default=0, help="compile in so many first")
+    parser.add_argument("--shard", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = torch.device("cuda", 0)
+    every = list(choices(torch.cuda.get_device_capability(device)[0] == 9))
+    if args.shard is not None:
+        shard, shards = map(int, args.shard.split("/"))
+        for kind, n in [(kind, n) for kind, found in every for n in range(len(found))][shard::shards]:
+            milliseconds(kind, DTYPE, device, n)
+        return
+    if args.processes:
+        compile_side_by_side(args.processes)
+    about, command = identity(device), "python " + " ".join(sys.argv)
+    path = args.out / table.shipped_path(about.gpu).name
+    winners: table.Table = {}
+    for kind, found in every:
+        best = search(len(found), lambda n, kind=kind: milliseconds(kind, DTYPE, device, n), float("inf"))
+        taken = [ms and round(ms, 4) for ms in best.milliseconds]
+        winners[str(kind)] = table.Winner.of(found[best.place], taken, True)
+        print(f"{kind}: {best.place} of {taken}", flush=True)
+        table.write(path, about, winners, date=str(date.today()), command=command)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,6 +22,11 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def fake_device(tensor: torch.Tensor) -> torch.device | None:
+    """Where a tensor with a shape and no values pretends to be, without a dispatch; None for any other tensor."""
+    return getattr(tensor, "fake_device", None)
+
+
 def outside_modes() -> contextlib.AbstractContextManager[Any]:
     """Real arithmetic in the middle of a trace: no fake tensors, no dispatch mode."""
     from torch.utils._python_dispatch import _disable_current_modes

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .. import _compat
 from .._compat import changes_mode, suppressed_guards
 from .effects import ANYWHERE, Effects, storages
 
@@ -197,7 +199,8 @@ class Capture(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func.namespace == "prim" or func in METADATA_QUERIES:
-            return func(*args, **kwargs)
+            device = _compat.fake_device(args[0]) if func is torch.ops.prim.device.default else None
+            return func(*args, **kwargs) if device is None else device
         values, dtypes = self._values(args)
         kw = {
             k: self._value(v) for k, v in kwargs.items() if k not in ("device", "layout", "pin_memory", "memory_format")
@@ -243,9 +246,8 @@ class Capture(TorchDispatchMode):
         n: int | None,
         all_out: Any,
     ) -> None:
-        aliased = any(a.alias_info is not None for a in func._schema.arguments)
         base = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if aliased and base is not None and id(base) in self.records and func is not aten.contiguous.default:
+        if _aliases(func) and base is not None and id(base) in self.records and func is not aten.contiguous.default:
             step = ViewStep(func, list(args), kw, n, base, all_out)
             self.enter(out, value, self.records[id(base)], step)
         else:
@@ -253,10 +255,11 @@ class Capture(TorchDispatchMode):
 
     def _written(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
         """The tensors that an operation writes into."""
-        schema = func._schema.arguments
-        held = [a for a, s in zip(args, schema, strict=False) if s.is_write]
-        held += [v for k, v in kwargs.items() if any(s.name == k and s.is_write for s in schema)]
-        held += [args[n] for n in UNDECLARED_WRITES.get(func.overloadpacket, ()) if n < len(args)]
+        positions, keywords = _declared_writes(func)
+        if not (positions or keywords):
+            return []
+        held = [args[n] for n in positions if n < len(args)]
+        held += [v for k, v in kwargs.items() if k in keywords]
         written = [t for t in tree_leaves(held) if isinstance(t, torch.Tensor)]
         if written and func.overloadpacket.__name__ in MOVES:
             # what shares its old storage is no longer told apart from what shares its new one
@@ -393,7 +396,8 @@ class Capture(TorchDispatchMode):
 
     def _finish(self, node: fx.Node, result: Any) -> None:
         self.effects.note_result(node, result)
-        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        leaves = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor)]
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             for t in tensors:  # its derivative need not be that of the operations that it runs
                 self.forget(t, self.observer.unknown(t, f"{node.target}"))
@@ -429,6 +433,22 @@ def _dtypes(arg: Any) -> Any:
     return arg.dtype if isinstance(arg, torch.Tensor) else None
 
 
+@cache
+def _declared_writes(func: Any) -> tuple[tuple[int, ...], frozenset[str]]:
+    """Positions and names of the arguments that an operation writes into."""
+    schema = func._schema.arguments
+    positions = [n for n, s in enumerate(schema) if s.is_write]
+    positions += UNDECLARED_WRITES.get(func.overloadpacket, ())
+    return tuple(positions), frozenset(s.name for s in schema if s.is_write)
+
+
+@cache
+def _aliases(func: Any) -> bool:
+    """Whether a result may share the memory of an argument."""
+    return any(a.alias_info is not None for a in func._schema.arguments)
+
+
+@cache
 def _functional_of(func: Any) -> Functional | None:
     """What an in-place operation computes, as a functional one on the same arguments."""
     packet = func.overloadpacket

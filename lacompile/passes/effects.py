@@ -46,7 +46,7 @@ class Effects:
             self.writes[node] = self.writes.get(node, NOWHERE) | found
 
     def note_result(self, node: fx.Node, result: Any) -> None:
-        leaves = tree_leaves(result)
+        leaves = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
         self.lives[node] = self.lives.get(node, NOWHERE) | storages(leaves)
         plain = torch.Tensor | int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool
         if node not in self.writes and not (leaves and all(isinstance(x, plain) for x in leaves)):

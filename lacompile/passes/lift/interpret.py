@@ -44,7 +44,7 @@ class Interpreter:
 
     engine: Engine = field(default_factory=Engine)
     facts: dict[fx.Node, Fact] = field(default_factory=dict)
-    demanded: list[fx.Node] = field(default_factory=list)
+    demanded: dict[fx.Node, None] = field(default_factory=dict)  # in the order of their first demand
     give_ups: dict[fx.Node, str] = field(default_factory=dict)
     statics: Statics | None = None
     capture: Capture | None = None
@@ -196,7 +196,7 @@ class Interpreter:
         for node in nodes:
             fact = self._current(node)
             if fact is not None and node not in self.demanded and self.engine.contracts(fact.value):
-                self.demanded.append(node)
+                self.demanded[node] = None
 
     def _current(self, node: fx.Node) -> Fact | None:
         """What is known of a node's tensor now, writes into it included."""

@@ -7,6 +7,7 @@ size does not depend on the number of chunks. The index may be bound (a sum that
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 
 from .affine import Aff, Number
@@ -183,6 +184,8 @@ def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...])
             drop = {space.guard(x - ends[0]), space.guard(ends[1] - x)}
             rest = ranged.but(guards=ranged.guards - drop)
             moved = rest.sub(space, {var: at})
+            if not _constants(moved) <= _constants(point):
+                continue
             if var >= 0:
                 moved = moved.but(guards=moved.guards | {x - at, at - x})
             there = algebra.normalise(moved, shape)
@@ -196,6 +199,11 @@ def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...])
                 continue
             return rest.but(guards=rest.guards | {space.guard(x - stretched[0]), space.guard(stretched[1] - x)})
     return None
+
+
+def _constants(term: Term) -> Counter[tuple[int, int, Number]]:
+    """Where the accesses read a constant place: (leaf, dimension, place), which normalisation adds to and keeps."""
+    return Counter((leaf, n, i.const) for leaf, idx in term.accs for n, i in enumerate(idx) if not i.terms)
 
 
 def _points(algebra: Algebra, term: Term, shape: tuple[Aff, ...]) -> dict[int, Aff]:

@@ -8,9 +8,9 @@ from torch import Tensor
 from .errors import BadArgument
 from .ops import (
     as_log_decay,
+    as_output,
     as_scale,
     check,
-    in_memory_of,
     output_like,
     own_precision,
     refuse_forward_mode,
@@ -26,7 +26,7 @@ def decode_step_op(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: fl
     refuse_forward_mode()
     with own_precision(q):
         out = implementation(q, v).decode(q, k, v, log_decay, scale, state)
-    return in_memory_of(output_like(q, state.shape[1], v.shape[3]), out)
+    return as_output(q, out)
 
 
 @decode_step_op.register_fake

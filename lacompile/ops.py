@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +56,42 @@ def output_like(q: Tensor, heads: int, dv: int) -> Tensor:
     The chunked form makes heads before tokens whatever q is; what reads o on a CPU reorders it on the way.
     """
     batch, _, length, _ = q.shape
-    if q.device.type != "cpu" and q.stride(1) < q.stride(2):
+    if _tokens_first(q):
         return q.new_empty(batch, length, heads, dv).transpose(1, 2)
     return q.new_empty(batch, heads, length, dv)
 
 
-def in_memory_of(promised: Tensor, made: Tensor) -> Tensor:
-    """``made`` with the dtype and strides that the fake promised; a copy only where it has others."""
-    same = made.dtype == promised.dtype and made.stride() == promised.stride()
-    return made if same else promised.copy_(made)
+def _tokens_first(q: Tensor) -> bool:
+    return q.device.type != "cpu" and q.stride(1) < q.stride(2)
 
 
-def own_precision(q: Tensor) -> torch.autocast:
+def as_output(q: Tensor, made: Tensor) -> Tensor:
+    """``made`` in q's dtype and with the strides of :func:`output_like`; a copy only where it has others."""
+    dense = made.transpose(1, 2) if _tokens_first(q) else made
+    if made.dtype == q.dtype and dense.is_contiguous():
+        return made
+    return output_like(q, made.shape[1], made.shape[3]).copy_(made)
+
+
+def as_gradient(x: Tensor, made: Tensor) -> Tensor:
+    """``made`` with the dtype and strides of ``empty_like(x)``; a copy only where it has others."""
+    promised = torch.empty_like(x, device="meta")
+    if made.dtype == x.dtype and made.stride() == promised.stride():
+        return made
+    return torch.empty_like(x).copy_(made)
+
+
+def own_precision(q: Tensor) -> AbstractContextManager[object]:
     """Implementations choose their own precision: autocast would round fp32 operands inside them."""
-    return torch.autocast(q.device.type, enabled=False)
+    kind = q.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-@torch.library.custom_op("lacompile::decayed_attention", mutates_args=())
+# Any strides will do, so that Inductor need not rebuild the gaps of a slice: the order of dimensions is enough.
+LAYOUT = (torch.Tag.needs_fixed_stride_order,)
+
+
+@torch.library.custom_op("lacompile::decayed_attention", mutates_args=(), tags=LAYOUT)
 def decayed_attention_op(
     q: Tensor,
     k: Tensor,
@@ -87,8 +107,7 @@ def decayed_attention_op(
     refuse_forward_mode()
     with own_precision(q):
         out, state = implementation(q, v).forward(q, k, v, log_decay, scale, initial_state, return_final_state)
-    o = in_memory_of(output_like(q, out.shape[1], out.shape[3]), out)
-    return o, state if return_final_state else state.new_empty(0)
+    return as_output(q, out), state if return_final_state else state.new_empty(0)
 
 
 @decayed_attention_op.register_fake
@@ -100,7 +119,7 @@ def _(q, k, v, log_decay, scale, initial_state, return_final_state):  # type: ig
     return output_like(q, heads, v.shape[3]), q.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("lacompile::decayed_attention_backward", mutates_args=())
+@torch.library.custom_op("lacompile::decayed_attention_backward", mutates_args=(), tags=LAYOUT)
 def decayed_attention_backward_op(
     do: Tensor,
     d_state: Tensor | None,
@@ -120,10 +139,9 @@ def decayed_attention_backward_op(
         dq, dk, dv, dg, ds = implementation(q, v).backward(
             do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient
         )
-    grads = [in_memory_of(torch.empty_like(x), g) for x, g in ((q, dq), (k, dk), (v, dv))]
-    d_log_decay = in_memory_of(torch.empty_like(log_decay), dg) if decay_gradient else log_decay.new_empty(0)
-    d_initial = q.new_empty(0) if initial_state is None else in_memory_of(torch.empty_like(initial_state), ds)
-    return grads[0], grads[1], grads[2], d_log_decay, d_initial
+    d_log_decay = as_gradient(log_decay, dg) if decay_gradient else log_decay.new_empty(0)
+    d_initial = q.new_empty(0) if initial_state is None else as_gradient(initial_state, ds)
+    return as_gradient(q, dq), as_gradient(k, dk), as_gradient(v, dv), d_log_decay, d_initial
 
 
 @decayed_attention_backward_op.register_fake

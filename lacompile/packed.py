@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 
 from .errors import BadArgument
-from .ops import heads_of, in_memory_of, output_like, own_precision, refuse_forward_mode, state_dtype
+from .ops import (
+    LAYOUT,
+    as_gradient,
+    as_output,
+    heads_of,
+    output_like,
+    own_precision,
+    refuse_forward_mode,
+    state_dtype,
+)
 
 
-@torch.library.custom_op("lacompile::packed_attention", mutates_args=())
+@torch.library.custom_op("lacompile::packed_attention", mutates_args=(), tags=LAYOUT)
 def packed_attention_op(
     q: Tensor,
     k: Tensor,
@@ -35,7 +44,7 @@ def packed_attention_op(
         out, state = packed_implementation(q, v).forward(
             q, k, v, log_decay, scale, initial_state, return_final_state, cu_seqlens
         )
-    o = in_memory_of(output_like(q, out.shape[1], out.shape[3]), out)
+    o = as_output(q, out)
     return o, state if return_final_state else state.new_empty(0)
 
 
@@ -47,7 +56,7 @@ def _(q, k, v, log_decay, scale, initial_state, return_final_state, cu_seqlens):
     return output_like(q, heads, v.shape[3]), q.new_empty(shape, dtype=state_dtype(q))
 
 
-@torch.library.custom_op("lacompile::packed_attention_backward", mutates_args=())
+@torch.library.custom_op("lacompile::packed_attention_backward", mutates_args=(), tags=LAYOUT)
 def packed_attention_backward_op(
     do: Tensor,
     d_state: Tensor | None,
@@ -68,10 +77,9 @@ def packed_attention_backward_op(
         dq, dk, dv, dg, ds = packed_implementation(q, v).backward(
             do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient, cu_seqlens
         )
-    grads = [in_memory_of(torch.empty_like(x), g) for x, g in ((q, dq), (k, dk), (v, dv))]
-    d_log_decay = in_memory_of(torch.empty_like(log_decay), dg) if decay_gradient else log_decay.new_empty(0)
-    d_initial = q.new_empty(0) if initial_state is None else in_memory_of(torch.empty_like(initial_state), ds)
-    return grads[0], grads[1], grads[2], d_log_decay, d_initial
+    d_log_decay = as_gradient(log_decay, dg) if decay_gradient else log_decay.new_empty(0)
+    d_initial = q.new_empty(0) if initial_state is None else as_gradient(initial_state, ds)
+    return as_gradient(q, dq), as_gradient(k, dk), as_gradient(v, dv), d_log_decay, d_initial
 
 
 @packed_attention_backward_op.register_fake

@@ -15,6 +15,14 @@ def suppressed_guards(fake_mode: Any) -> contextlib.AbstractContextManager[None]
     return contextlib.nullcontext() if env is None else env.suppress_guards()
 
 
+def symbolic_kernels(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """The kernels that take symbolic sizes, where the traced program has some."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    env = getattr(fake_mode, "shape_env", None)
+    return contextlib.nullcontext() if env is None or not env.var_to_range else enable_python_dispatcher()
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values."""
     from torch._subclasses.fake_tensor import FakeTensor

@@ -193,7 +193,9 @@ def _unserved(match: Match) -> Refusal | None:
 
     device = match.target.meta["example_value"].device.type
     for fact in match.facts:
-        why = refusal(device_type=device, dtype=fact.dtype, dk=fact.dk, dv=fact.dv)
+        # Of a symbolic head size nothing is asked: each call looks for what serves its own.
+        dk, dv = (n if isinstance(n, int) else 1 for n in (fact.dk, fact.dv))
+        why = refusal(device_type=device, dtype=fact.dtype, dk=dk, dv=dv)
         if why is not None:
             return Refusal("select", "unsupported", match.target, "a kernel for this case", why, progress=9)
     return None

@@ -54,8 +54,8 @@ class Rewrite:
     formulation: str
     length: str
     heads: str
-    dk: int
-    dv: int
+    dk: int | str
+    dv: int | str
     dtype: str
     decay: str
     decay_per_token: bool
@@ -71,8 +71,8 @@ class Rewrite:
             formulation=fact.formulation,
             length=str(fact.length),
             heads=str(fact.heads),
-            dk=fact.dk,
-            dv=fact.dv,
+            dk=_size(fact.dk),
+            dv=_size(fact.dv),
             dtype=str(fact.dtype).removeprefix("torch."),
             decay=fact.decay_source,
             decay_per_token=fact.decay_per_token,
@@ -174,6 +174,11 @@ class Report:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+
+def _size(n: object) -> int | str:
+    """A number, or the symbol of one that each run has anew."""
+    return n if isinstance(n, int) else str(n)
 
 
 def _count(n: int, one: str, many: str = "") -> str:

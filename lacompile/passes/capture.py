@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import _compat
-from .._compat import changes_mode, suppressed_guards
+from .._compat import changes_mode, suppressed_guards, symbolic_kernels
 from .effects import ANYWHERE, Effects, storages
 
 aten = torch.ops.aten
@@ -302,6 +302,7 @@ class Capture(TorchDispatchMode):
             if fake_mode is not None:
                 stack.enter_context(fake_mode)
                 stack.enter_context(suppressed_guards(fake_mode))
+                stack.enter_context(symbolic_kernels(fake_mode))
             stack.enter_context(torch.no_grad())
             stack.callback(self._leave_autocast)
             for node in self.gm.graph.nodes:

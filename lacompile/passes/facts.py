@@ -148,8 +148,8 @@ class DecayedAttention:
     batch: int | torch.SymInt
     heads: int | torch.SymInt
     length: int | torch.SymInt
-    dk: int
-    dv: int
+    dk: int | torch.SymInt
+    dv: int | torch.SymInt
     dtype: torch.dtype
     decay_per_token: bool
     formulation: Formulation

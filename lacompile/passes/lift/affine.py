@@ -7,6 +7,7 @@ An :class:`Aff` is ``sum(coef * var) + const``. Variables are ints with one mean
     TAU              the running position inside a prefix sum
     1_000 ..         a symbolic size of the traced program
     1_000_000 ..     floor(aff / m), interned per analysis
+    2_000_000 ..     the same with a symbolic m, and what a symbolic radix needs besides (space.py)
 
 There is no modulo: ``a mod m = a - m * floor(a/m)``, so splitting a dimension and merging it again
 cancels by linear algebra. Coefficients are ints for indices and floats in exponents.
@@ -15,7 +16,7 @@ cancels by linear algebra. Coefficients are ints for indices and floats in expon
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 
 Number = int | float
@@ -23,6 +24,7 @@ Number = int | float
 TAU = 500
 FIRST_SYMBOL = 1_000
 FIRST_DIV = 1_000_000
+FIRST_MIXED = 2_000_000
 INF = math.inf
 TINY = 1e-12  # a float coefficient below this is what is left of a cancellation
 
@@ -167,164 +169,3 @@ ONE = Aff((), 1)
 
 Range = tuple[Aff, Aff]
 Ranges = Mapping[int, Range]
-
-
-class Space:
-    """Symbolic sizes and floor-division variables of one analysis, and the bounds of affine forms over a box.
-
-    One instance per analysis: an intern table shared between graphs would leak the shapes of one into the other.
-    """
-
-    def __init__(self) -> None:
-        self.symbol_range: dict[int, tuple[Number, Number]] = {}
-        self.div_of: dict[int, tuple[Aff, int]] = {}
-        self._divs: dict[tuple[Aff, int], int] = {}
-        self._deep: dict[int, frozenset[int]] = {}
-
-    def symbol(self, low: Number, high: Number) -> int:
-        """A new size variable known to lie in ``[low, high]``."""
-        var = FIRST_SYMBOL + len(self.symbol_range)
-        self.symbol_range[var] = (low, high)
-        return var
-
-    def vars(self, aff: Aff) -> frozenset[int]:
-        """Every variable ``aff`` depends on, those inside floor divisions included."""
-        terms = aff.terms
-        if not terms or terms[-1][0] < FIRST_DIV:
-            return frozenset([v for v, _ in terms])
-        return frozenset().union(*(self._deep[v] if v >= FIRST_DIV else (v,) for v, _ in terms))
-
-    def vars_of(self, affs: Iterable[Aff]) -> frozenset[int]:
-        """Every variable that some of the forms depend on."""
-        return frozenset().union(*(self.vars(a) for a in affs))
-
-    def sub(self, aff: Aff, mapping: Mapping[int, Aff]) -> Aff:
-        """``aff`` with variables replaced, inside floor divisions too."""
-        moved: list[tuple[Number, Aff]] = []
-        kept: dict[int, Number] = {}
-        for v, c in aff.terms:
-            new = mapping.get(v)
-            if new is None and v >= FIRST_DIV and not self._deep[v].isdisjoint(mapping):
-                inner, m = self.div_of[v]
-                new = self.floordiv(self.sub(inner, mapping), m)
-            if new is None:
-                kept[v] = c
-            else:
-                moved.append((c, new))
-        if not moved:
-            return aff
-        const = aff.const
-        for c, new in moved:
-            const += c * new.const
-            for v, d in new.terms:
-                kept[v] = kept.get(v, 0) + c * d
-        return Aff.of(kept, const)
-
-    def floordiv(self, aff: Aff, m: int, ranges: Ranges | None = None) -> Aff:
-        """``floor(aff / m)`` for m > 0, simplified by dropping multiples of m and by the box of the rest."""
-        if m == 1:
-            return aff
-        whole = Aff(tuple((v, int(c) // m) for v, c in aff.terms if c % m == 0))
-        rest_terms = tuple((v, int(c)) for v, c in aff.terms if c % m)
-        whole, const = whole + int(aff.const) // m, int(aff.const) % m
-        if not rest_terms:
-            return whole
-        g = math.gcd(m, *(c for _, c in rest_terms))
-        rest = Aff(tuple((v, c // g) for v, c in rest_terms), const // g)
-        m //= g
-        if m == 1:
-            return whole + rest
-        if ranges is not None:
-            low, high = self.lower(rest, ranges), self.upper(rest, ranges)
-            if low > -INF and high < INF and low // m == high // m:
-                return whole + int(low // m)
-        if len(rest.terms) == 1 and rest.terms[0][0] >= FIRST_DIV and rest.terms[0][1] == 1:
-            # floor((floor(a / n) + k) / m) is floor((a + n k) / (n m))
-            inner, n = self.div_of[rest.terms[0][0]]
-            return whole + self.floordiv(inner + int(rest.const) * n, n * m, ranges)
-        key = (rest, m)
-        var = self._divs.get(key)
-        if var is None:
-            var = FIRST_DIV + len(self._divs)
-            self._divs[key] = var
-            self.div_of[var] = key
-            self._deep[var] = self.vars(rest)
-        return whole + Aff.var(var)
-
-    def settle(self, aff: Aff, ranges: Ranges) -> Aff:
-        """Floor divisions inside ``aff`` simplified again, now that a tighter box is known."""
-        for v, c in aff.terms:
-            if v >= FIRST_DIV:
-                inner, m = self.div_of[v]
-                new = self.floordiv(self.settle(inner, ranges), m, ranges)
-                if new != Aff.var(v):
-                    aff = aff - Aff(((v, c),)) + new * c
-        return aff
-
-    def lower(self, aff: Aff, ranges: Ranges) -> Number:
-        """A number that ``aff`` never falls below on the box; -inf where none is known."""
-        terms = aff.terms
-        if terms and terms[-1][0] >= FIRST_DIV:
-            v, c = terms[-1]
-            return max(self._lower_by_interval(aff, v, c, ranges), self._lower_by_remainder(aff, v, c, ranges))
-        total = aff.const
-        left: dict[int, Number] = {}
-        for v, c in terms:
-            if (found := ranges.get(v)) is None:
-                left[v] = left.get(v, 0) + c
-                continue
-            end = found[0] if c > 0 else found[1]
-            total += c * end.const
-            for w, d in end.terms:
-                left[w] = left.get(w, 0) + c * d
-        return self._lower_of_sizes(Aff.of(left, total), ranges) if left else _const(total)
-
-    def _lower_of_sizes(self, rest: Aff, ranges: Ranges) -> Number:
-        """The same of a form whose indices have been replaced by the ends of their ranges."""
-        total: Number = rest.const
-        for v, c in rest.terms:
-            if v >= FIRST_DIV:
-                return self.lower(rest, ranges)
-            if v not in self.symbol_range:
-                return -INF
-            low, high = self.symbol_range[v]
-            total += c * (low if c > 0 else high)
-        return total
-
-    def upper(self, aff: Aff, ranges: Ranges) -> Number:
-        """A number that ``aff`` never exceeds on the box; inf where none is known."""
-        return -self.lower(-aff, ranges)
-
-    def _lower_by_interval(self, aff: Aff, v: int, c: Number, ranges: Ranges) -> Number:
-        inner, m = self.div_of[v]
-        bound = self.lower(inner, ranges) if c > 0 else self.upper(inner, ranges)
-        if not math.isfinite(bound):
-            return -INF
-        return self.lower(aff.without(v) + int(bound // m) * c, ranges)
-
-    def _lower_by_remainder(self, aff: Aff, v: int, c: Number, ranges: Ranges) -> Number:
-        # m * floor(a/m) = a - rem with rem in [0, m-1]: exact where `a` cancels against the rest of the form.
-        inner, m = self.div_of[v]
-        scaled = aff.without(v) * m + inner * c - (c * (m - 1) if c > 0 else 0)
-        low = self.lower(scaled, ranges)
-        return -INF if low == -INF else low / m if not isinstance(low, int) else -((-low) // m)
-
-    def guard(self, aff: Aff) -> Aff:
-        """The condition ``aff >= 0`` with coprime integer coefficients, and without a floor division alone.
-
-        ``floor(a / m) >= k`` is ``a >= m k``, and ``floor(a / m) <= k`` is ``a <= m k + m - 1``.
-        """
-        if len(aff.terms) == 1 and (v := aff.terms[0][0]) >= FIRST_DIV:
-            (inner, m), c = self.div_of[v], aff.terms[0][1]
-            if c > 0:
-                return self.guard(inner + m * (int(aff.const) // int(c)))
-            return self.guard(-inner + m * (int(aff.const) // int(-c)) + m - 1)
-        g = math.gcd(*(int(c) for _, c in aff.terms)) if aff.terms else 0
-        if g > 1:
-            return Aff(tuple((v, int(c) // g) for v, c in aff.terms), int(aff.const) // g)
-        return aff
-
-
-def box(shape: Iterable[Aff]) -> dict[int, Range]:
-    """The ranges of the free dimensions of a tensor of this shape."""
-    return {d: (ZERO, n - 1) for d, n in enumerate(shape)}

@@ -12,7 +12,7 @@ from torch import fx
 from ..facts import Assumption, Attend, Call, Const, DecayedAttention, Expr, values_of
 from ..names import spoken
 from .affine import ONE, Aff
-from .emit import CannotEmit, Emitter, Piece, cast
+from .emit import CannotEmit, Emitter, Piece, cast, size_of
 from .interpret import Interpreter
 from .leaves import Argument, Extended, Opaque, Symbol
 from .proof import E_ROLE, N_ROLE, Proof, Refused
@@ -72,8 +72,8 @@ class Builder:
             batch=self._length(p, batch),
             heads=self._length(p, heads),
             length=self._length(p, [N_ROLE]),
-            dk=int(math.prod(self._length(p, [d]) for d in p.key_features)),
-            dv=int(self._length(p, e_group)),
+            dk=self._length(p, p.key_features),
+            dv=self._length(p, e_group),
             dtype=dtype,
             decay_per_token=bool(p.tokens),
             formulation=formulation(p, {x.node for e in (q, k, v) for x in values_of(e)}),
@@ -86,7 +86,14 @@ class Builder:
         total: Any = 1
         for r in roles:
             size = p.roles[r]
-            total = total * (int(size.const) if size.is_const else p.fact.tensor.shape[p.place[r]])
+            if size.is_const:
+                total = total * int(size.const)
+            elif r in p.place:
+                total = total * p.fact.tensor.shape[p.place[r]]
+            elif size in self.engine.symints:
+                total = total * self.engine.symints[size]
+            else:
+                raise CannotEmit("known sizes", f"a symbolic length {size} that no tensor has")
         return total
 
     def _some_node(self, accesses: Sequence[Access]) -> fx.Node:
@@ -227,9 +234,7 @@ class Builder:
                 expr = Call(torch.squeeze, (expr, at))
                 continue
             if len(group) > 1:
-                sizes = [self._length(p, [r]) for r in group]
-                if any(not isinstance(s, int) for s in sizes):
-                    raise CannotEmit("known sizes", "several symbolic batch dimensions")
+                sizes = [size_of(self.engine, p.roles[r]) for r in group]
                 expr = Call(torch.unflatten, (expr, at, sizes))
             order += group
             at += len(group)

@@ -6,6 +6,7 @@ as in ``k[h // 4]``, is handled as its *digits*; the digits of one role are flat
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from ..facts import Call, Const, Expr, Value
-from .affine import FIRST_DIV, ONE, ZERO, Aff
+from .affine import FIRST_DIV, FIRST_MIXED, ONE, ZERO, Aff
 from .engine import Engine
 from .leaves import Argument, Extended, Opaque, Symbol, Table
 from .term import Access, Mono
@@ -74,14 +75,23 @@ class Emitter:
 
     def _split(self, role: int, size: Aff, accesses: Sequence[Access]) -> None:
         cuts: set[int] = set()
+        symbolic: set[Aff] = set()
         for _, idx in accesses:
             for a in idx:
                 for v, _ in a.terms:
-                    if v >= FIRST_DIV and role in self.engine.space.vars(Aff.var(v)):
+                    if v >= FIRST_MIXED and role in self.engine.space.vars(Aff.var(v)):
+                        _, (inner, *more) = self.engine.space.mixed[v]
+                        if inner != Aff.var(role) or len(more) != 1:
+                            raise CannotEmit("a view of each tensor", f"index {a} of symbolic sizes")
+                        symbolic.add(more[0])
+                    elif v >= FIRST_DIV and role in self.engine.space.vars(Aff.var(v)):
                         inner, m = self.engine.space.div_of[v]
                         if inner != Aff.var(role):
                             raise CannotEmit("a view of each tensor", f"index {inner} // {m}")
                         cuts.add(m)
+        if symbolic:
+            self._split_in_two(role, size, symbolic, bool(cuts))
+            return
         if not cuts:
             self.digits[role] = (role,)
             self.sizes[role] = size
@@ -107,6 +117,16 @@ class Emitter:
                 if step >= m and self.sizes[digit] != ONE:
                     quotient = quotient + Aff.var(digit) * (step // m)
             self._quotients[self.engine.space.floordiv(Aff.var(role), m).terms[0][0]] = quotient
+
+    def _split_in_two(self, role: int, size: Aff, cuts: set[Aff], others: bool) -> None:
+        """A role that is split at a symbolic size."""
+        (cut,), outer = list(cuts)[:1], self.engine.space.divided(size, next(iter(cuts)))
+        if len(cuts) > 1 or others or outer is None:
+            raise CannotEmit("a view of each tensor", "a dimension that is split in several ways at symbolic sizes")
+        first = FIRST_DIGIT + 20 * len(self.digits)
+        self.sizes[first], self.sizes[first + 1] = outer, cut
+        self.digits[role] = (first, first + 1)
+        self._substitution[role] = self.engine.space.join(Aff.var(first), Aff.var(first + 1), cut)
 
     # ---------------------------------------------------------------------------------------------------- accesses
 
@@ -198,6 +218,15 @@ class Emitter:
             if self.engine.space.lower(a, {}) < 0 or self.engine.space.lower(size - 1 - a, {}) < 0:
                 raise CannotEmit("indices inside the tensor", f"{a} of {size}")
             return Call(torch.select, (expr, dim, int(at.const))), []
+        if (joined := self.engine.space.joined(a)) is not None:
+            i, j, radix = joined
+            outer = self.engine.space.divided(size, radix)
+            if outer is None:
+                raise CannotEmit("a view of each tensor", f"a dimension of length {size} in steps of {radix}")
+            sizes = [size_of(self.engine, n) for n in (outer, radix)]
+            expr, left = self._dimension(Call(torch.unflatten, (expr, dim, sizes)), dim, outer, i)
+            expr, right = self._dimension(expr, dim + len(left), radix, j)
+            return expr, [*left, *right]
         terms = sorted(a.terms, key=lambda t: t[1])
         if any(c <= 0 or v not in self.sizes for v, c in terms):
             raise CannotEmit("a view of each tensor", f"index {a}")
@@ -220,21 +249,26 @@ class Emitter:
         return expr, [*digits, v]
 
     def _split_off(self, expr: Expr, dim: int, size: Aff, m: int, rest: Aff) -> tuple[Expr, int]:
-        if not size.is_const or int(size.const) % m or any(c % m for _, c in rest.terms):
-            raise CannotEmit("a view of each tensor", f"a dimension of length {size} in steps of {m}")
-        return Call(torch.unflatten, (expr, dim, [int(size.const) // m, m])), int(rest.const) % m
+        if any(c % m for _, c in rest.terms):
+            raise CannotEmit("a view of each tensor", f"index {rest} in steps of {m}")
+        sizes = [size_of(self.engine, self._quotient(size, m)), m]
+        return Call(torch.unflatten, (expr, dim, sizes)), int(rest.const) % m
 
     def _quotient(self, size: Aff, m: int) -> Aff:
-        return Aff.lit(int(size.const) // m)
+        found = self.engine.space.divided(size, Aff.lit(m))
+        if found is None:
+            raise CannotEmit("a view of each tensor", f"a dimension of length {size} in steps of {m}")
+        return found
 
     def _narrow(self, expr: Expr, dim: int, size: Aff, start: Aff, length: Aff) -> Expr:
         if start == ZERO and size == length:
             return expr
-        if not start.is_const or not length.is_const:
-            raise CannotEmit("a view of each tensor", f"a symbolic part [{start}, {start} + {length}) of a dimension")
-        if start.const < 0 or self.engine.space.lower(size - start - length, {}) < 0:
+        space = self.engine.space
+        if not space.is_size(start) or not space.is_size(length):
+            raise CannotEmit("a view of each tensor", f"a part [{start}, {start} + {length}) of a dimension")
+        if space.lower(start, {}) < 0 or space.lower(size - start - length, {}) < 0:
             raise CannotEmit("indices inside the tensor", f"[{start}, {start + length}) of {size}")
-        return Call(torch.narrow, (expr, dim, int(start.const), int(length.const)))
+        return Call(torch.narrow, (expr, dim, size_of(self.engine, start), size_of(self.engine, length)))
 
     # ----------------------------------------------------------------------------------------------------- products
 
@@ -298,10 +332,41 @@ class Emitter:
 
     def size(self, digit: int) -> Any:
         """The length of a digit, as a number or as a recipe for a symbolic one."""
-        size = self.sizes[digit]
-        if size.is_const:
-            return int(size.const)
-        raise CannotEmit("known sizes", f"a symbolic length {size} that a tensor lacks")
+        return size_of(self.engine, self.sizes[digit])
+
+
+def size_of(engine: Engine, size: Aff) -> Any:
+    """A number, or a recipe that computes it from the sizes among the inputs of the graph.
+
+    Raises:
+        CannotEmit: they do not say it.
+    """
+    if size in engine.size_nodes:
+        return Value(engine.size_nodes[size])
+    out: Any = int(size.const)
+    for v, c in size.terms:
+        part = _size_variable(engine, v)
+        part = part if c == 1 else Call(operator.mul, (part, int(c)))
+        out = part if isinstance(out, int) and out == 0 else Call(operator.add, (part, out))
+    return out
+
+
+def _size_variable(engine: Engine, v: int) -> Any:
+    for known, node in engine.size_nodes.items():
+        if len(known.terms) == 1 and known.terms[0][0] == v and known.terms[0][1] > 0 and not known.const:
+            times = int(known.terms[0][1])
+            return Value(node) if times == 1 else Call(operator.floordiv, (Value(node), times))
+    factors = engine.space.factors_of(v)
+    if factors:
+        out = size_of(engine, factors[0])
+        for f in factors[1:]:
+            out = Call(operator.mul, (out, size_of(engine, f)))
+        return out
+    if FIRST_DIV <= v < FIRST_MIXED:
+        inner, m = engine.space.div_of[v]
+        return Call(operator.floordiv, (size_of(engine, inner), m))
+    shown = engine.symints.get(Aff.var(v), Aff.var(v))
+    raise CannotEmit("lengths computed from sizes and numbers", f"the symbolic length {shown}")
 
 
 def squeezed(expr: Expr, dim: int) -> Expr:

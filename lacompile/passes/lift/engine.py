@@ -10,17 +10,17 @@ from itertools import product as cartesian
 from typing import Any
 
 import numpy as np
-import sympy
 import torch
 
 from ..._compat import outside_modes
-from .affine import INF, ONE, ZERO, Aff, Number
+from .affine import ONE, ZERO, Aff
 from .evaluate import Evaluator
 from .leaves import Interval, Leaf, Leaves, Opaque, Table
 from .logs import log_summands
 from .merge import TooManyTerms, merge_sum
 from .normal import Algebra
 from .precision import jumps
+from .sizes import Sizes
 from .term import NO_GUARDS, Access, Case, Guards, Precision, Term, Val, constant, value
 from .weights import align_weights, scalar_factors
 
@@ -42,8 +42,9 @@ class Engine(Algebra):
     def __init__(self) -> None:
         super().__init__()
         self.leaves = Leaves(self.leaf_shapes)
-        self.sizes: dict[int, Any] = {}  # size variable -> the SymInt it stands for
-        self._size_of: dict[Any, Aff] = {}
+        self.sizes = Sizes(self.space)
+        self.symints: dict[Aff, torch.SymInt] = {}
+        self.size_nodes: dict[Aff, Any] = {}  # sizes that are inputs of the graph
         self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
@@ -57,35 +58,10 @@ class Engine(Algebra):
         if isinstance(size, int):
             return Aff.lit(size)
         if isinstance(size, torch.SymInt):
-            return self._from_sympy(size.node.expr, size)
+            found = self.sizes(size.node.expr, size.node.shape_env)
+            self.symints.setdefault(found, size)
+            return found
         raise GiveUp(f"index of type {type(size).__name__}")
-
-    def _from_sympy(self, expr: Any, symint: torch.SymInt) -> Aff:
-        if expr in self._size_of:
-            return self._size_of[expr]
-        if expr.is_Integer:
-            return Aff.lit(int(expr))
-        if isinstance(expr, sympy.Add):
-            out = ZERO
-            for arg in expr.args:
-                out = out + self._from_sympy(arg, symint)
-        elif isinstance(expr, sympy.Mul) and expr.args[0].is_Integer and len(expr.args) == 2:
-            out = self._from_sympy(expr.args[1], symint) * int(expr.args[0])
-        elif type(expr).__name__ in ("FloorDiv", "CleanDiv") and expr.args[1].is_Integer and expr.args[1] > 0:
-            out = self.space.floordiv(self._from_sympy(expr.args[0], symint), int(expr.args[1]))
-        elif type(expr).__name__ in ("Mod", "PythonMod") and expr.args[1].is_Integer and expr.args[1] > 0:
-            inner, m = self._from_sympy(expr.args[0], symint), int(expr.args[1])
-            out = inner - self.space.floordiv(inner, m) * m
-        else:
-            env = symint.node.shape_env
-            bounds = env.bound_sympy(expr)
-            low: Number = int(bounds.lower) if bounds.lower.is_Integer else -INF
-            high: Number = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < 2**40 else INF
-            var = self.space.symbol(low, high)
-            self.sizes[var] = expr
-            out = Aff.var(var)
-        self._size_of[expr] = out
-        return out
 
     def shape(self, tensor: torch.Tensor) -> tuple[Aff, ...]:
         return tuple(self.aff(n) for n in tensor.shape)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from .affine import FIRST_DIV, TAU, Aff, Space
+from .affine import FIRST_DIV, FIRST_MIXED, TAU, Aff
+from .space import JOIN, QUOTIENT, Space
 from .term import Access, Mono, Term, Val
 
 ReadLeaf = Callable[[int, tuple[int, ...]], float]
@@ -25,12 +26,19 @@ class Evaluator:
     def index(self, aff: Aff, env: Mapping[int, int]) -> float:
         total = aff.const
         for v, c in aff.terms:
-            if v >= FIRST_DIV:
+            if v >= FIRST_MIXED:
+                total += c * self._mixed(v, env)
+            elif v >= FIRST_DIV:
                 inner, m = self.space.div_of[v]
                 total += c * (int(self.index(inner, env)) // m)
             else:
                 total += c * (env[v] if v in env else self.symbols[v])
         return total
+
+    def _mixed(self, v: int, env: Mapping[int, int]) -> int:
+        kind, args = self.space.mixed[v]
+        x, *more = (int(self.index(a, env)) for a in args)
+        return x * more[1] + more[0] if kind == JOIN else x // more[0] if kind == QUOTIENT else x % more[0]
 
     def access(self, access: Access, env: Mapping[int, int]) -> float:
         leaf, idx = access

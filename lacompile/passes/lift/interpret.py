@@ -55,6 +55,10 @@ class Interpreter:
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture = Capture(gm, self)
+        for node in gm.graph.nodes:
+            example = node.meta.get("example_value")
+            if node.op == "placeholder" and isinstance(example, torch.SymInt):
+                self.engine.size_nodes.setdefault(self.engine.aff(example), node)
         if self.read_buffers:
             inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
             self.statics = Statics(self.engine, inputs, example_inputs, self.reading)

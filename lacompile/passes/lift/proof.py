@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from .affine import TAU, Aff, Space
+from .affine import TAU, Aff
 from .interpret import Fact
+from .space import Space
 from .term import Access, Mono, Term
 
 N_ROLE, D_ROLE, E_ROLE = 90, 91, 95  # positions, key features (91..94), value features; below 90: batch and heads

@@ -50,7 +50,7 @@ def _windows_as_features(engine: Engine, t: Term) -> Term:
         ends = engine.bounds(v, t.guards)
         if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or ends.low[0].is_const:
             continue
-        if (ends.high[0] - ends.low[0]).is_const:
+        if engine.space.is_size(ends.high[0] - ends.low[0]):
             t = t.sub(engine.space, {v: Aff.var(v) + ends.low[0]})
     return t
 
@@ -147,7 +147,7 @@ class _Prover:
             )
             hint = "the diagonal is left out" if i - j - 1 in about_j else ""
             raise Refused("causal-range", "0 <= j <= i", found, 3, hint)
-        self.features: dict[int, tuple[int, int]] = {}
+        self.features: dict[int, tuple[int, Aff]] = {}
         for d in sorted(bound - {self.j}, reverse=True):
             ends = self.engine.bounds(d, self.main.guards)
             if (
@@ -155,10 +155,10 @@ class _Prover:
                 or len(ends.low) != 1
                 or len(ends.high) != 1
                 or not ends.low[0].is_const
-                or not ends.high[0].is_const
+                or not self.space.is_size(ends.high[0])
             ):
                 raise Refused("whole-features", "feature sums over constant ranges", f"index {Aff.var(d)}", 3)
-            self.features[d] = (int(ends.low[0].const), int(ends.high[0].const))
+            self.features[d] = (int(ends.low[0].const), ends.high[0] - ends.low[0] + 1)
         loose = {g for g in self.main.guards - about_j if not any(g.coef(d) for d in self.features)}
         if loose:
             raise Refused(
@@ -207,8 +207,8 @@ class _Prover:
         self.rename: dict[int, Aff] = {d: Aff.var(r) for r, d in enumerate(batch_like) if self.shape[d] != ONE}
         self.rename[self.n] = Aff.var(N_ROLE)
         self.rename[self.j] = Aff.var(N_ROLE)
-        for n, (d, (low, high)) in enumerate(self.features.items()):
-            roles[D_ROLE + n] = Aff.lit(high - low + 1)
+        for n, (d, (low, length)) in enumerate(self.features.items()):
+            roles[D_ROLE + n] = length
             self.rename[d] = Aff.var(D_ROLE + n) + low
         if self.e_dim is not None:
             roles[E_ROLE], place[E_ROLE] = self.shape[self.e_dim], self.e_dim

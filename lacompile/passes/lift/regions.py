@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from .affine import FIRST_DIV, Aff, Number, Range, Space, box
+from .affine import FIRST_DIV, Aff, Number, Range
+from .space import Space, box
 from .term import Guards
 
 Shape = tuple[Aff, ...]

@@ -8,6 +8,7 @@ import torch
 
 from ..facts import Attend, Call, DecayedAttention, Expr, Match
 from .affine import ONE, TAU, ZERO, Aff
+from .emit import CannotEmit, size_of
 from .engine import Engine
 from .interpret import Fact, Interpreter
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
@@ -68,7 +69,7 @@ def final_state(engine: Engine, fact: Fact, p: Proof, attention: DecayedAttentio
             if _is_state(engine, fact, p, rename, last):
                 heads, rest = p.head_roles(engine.space)
                 place = dict(zip(want, have, strict=True))
-                return _state_expr(attention, shape, [place[r] for r in (*rest, *heads) if r in place], d, e)
+                return _state_expr(engine, attention, shape, [place[r] for r in (*rest, *heads) if r in place], d, e)
     return None
 
 
@@ -125,15 +126,23 @@ def _decay_over(p: Proof, end: Aff, start: Aff) -> Exponent:
 
 
 def _state_expr(
-    attention: DecayedAttention, shape: Sequence[Aff], order: Sequence[int], d: int | None, e: int | None
-) -> Expr:
+    engine: Engine,
+    attention: DecayedAttention,
+    shape: Sequence[Aff],
+    order: Sequence[int],
+    d: int | None,
+    e: int | None,
+) -> Expr | None:
     """The operator's second output in the dimensions of the value it replaces.
 
     ``order`` are those of batch and heads, as they follow each other in the operator's output.
     """
     tail = [x for x in (d, e) if x is not None]
     expr: Expr = Attend(attention, 1)
-    sizes = [int(shape[x].const) if shape[x].is_const else -1 for x in (*order, *tail)]
+    try:
+        sizes = [size_of(engine, shape[x]) for x in (*order, *tail)]
+    except CannotEmit:
+        return None
     expr = Call(torch.reshape, (expr, sizes))
     dims = [*order, *tail]
     ranked = sorted(range(len(dims)), key=lambda n: dims[n])

@@ -79,7 +79,7 @@ def _aligned(engine: Engine, new: Term, old: Term) -> Split | None:
     if ends.other or ends_old.other or len(new.guards) != 2 or len(old.guards) != 2:
         return None
     ranges = [(b.low[0], b.high[0]) for b in (ends, ends_old) if len(b.low) == 1 and len(b.high) == 1]
-    if len(ranges) != 2 or not (ranges[0][1] - ranges[0][0]).is_const:
+    if len(ranges) != 2 or not space.is_size(ranges[0][1] - ranges[0][0]):
         return None
     size = ranges[0][1] - ranges[0][0] + 1
     if ranges[1][1] - ranges[1][0] + 1 != size:

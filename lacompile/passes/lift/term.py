@@ -14,7 +14,8 @@ from enum import IntEnum
 from operator import is_
 from typing import Any
 
-from .affine import FIRST_DIV, ONE, TAU, Aff, Number, Space
+from .affine import FIRST_DIV, ONE, TAU, Aff, Number
+from .space import Space
 
 Access = tuple[int, tuple[Aff, ...]]
 """(leaf id, one index per leaf dimension)."""

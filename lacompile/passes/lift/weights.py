@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from .affine import Aff, Space
+from .affine import Aff
 from .leaves import Leaves
 from .logs import log_summands
+from .space import Space
 from .term import Access, Exponent, Term
 
 

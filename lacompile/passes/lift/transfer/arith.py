@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..affine import box
 from ..engine import GiveUp
+from ..space import box
 from ..term import Precision, Term, Val, constant
 from . import Op, rule
 

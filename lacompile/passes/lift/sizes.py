@@ -1,0 +1,99 @@
+"""Symbolic sizes of the traced program as affine forms, and what its guards say about them.
+
+A guard holds in every run of the compiled program, so it may be used as a fact. None is added.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import sympy
+
+from .affine import INF, ZERO, Aff, Number
+from .space import Space
+
+QUOTIENTS = ("FloorDiv", "CleanDiv")
+REMAINDERS = ("Mod", "PythonMod")
+UNBOUNDED = 2**40
+
+
+class Sizes:
+    """The sizes of one analysis: PyTorch's expressions to forms over its variables."""
+
+    def __init__(self, space: Space) -> None:
+        self.space = space
+        self._known: dict[Any, Aff] = {}
+        self._equal: dict[Any, Any] | None = None  # an expression -> a simpler one of the same value
+        self._divisor: dict[Any, int] = {}  # a size -> a number that divides it
+
+    def __call__(self, expr: Any, env: Any) -> Aff:
+        """The affine form of an expression of PyTorch's shape environment ``env``."""
+        found = self._known.get(expr)
+        if found is None:
+            if self._equal is None:
+                self._equal = {}
+                self._learn(getattr(env, "guards", ()))
+            found = self._known[expr] = self._made(expr, env)
+        return found
+
+    def _made(self, expr: Any, env: Any) -> Aff:
+        assert self._equal is not None
+        if expr.is_Integer:
+            return Aff.lit(int(expr))
+        if expr in self._equal:
+            return self(self._equal[expr], env)
+        if isinstance(expr, sympy.Add):
+            return sum((self(arg, env) for arg in expr.args), ZERO)
+        if isinstance(expr, sympy.Mul):
+            out = Aff.lit(1)
+            for arg in expr.args:
+                out = self.space.times(out, self(arg, env))
+            return out
+        if isinstance(expr, sympy.Pow) and expr.args[1].is_Integer and expr.args[1] > 0:
+            out = base = self(expr.args[0], env)
+            for _ in range(int(expr.args[1]) - 1):
+                out = self.space.times(out, base)
+            return out
+        name = type(expr).__name__
+        if name in QUOTIENTS:
+            inner, m = self(expr.args[0], env), self(expr.args[1], env)
+            exact = self.space.divided(inner, m)
+            if exact is not None:
+                return exact
+            if m.is_const and m.const > 0:
+                return self.space.floordiv(inner, int(m.const))
+        if name in REMAINDERS and expr.args[1].is_Integer and expr.args[1] > 0:
+            inner, m = self(expr.args[0], env), int(expr.args[1])
+            return inner - self.space.floordiv(inner, m) * m
+        return self._variable(expr, env, self._divisor.get(expr, 1))
+
+    def _variable(self, expr: Any, env: Any, divisor: int) -> Aff:
+        bounds = env.bound_sympy(expr)
+        low: Number = int(bounds.lower) if bounds.lower.is_Integer else -INF
+        high: Number = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < UNBOUNDED else INF
+        low = -(-low // divisor) if math.isfinite(low) else low
+        high = high // divisor if math.isfinite(high) else high
+        return Aff.var(self.space.symbol(low, high)) * divisor
+
+    def _learn(self, guards: Any) -> None:
+        """Equations among the guards; ``a mod m = 0`` and ``a // m = k`` say that k m is a."""
+        assert self._equal is not None
+        whole: list[tuple[Any, Any]] = []
+        for guard in guards:
+            if not isinstance(guard.expr, sympy.Eq):
+                continue
+            for left, right in (guard.expr.args, reversed(guard.expr.args)):
+                if type(left).__name__ in REMAINDERS and right == 0:
+                    whole.append((left.args[0], left.args[1]))
+                elif type(left).__name__ in QUOTIENTS and (right.is_Integer or right.is_Symbol):
+                    self._equal[left] = right
+        for a, m in whole:
+            self._divides(a, m)
+            for quotient, k in self._equal.items():
+                if quotient.args == (a, m) and k.is_Integer and type(m).__name__ in QUOTIENTS and m.args == (a, k):
+                    self._divides(a, k)
+
+    def _divides(self, a: Any, m: Any) -> None:
+        if a.is_Symbol and m.is_Integer:
+            self._divisor[a] = math.lcm(self._divisor.get(a, 1), int(m))

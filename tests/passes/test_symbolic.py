@@ -1,0 +1,143 @@
+"""Symbolic sizes: what is rewritten once is right for every length, and no guard is added.
+
+Each program is compiled for one length and called with others: shorter than a chunk, around one, and a single token,
+for which Dynamo compiles anew. Outputs and gradients are compared with fp64. Validation is off: it sees one length.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lacompile.backend import decide
+from lacompile.options import Options
+from lacompile.passes.lift.affine import Aff
+from lacompile.passes.lift.evaluate import Evaluator
+from lacompile.passes.lift.space import Space
+from lacompile.testing.budgets import check_error, relative_error
+
+from . import loops, twins  # noqa: F401  (they register their programs)
+from .forms import LOOPS, PARALLEL, TWINS, B, D, E, H
+
+OPTIONS = Options.split({"validate": "off"})[0]
+SPLIT = [D, D, E]
+MANY = "batch, heads and length"
+FORMS = [
+    ("where_exp", "all"),
+    ("merged_heads", MANY),
+    ("cumsum_exponent", "length"),
+    ("undecayed", "length"),
+    ("cumulative_outer_products", "all"),
+    ("batched_chunks", MANY),
+    ("chunked_prefix_ragged", "length"),
+]
+"""A part of what is rewritten, since symbolic sizes are slow in PyTorch itself."""
+EVENLY = ("batched_chunks",)  # chunks of eight tokens, and no padding
+UNROLLED = ("wrong_block_decay", "state_before_update", "decay_per_channel")  # each length is a program of its own
+
+
+def arguments(length, batch=B, heads=H):
+    generator = torch.Generator().manual_seed(length)
+    x = torch.randn(batch, heads, length, sum(SPLIT), generator=generator)
+    return [x.requires_grad_(), torch.linspace(0.02, 0.4, heads).requires_grad_()]
+
+
+def of_one_input(form):
+    """Queries, keys and values of one length, as they come from one projection."""
+
+    def program(x, slope):
+        return form(*x.split(SPLIT, -1), slope)
+
+    return program
+
+
+def run(f, args, dtype=torch.float32, symbolic="all"):
+    leaves = marked([x.detach().to(dtype).requires_grad_() for x in args], symbolic)
+    out = f(*leaves)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), leaves, allow_unused=True, materialize_grads=True)]
+
+
+def compiled(f, symbolic):
+    """The rewritten program, run as it is, and the report of each graph."""
+    reports = []
+
+    def backend(gm, example_inputs):
+        decision = decide(gm, example_inputs, OPTIONS)
+        reports.append(decision.report)
+        return (decision.rewritten or gm).forward
+
+    torch._dynamo.reset()
+    return torch.compile(f, backend=backend, fullgraph=True, dynamic=True if symbolic == "all" else None), reports
+
+
+def marked(args, symbolic):
+    for d in {"length": [2], MANY: [0, 1, 2], "all": []}[symbolic]:
+        torch._dynamo.maybe_mark_dynamic(args[0], d)
+    return args
+
+
+def compilations(f, symbolic, sizes):
+    """How often Dynamo compiles the program by itself."""
+    count = []
+    torch._dynamo.reset()
+    made = torch.compile(
+        f,
+        backend=lambda gm, _: count.append(1) or gm.forward,
+        fullgraph=True,
+        dynamic=True if symbolic == "all" else None,
+    )
+    for n in sizes:
+        made(*marked(arguments(*n), symbolic))
+    return len(count)
+
+
+def check(form, symbolic, sizes):
+    f = of_one_input(form)
+    made, reports = compiled(f, symbolic)
+    for n in sizes:
+        args = arguments(*n)
+        got, eager, exact = run(made, args, symbolic=symbolic), run(f, args), run(f, args, torch.float64)
+        of_eager = max(relative_error(x, y) for x, y in zip(eager, exact, strict=True))
+        for kind, x, y in zip(("output", "gradient", "gradient"), got, exact, strict=True):
+            check_error(f"{kind} at {n}", x, y, eager=of_eager, kind=kind, dtype=torch.float32)
+    # one token has no sum over earlier ones: Dynamo compiles for it apart, and there may be nothing to rewrite
+    assert [len(r.rewrites) for r in reports[:1]] == [1], "\n".join(map(str, reports))
+    assert len(reports) == compilations(f, symbolic, sizes)
+
+
+OTHERS = {"length": [(13,), (7,)], MANY: [(29, 4, 5), (12,)], "all": [(29, 3, 4), (1,)]}
+
+
+@pytest.mark.parametrize(("name", "symbolic"), FORMS)
+def test_form(name, symbolic):
+    sizes = [(40,), (16,)] if name in EVENLY else [(40,), *OTHERS[symbolic]]
+    check((PARALLEL | LOOPS)[name], symbolic, sizes)
+
+
+@pytest.mark.parametrize("name", [n for n in TWINS if n not in UNROLLED])
+def test_twin(name):
+    made, reports = compiled(of_one_input(TWINS[name][0]), MANY)
+    made(*marked(arguments(40), MANY))
+    assert not any(r.rewrites for r in reports), "\n".join(map(str, reports))
+
+
+def test_a_view_of_symbolic_sizes_and_its_inverse_cancel():
+    space = Space()
+    h, k = (Aff.var(space.symbol(1, 9)) for _ in range(2))
+    i, j = Aff.var(0), Aff.var(1)
+    whole = space.join(i, j, h)
+    assert (space.quotient(whole, h), space.remainder(whole, h)) == (i, j)
+    assert space.join(space.quotient(i, h), space.remainder(i, h), h) == i
+    both = space.times(h, k)
+    assert space.divided(both, h) == k and space.divided(both, h + 1) is None
+    for n in range(200):
+        sizes = {h.terms[0][0]: 1 + n % 7, k.terms[0][0]: 1 + n % 5, both.terms[0][0]: (1 + n % 7) * (1 + n % 5)}
+        evaluator = Evaluator(space, lambda leaf, idx: 0.0, sizes)
+        env = {0: n % 11, 1: n % sizes[both.terms[0][0]]}
+        x, y = space.join(i, j, both), space.join(i, space.remainder(j, h), h)
+        for form, by in ((x, h), (y, both)):
+            number, size = evaluator.index(form, env), evaluator.index(by, env)
+            assert evaluator.index(space.quotient(form, by), env) == number // size
+            assert evaluator.index(space.remainder(form, by), env) == number % size
+        assert evaluator.index(x, env) == env[0] * sizes[both.terms[0][0]] + env[1]

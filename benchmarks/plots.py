@@ -2,7 +2,8 @@
 
     python benchmarks/plots.py [benchmarks/results/paper_h200.csv ...]
 
-Each table is drawn by what its name begins with: paper, kernels or model. Needs the extra ``bench``.
+Each table is drawn by what its name begins with, paper, kernels or model; the tables of the layers on one device share
+a picture. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Table = list[dict[str, str]]
 COLOURS = {
     "lacompile": "#0b6e4f", "fla chunk": "#d9822b", "fla fused_chunk": "#efb366", "official": "#8f6bb3",
     "softmax (SDPA)": "#7a8594", "softmax": "#7a8594", "MiniMax": "#0b6e4f", "TransNormer": "#2b7bba",
+    "lightning": "#0b6e4f", "inductor": "#d9822b", "eager": "#7a8594",
 }  # fmt: skip
 STYLE = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e8eb",
@@ -177,6 +179,40 @@ def model(about: dict[str, str], table: Table) -> Figure:
     return figure
 
 
+LAYERS = {"minimax": "MiniMax", "mamba2": "Mamba-2, plain path", "retention": "Retention, a masked square"}
+LAYER = "_layer_"
+
+
+def layers(tables: dict[str, tuple[dict[str, str], Table]]) -> Figure:
+    """Milliseconds of three public layers against length: eager, Inductor alone, lightning."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(12.5, 4.2), sharey=True, gridspec_kw={"wspace": 0.3})
+    for ax, (name, (_, table)) in zip(axes, tables.items(), strict=True):
+        logarithmic(ax)
+        ends = []
+        for backend in ("eager", "inductor", "lightning"):
+            for column in ("train_ms", "forward_ms"):
+                rows = sorted((int(r["N"]), float(r[column])) for r in table if r["backend"] == backend and r[column])
+                if not rows:
+                    continue
+                x, y = zip(*rows, strict=True)
+                step = column == "train_ms"
+                line = {"marker": "o", "ms": 4} if step else {"ls": (0, (2, 2)), "alpha": 0.75, "marker": "o", "ms": 2}
+                ax.plot(x, y, color=COLOURS[backend], lw=2.4 if backend == "lightning" else 1.6, **line)
+                if step:
+                    ends.append((x[-1], y[-1], backend, COLOURS[backend]))
+        ax.set_title(LAYERS[name])
+        lengths_axis(ax, sorted({int(r["N"]) for r in table}))
+        ax.set_ylim(0.3, 300)
+        name_ends(ax, ends)
+    axes[0].set_ylabel("milliseconds")
+    footer(
+        figure, next(iter(tables.values()))[0],
+        "Solid: a training step; dashed: forward. One sequence, bf16. A line ends where the layer does not fit into "
+        "80 GB, or where Inductor did not compile it within 300 s;\non the Mamba-2 mixer Inductor alone fails.",
+    )  # fmt: skip
+    return figure
+
+
 DRAWN: dict[str, Callable[[dict[str, str], Table], Figure]] = {"paper": paper, "kernels": kernels, "model": model}
 
 
@@ -185,10 +221,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tables", type=Path, nargs="*", help="CSV files; all that can be drawn unless given")
     args = parser.parse_args()
-    found = args.tables or sorted(p for p in RESULTS.glob("*.csv") if p.name.split("_")[0] in DRAWN)
+    found = args.tables or sorted(RESULTS.glob("*.csv"))
     with matplotlib.rc_context(STYLE):
-        for path in found:
-            figure = DRAWN[path.name.split("_")[0]](*read_csv(path))
+        figures = {p: DRAWN[kind](*read_csv(p)) for p in found if (kind := p.name.split("_")[0]) in DRAWN}
+        for device in {p.stem.split(LAYER)[1]: p.parent for p in found if LAYER in p.stem}.items():
+            at = {name: device[1] / f"{name}{LAYER}{device[0]}.csv" for name in LAYERS}
+            tables = {name: read_csv(path) for name, path in at.items() if path.exists()}
+            figures[device[1] / f"layers_{device[0]}.csv"] = layers(tables)
+        for path, figure in figures.items():
             figure.savefig(path.with_suffix(".png"))
             plt.close(figure)
             print(path.with_suffix(".png"))

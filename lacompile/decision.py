@@ -14,10 +14,11 @@ from torch import fx
 from . import _compat, ops
 from .errors import LacompileError
 from .options import Options
+from .passes.batch import batched
 from .passes.capture import fake_mode_of
 from .passes.effects import Effects
 from .passes.facts import Analysis, Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
-from .passes.legality import illegal
+from .passes.legality import settled
 from .passes.lift import analyse
 from .passes.rewrite import rewrite
 from .passes.validate import Validation, validate
@@ -75,34 +76,24 @@ def _own(
     """The decision about the graph itself, without those that its operators call."""
     refusals = list(found.refusals)
     kept: list[Match] = []
-    validated: dict[int, Validation] = {}
+    validated: list[Validation] = []
     for match in found.matches:
-        problem = illegal(gm, match, found.effects) or _unserved(match) or _unmet(gm, match, example_inputs)
-        if problem is None:
-            outcome = validate(gm, match, example_inputs, _reference, options.validate, found.effects)
-            if isinstance(outcome, Refusal):
-                problem = outcome
-            else:
-                validated[id(match)] = outcome
-        if problem is None:
-            kept.append(match)
+        outcome = _checked(gm, match, example_inputs, options, found.effects)
+        if isinstance(outcome, Refusal):
+            refusals.append(outcome)
         else:
-            refusals.append(problem)
+            kept.append(outcome[0])
+            validated.append(outcome[1])
     # A final state rides on its attention: without the output's rewrite it would run the whole operator again.
     primary = {id(f) for m in kept if not _is_state(m) for f in m.facts}
-    kept = [m for m in kept if not _is_state(m) or all(id(f) in primary for f in m.facts)]
-    rewritten = None
+    lone = [_is_state(m) and not all(id(f) in primary for f in m.facts) for m in kept]
+    validated = [v for v, out in zip(validated, lone, strict=True) if not out]
+    kept = batched(gm, [m for m, out in zip(kept, lone, strict=True) if not out], found.effects)
+    rewritten, used = None, {id(f) for m in kept for f in m.facts}
     if kept and not options.dry_run:
-        rewritten = rewrite(gm, kept, torch.ops.lacompile.decayed_attention.default, found.effects)
-    with_state = {id(f) for m in kept if _is_state(m) for f in m.facts}
-    rewrites = tuple(
-        Rewrite.of(m, f, final_state=id(f) in with_state, validation=str(validated[id(m)]))
-        for m in kept
-        if not _is_state(m)
-        for f in m.facts
-    )
+        rewritten, used = rewrite(gm, kept, torch.ops.lacompile.decayed_attention.default, found.effects)
     report = Report(
-        rewrites,
+        tuple(_rewrites(kept, validated, used)),
         tuple(map(NearMiss.of, refusals)),
         seconds={**found.seconds, "total": time.perf_counter() - start},
         nodes_before=len(gm.graph.nodes),
@@ -112,6 +103,34 @@ def _own(
     return Decision(
         rewritten, report, tuple((position[a.node], a) for m in kept for f in m.facts for a in f.assumptions)
     )
+
+
+def _checked(
+    gm: fx.GraphModule, match: Match, example_inputs: Sequence[Any], options: Options, effects: Effects
+) -> tuple[Match, Validation] | Refusal:
+    """The match where it will be computed and how its validation came out, or why it is not taken."""
+    placed = settled(gm, match, effects)
+    if isinstance(placed, Refusal):
+        return placed
+    if (problem := _unserved(match) or _unmet(gm, match, example_inputs)) is not None:
+        return problem
+    outcome = validate(gm, placed, example_inputs, _reference, options.validate, effects)
+    return outcome if isinstance(outcome, Refusal) else (placed, outcome)
+
+
+def _rewrites(kept: Sequence[Match], validated: Sequence[Validation], used: set[int]) -> Iterator[Rewrite]:
+    """One for each operator that the rewritten graph runs; ``used`` are the ids of their facts."""
+    with_state = {id(f) for m in kept if _is_state(m) for f in m.facts}
+    checks: dict[int, list[Validation]] = {}
+    places: dict[int, tuple[Match, DecayedAttention]] = {}
+    for m, v in zip(kept, validated, strict=True):
+        for f in m.facts:
+            if not _is_state(m) and id(f) in used:
+                checks.setdefault(id(f), []).append(v)
+                places.setdefault(id(f), (m, f))
+    for key, (m, f) in places.items():
+        worst = max(checks[key], key=lambda v: (bool(v.skipped), v.forward_error))
+        yield Rewrite.of(m, f, final_state=key in with_state, validation=str(worst))
 
 
 # ---------------------------------------------------------------------------- graphs that an operator calls

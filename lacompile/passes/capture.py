@@ -107,6 +107,7 @@ class Record:
     step: ViewStep | None = None
     writes: int = 0  # of a root: how often the storage was written
     seen: int = 0  # the root's count when ``value`` was computed
+    node: fx.Node | None = None  # while which it was made
 
     @property
     def root(self) -> Record:
@@ -141,7 +142,7 @@ class Capture(TorchDispatchMode):
         return found
 
     def enter(self, tensor: torch.Tensor, value: Any, parent: Record | None = None, step: Any = None) -> Record:
-        rec = Record(tensor, value, parent, step)
+        rec = Record(tensor, value, parent, step, node=self.node)
         rec.seen = rec.root.writes
         self.records[id(tensor)] = rec
         if parent is None:

@@ -163,13 +163,21 @@ class Match:
     """``target``'s value is, provably, ``replacement``.
 
     ``replacement`` has exactly the shape of ``target``; the rewrite makes its dtype equal. Uses of ``target`` at or
-    before node ``after`` (a mutation of it) keep the old value; None means all uses are replaced.
+    before node ``after`` (a mutation of it) keep the old value; None means all uses are replaced. It is computed right
+    behind node ``place``, or else behind ``after`` or the target; ``hoisted`` nodes are moved there first.
     """
 
     target: fx.Node
     replacement: Expr
     facts: tuple[DecayedAttention, ...]
     after: fx.Node | None = None
+    place: fx.Node | None = None
+    hoisted: tuple[fx.Node, ...] = ()
+
+    @property
+    def behind(self) -> fx.Node:
+        """The node behind which the replacement is computed."""
+        return self.place or self.after or self.target
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

@@ -22,8 +22,12 @@ class CannotRewrite(Exception):
     """The replacement does not fit the value it replaces; the original graph stays."""
 
 
-def rewrite(gm: fx.GraphModule, matches: Sequence[Match], operator_call: OpCall, effects: Effects) -> fx.GraphModule:
-    """A copy of ``gm`` in which every match's target is its replacement.
+def rewrite(
+    gm: fx.GraphModule, matches: Sequence[Match], operator_call: OpCall, effects: Effects
+) -> tuple[fx.GraphModule, set[int]]:
+    """A copy of ``gm`` in which every match's target is its replacement, and the ids of the facts that it computes.
+
+    A match of which another's replacement leaves nothing, as one head of a tensor that is replaced whole, is not used.
 
     Args:
         gm: the Dynamo graph; not changed.
@@ -48,12 +52,13 @@ def rewrite(gm: fx.GraphModule, matches: Sequence[Match], operator_call: OpCall,
     written = {mapping[n] for n in effects.writes if n in mapping}
     writer = _Writer(copied, mapping, operator_call, finals, written)
     order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    for match in sorted(matches, key=lambda m: order[m.after or m.target]):
+    for match in sorted(matches, key=lambda m: order[m.behind]):
         writer.replace(match, order)
     _erase_dead(graph, {new: old for old, new in mapping.items()}, effects)
     graph.lint()
     copied.recompile()
-    return copied
+    alive = set(graph.nodes)
+    return copied, {fact for fact, call in writer.calls.items() if call in alive}
 
 
 def _facts_with_final_state(expr: Expr) -> list[DecayedAttention]:
@@ -98,12 +103,16 @@ class _Writer:
         self.gm, self.mapping, self.operator_call, self.finals = gm, mapping, operator_call, finals
         self.written = written  # nodes that write into some tensor
         self.made: dict[int, fx.Node] = {}
+        self.calls: dict[int, fx.Node] = {}  # by the id of the fact: a call of the operator
         self.kept: list[Any] = []  # recipes stay alive while their ids are keys
         self.origin: fx.Node | None = None
 
     def replace(self, match: Match, order: dict[fx.Node, int]) -> None:
         target = self.mapping[match.target]
-        at = self.mapping[match.after] if match.after is not None else target
+        at = self.mapping[match.behind]
+        for node in match.hoisted:
+            at.append(self.mapping[node])
+            at = self.mapping[node]
         self.origin = target
         with self.gm.graph.inserting_after(at):
             self.cursor = at
@@ -174,7 +183,7 @@ class _Writer:
                 state,
                 id(fact) in self.finals,
             )
-            found = self.made[id(fact)] = self._call(self.operator_call, args, {})
+            found = self.made[id(fact)] = self.calls[id(fact)] = self._call(self.operator_call, args, {})
         return found
 
     def _call(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:

@@ -75,8 +75,12 @@ def _region(gm: fx.GraphModule, match: Match, effects: Effects) -> list[fx.Node]
     nodes = nodes[: nodes.index(match.after or match.target) + 1]
     needed = {match.target} | ({match.after} if match.after else set())
     memory = effects.lives.get(match.target, NOWHERE)
+    # behind the place of the replacement a value that it reads may be written to, and then be read by the target too
+    later = set(nodes[nodes.index(match.place) + 1 :]) if match.place is not None else set()
+    read = NOWHERE.union(*(effects.lives.get(n, NOWHERE) for n in inputs))
     for node in reversed(nodes):
-        if node in needed or overlap(effects.writes.get(node, NOWHERE), memory):
+        writes = effects.writes.get(node, NOWHERE)
+        if node in needed or overlap(writes, memory) or (node in later and overlap(writes, read)):
             needed.add(node)
             if node not in inputs:
                 needed.update(node.all_input_nodes)
@@ -126,7 +130,9 @@ def _compare(
     env = {n: _input(n, real, decays, by_value, generator) for n in inputs}
     _tame_decays(match, env, decays, by_value, reference)
     leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
-    with _fp64_by_default():
+    # backwards through a state that is overwritten is an error of the program's own, unless what was saved is kept
+    kept = torch.autograd.graph.allow_mutation_on_saved_tensors() if match.place else contextlib.nullcontext()
+    with _fp64_by_default(), kept:
         results = [
             _run(run, env, leaves)
             for run in (

@@ -47,7 +47,7 @@ class Builder:
         for t in residual:
             everything += t.accs
             everything += [a for mono, _ in t.exp.lin for a in mono]
-        like = self._some_node(p.q)
+        like = self._some_node([*p.q, *(a for m, _ in p.q_weights for a in m), *p.k, *p.v])
         self.emitter = Emitter(self.engine, p.roles, everything, self.held, like)
         heads, batch = p.head_roles(self.engine.space)
         dtype = p.fact.compute

@@ -15,13 +15,13 @@ import torch
 from ..._compat import outside_modes
 from .affine import ONE, ZERO, Aff
 from .evaluate import Evaluator
-from .leaves import Interval, Leaf, Leaves, Opaque, Table
+from .leaves import Interval, Leaf, Leaves, Opaque, Symbol, Table
 from .logs import log_summands
 from .merge import TooManyTerms, merge_sum
 from .normal import Algebra
 from .precision import jumps
 from .sizes import Sizes
-from .term import NO_GUARDS, Access, Case, Guards, Precision, Term, Val, constant, value
+from .term import NO_GUARDS, Access, Case, Exponent, Guards, Mono, Precision, Term, Val, constant, value
 from .weights import align_weights, scalar_factors
 
 aten = torch.ops.aten
@@ -147,17 +147,29 @@ class Engine(Algebra):
         return False
 
     def structured(self, v: Val) -> bool:
-        if v.alt is not None and v.single and len(v.terms) > 1 and any(m for t in v.terms for m, _ in t.exp.lin):
-            return True  # a state and its update
+        if v.alt is not None and v.single and len(v.terms) > 1:
+            if any(m for t in v.terms for m, _ in t.exp.lin) or not self._summed(v):
+                return True  # a state and its update
         return any(self.structured_term(t) for c in v.cases for t in c.terms)
+
+    def moves_along_a_feature(self, v: Val, feature: int | None = None) -> bool:
+        """Data times a weight scale[d] * i: its rate differs along a dimension (this one) that its distance lacks."""
+
+        def moves(t: Term) -> bool:
+            free = [{x for _, idx in m for x in self.space.vars_of(idx)} for m, f in t.exp.lin if not f.is_const]
+            return any(bool(held) if feature is None else feature in held for held in free)
+
+        return v.single and not self.index_only(v) and any(moves(t) for t in v.terms)
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""
-        return (v.alt is not None and self.structured(v)) or any(
-            len(t.accs) >= 2 and any(x < 0 for _, idx in t.accs for a in idx for x, _ in a.terms)
-            for c in v.cases
-            for t in c.terms
-        )
+
+        def products(t: Term) -> bool:
+            # exp of plain data, as of a feature map, is a factor like any other
+            factors = [*t.accs, *(a for m, f in t.exp.lin if f.is_const for a in m)]
+            return len(factors) >= 2 and any(x < 0 for _, idx in factors for a in idx for x, _ in a.terms)
+
+        return (v.alt is not None and self.structured(v)) or any(products(t) for c in v.cases for t in c.terms)
 
     # --------------------------------------------------------------------------------------------------- index maps
 
@@ -168,8 +180,8 @@ class Engine(Algebra):
             guards = self.prune((self.space.sub(g, mapping) for g in c.guards), shape) if c.guards else NO_GUARDS
             if guards is not None:
                 cases.append(Case(guards, self._terms((t.sub(self.space, mapping) for t in c.terms), shape)))
-        alt = None if v.alt is None else self.normalise(v.alt.sub(self.space, mapping), shape)
-        return Val(shape, tuple(cases), alt, v.precision)
+        alt, own = (None if t is None else self.normalise(t.sub(self.space, mapping), shape) for t in (v.alt, v.own))
+        return Val(shape, tuple(cases), alt, v.precision, own)
 
     def _terms(self, terms: Iterable[Term], shape: tuple[Aff, ...]) -> tuple[Term, ...]:
         terms = list(terms)
@@ -448,6 +460,27 @@ class Engine(Algebra):
         leaf = self.leaves.table(out, tuple(v.shape[d] for d in dims))
         return (leaf, tuple(Aff.var(d) for d in dims))
 
+    def detached(self, v: Val) -> Val:
+        """``v`` with every factor detached, those of its weights too."""
+
+        def access(a: Access) -> Access:
+            kind = self.leaves[a[0]].kind
+            if isinstance(kind, Table) or (isinstance(kind, Symbol) and kind.op is aten.detach.default):
+                return a
+            return self._symbol(aten.detach.default, [(a, None)], None)
+
+        def mono(m: Mono) -> Mono:
+            return tuple(sorted(map(access, m)))
+
+        def term(t: Term) -> Term:
+            lin = ((mono(m), f) for m, f in t.exp.lin)
+            exp = Exponent.of(lin, (((mono(m), p), c) for (m, p), c in t.exp.sums))
+            return t.but(accs=mono(t.accs), exp=exp)
+
+        cases = tuple(Case(c.guards, self._terms(map(term, c.terms), v.shape)) for c in v.cases)
+        alt, own = (None if t is None else term(t) for t in (v.alt, v.own))
+        return replace(v, cases=cases, alt=alt, own=own)
+
     # ------------------------------------------------------------------------------------------------------ arithmetic
 
     def scale(self, v: Val, k: float) -> Val:
@@ -534,10 +567,14 @@ class Engine(Algebra):
 
     def _updates(self, a: Val, b: Val) -> bool:
         """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""
-        weighted = any((m for t in a.terms for m, _ in t.exp.lin if t.accs)) or any(
-            scalar_factors(self.space, x, y) for x in a.terms for y in b.terms
-        )
-        return weighted and len(a.terms) == len(b.terms) == 1 and any(len(t.accs) >= 2 and not t.exp for t in b.terms)
+        if len(a.terms) != 1 or len(b.terms) != 1 or len(b.terms[0].accs) < 2 or b.terms[0].exp:
+            return False
+        state, update = a.terms[0], b.terms[0]
+        if any(m for m, _ in state.exp.lin if state.accs) or scalar_factors(self.space, state, update):
+            return True
+        held = [self.space.vars_of(idx) for _, idx in update.accs]
+        whole = frozenset().union(*held)
+        return whole not in held and len(state.accs) == 1 and self.space.vars_of(state.accs[0][1]) == whole
 
     def _moves(self, v: Val) -> bool:
         """Proportional to an index, as a fixed decay's exponent is."""

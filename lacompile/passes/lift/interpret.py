@@ -153,7 +153,7 @@ class Interpreter:
             if step != 1:
                 raise GiveUp("a strided write")
             return written(engine, base, new, d, start, new.shape[d])
-        if packet in (aten.alias, aten.detach):
+        if packet is aten.alias or (packet is aten.detach and self._made_together(view)):
             return new
         if packet in (aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze):
             return engine.index(new, view_map(engine, new.shape, base.shape), base.shape)
@@ -161,6 +161,11 @@ class Interpreter:
             order = _order_of(op, rank)
             return reorder(engine, new, [order.index(d) for d in range(rank)])
         raise GiveUp(f"a write through {packet}")
+
+    def _made_together(self, view: ViewStep) -> bool:
+        """Whether the program only ever saw the view: ``zeros_like`` detaches what it makes, say."""
+        assert self.capture is not None
+        return self.capture.record(view.parent_tensor).node is self.capture.record(view.out).node
 
     def gradients_resume(self) -> None:
         """For autograd what was computed so far without gradients is data, whatever it was computed from."""
@@ -187,6 +192,8 @@ class Interpreter:
         assert self.capture is not None
         for tensor, val in outputs:
             val = self._rooted(node, val, tensor) if single else val
+            if single and (self.engine.moves_along_a_feature(val) or self.engine.contracts(val)):
+                val = replace(val, own=self.engine.leaf(tensor, Opaque(node, node.name)).one)
             out.append(val)
             if not self.capture.records_gradients and not self.engine.index_only(val):
                 self.without_gradients.append((node, tensor))
@@ -213,6 +220,17 @@ class Interpreter:
             last = next(n for n, t in reversed(self.capture.mutated) if self.capture.records[id(t)].root is record.root)
             fact = self.facts[node] = Fact(node, value, fact.tensor, fact.compute, last)
         return fact
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """The values that a node is computed from, those that were written into it since among them."""
+        out = list(node.all_input_nodes)
+        fact = self.facts.get(node)
+        if fact is not None and fact.after is not None and self.capture is not None:
+            root = self.capture.records[id(fact.tensor)].root
+            for writer, t in self.capture.mutated:
+                if self.capture.records[id(t)].root is root:
+                    out += [n for n in writer.all_input_nodes if n is not node and n not in out]
+        return out
 
     def _rooted(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
         """A leaf born inside this node becomes the node's own value, so that a rewrite can refer to it."""

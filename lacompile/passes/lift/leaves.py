@@ -181,6 +181,8 @@ def interval_of(op: Any, args: list[Interval]) -> Interval:
         return (min(ends), max(ends)) if len(ends) == 4 else ANY
     if packet == aten.add and len(args) == 2:
         return (args[0][0] + args[1][0], args[0][1] + args[1][1])
+    if packet == aten.detach and args:
+        return args[0]
     if packet == aten.neg and args:
         return (-args[0][1], -args[0][0])
     if packet == aten.log and args and args[0][0] >= 0:

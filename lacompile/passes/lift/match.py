@@ -57,19 +57,21 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
         if node in done:
             continue
         best: Refusal | None = None
+        found = False
+        steps: list[fx.Node] = []
         if looks_like_state(interpreter.engine, fact):
-            behind = _step_behind(interpreter, node)
-            if behind is None:
+            steps = _steps_behind(interpreter, node)
+            if not steps:
                 states.append(fact)
                 try:
                     explain_missing(interpreter.engine, fact.value.terms, explained)
                 except Refused as r:
                     refusals.append(Refusal("match", r.obligation, node, r.expected, r.found, r.hint, r.progress))
                 continue
-            node, fact = behind.node, behind
-        frontier, seen, whole = [node], set(), fact.tensor.numel()
+        frontier, seen, whole = steps or [node], set(), fact.tensor.numel()
         follows = False  # whether it is computed from an attention that was found
-        while frontier and len(seen) < MAX_STEPS_BACK:
+        missed = 0  # how often the value at hand was none
+        while frontier and missed < MAX_STEPS_BACK:
             at = frontier.pop(0)
             follows |= at in done
             if at in seen or at in done:
@@ -84,30 +86,30 @@ def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
                     continue  # one chunk of a loop whose whole is something else
                 attention, replacement = builder.build(proof)
             except Refused as r:
+                missed += 1
                 refusal = Refusal("match", r.obligation, at, r.expected, r.found, r.hint, r.progress)
                 size = fact.tensor.numel()
                 if best is None or (refusal.progress > best.progress and size >= whole):
                     best = refusal
                 if r.progress or len(seen) == 1:
-                    frontier += at.all_input_nodes
+                    frontier += interpreter.sources(at)
                 continue
             proof, attention, replacement = _closest(interpreter, builder, proof, attention, replacement)
             at = proof.fact.node
             if at not in done:
                 matches.append(Match(at, replacement, (attention,), proof.fact.after))
                 proofs.append((proof, attention))
-            done.add(at)
-            best = None
-            break
-        if best is not None and best.progress > 0 and not (follows and best.progress > EXPLAINED):
+            done.add(at)  # and on to what is joined with it: one attention for each head
+            found = True
+        if best is not None and not found and best.progress > 0 and not (follows and best.progress > EXPLAINED):
             refusals.append(best)
     matches += final_states(interpreter, states, proofs)
     return matches, sorted(refusals, key=lambda r: -r.progress)
 
 
-def _step_behind(interpreter: Interpreter, node: fx.Node) -> Fact | None:
-    """The decode step that a value without positions is a view of, or a row-wise function."""
-    work, seen = [node], set()
+def _steps_behind(interpreter: Interpreter, node: fx.Node) -> list[fx.Node]:
+    """The decode steps that a value without positions is a view of, or a row-wise function; one for each head."""
+    work, seen, steps = [node], set(), []
     while work and len(seen) < MAX_STEPS_BACK:
         at = work.pop(0)
         fact = interpreter.facts.get(at)
@@ -115,9 +117,10 @@ def _step_behind(interpreter: Interpreter, node: fx.Node) -> Fact | None:
             continue
         seen.add(at)
         if prove_step(interpreter.engine, fact, fact.value.terms) is not None:
-            return fact
-        work += at.all_input_nodes
-    return None
+            steps.append(at)
+        else:
+            work += interpreter.sources(at)
+    return steps
 
 
 def _closest(

@@ -293,14 +293,30 @@ def _fit_access(x: Access, y: Access, t: int) -> Access | None:
 def _fit_exponent(a: Exponent, b: Exponent, t: int) -> Exponent | None:
     lin: list[tuple[Mono, Aff]] = []
     left, right = dict(a.lin), dict(b.lin)
-    for mono in left.keys() | right.keys():
-        p, q = left.get(mono, Aff()), right.get(mono, Aff())
+    moving = _moving_rates(left.keys() - right.keys(), right.keys() - left.keys(), t)
+    for x, y, mono in (*((m, m, m) for m in left.keys() & right.keys()), *moving):
+        p, q = left.pop(x), right.pop(y)
         step = q - p
         if not step.is_const:
             return None
         lin.append((mono, p + Aff.var(t) * step.const if step.const else p))
+    for side, at in ((left, -Aff.var(t) + 1), (right, Aff.var(t))):
+        for mono, f in side.items():
+            if not f.is_const:
+                return None
+            lin.append((mono, at * f.const))
     sums = _fit_sums(a.sums, b.sums, t)
     return None if sums is None else Exponent.of(lin, sums)
+
+
+def _moving_rates(left: Iterable[Mono], right: Iterable[Mono], t: int) -> list[tuple[Mono, Mono, Mono]]:
+    """The rates that are one leaf at two places, such as slope[2] and slope[3], each with the line through both."""
+    out = []
+    for x, y in zip(sorted(left), sorted(right), strict=False):
+        if [leaf for leaf, _ in x] == [leaf for leaf, _ in y]:
+            fitted = [_fit_access(p, q, t) for p, q in zip(x, y, strict=True)]
+            out.append((x, y, tuple(a for a in fitted if a is not None)))
+    return [found for found in out if len(found[2]) == len(found[0])]
 
 
 Sums = tuple[tuple[tuple[Mono, Aff], Number], ...]

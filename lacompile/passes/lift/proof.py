@@ -56,9 +56,9 @@ class Proof:
 
     @property
     def is_part(self) -> bool:
-        """Whether each operand is read in a part of its length only."""
+        """Whether some operand is read in a part of its length only."""
         length = self.roles[N_ROLE]
-        return all(self._position_size(a) not in (None, length) for a in (*self.q, *self.k, *self.v))
+        return any(self._position_size(a) not in (None, length) for a in (*self.q, *self.k, *self.v))
 
     def _position_size(self, a: Access) -> Aff | None:
         at = [n for n, i in enumerate(a[1]) if i.coef(N_ROLE)]
@@ -73,9 +73,9 @@ class Proof:
         monos = [m for m, _ in (*self.fixed, *self.tokens)]
         used = {v for m in monos for _, idx in m for x in idx for v in space.vars(x)}
         if self.tokens:
-            heads = self.batch_like[1:] if len(self.batch_like) > 1 else self.batch_like
+            heads = self.batch_like[1:]
         else:
-            heads = [r for r in self.batch_like if r in used] or self.batch_like[-1:]
+            heads = [r for r in self.batch_like if r in used] or self.batch_like[1:][-1:]
         return heads, [r for r in self.batch_like if r not in heads]
 
     @property

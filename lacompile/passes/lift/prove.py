@@ -130,6 +130,7 @@ class _Prover:
         self._assign_roles()
         self._sort_factors()
         self._sort_weights()
+        self._check_operands()
         self._check_finite()
         for t in self.rest:
             self._other_term(t)
@@ -240,7 +241,10 @@ class _Prover:
             # One key feature: what depends on i is the query, what depends on j alone the key.
             p.q = [a for a in p.outer if self._has_role(a, N_ROLE) and not self._has_role(a, E_ROLE)]
             p.outer = [a for a in p.outer if a not in p.q]
-        if not p.q or not (p.k or p.v):
+
+    def _check_operands(self) -> None:
+        p = self.proof
+        if not (p.q or p.q_weights) or not (p.k or p.k_weights or p.v):
             raise Refused("separable", "queries and keys", "a plain decayed sum without queries", 1)
 
     def _has_role(self, a: Access, role: int) -> bool:

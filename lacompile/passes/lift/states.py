@@ -15,6 +15,7 @@ from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 from .prove import sequence_index
 from .step import prove_step
 from .term import Exponent, sub_access
+from .weights import as_update
 
 
 def looks_like_state(engine: Engine, fact: Fact) -> bool:
@@ -76,7 +77,8 @@ def final_state(engine: Engine, fact: Fact, p: Proof, attention: DecayedAttentio
 def _is_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, Aff], last: Aff) -> bool:
     space = engine.space
     seen_sum = seen_start = False
-    for t in fact.value.terms:
+    terms = fact.value.terms
+    for t in as_update(space, engine.leaves, terms) if p.roles[N_ROLE] == ONE else terms:
         bound = t.bound(space)
         if not bound and p.state is not None and not seen_start:
             accs = sorted(sub_access(space, a, rename) for a in t.accs)

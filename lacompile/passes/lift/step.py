@@ -9,6 +9,7 @@ from .engine import Engine
 from .interpret import Fact
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 from .term import Access, Term, sub_access
+from .weights import as_update
 
 
 def prove_step(engine: Engine, fact: Fact, terms: Sequence[Term]) -> Proof | None:
@@ -18,6 +19,7 @@ def prove_step(engine: Engine, fact: Fact, terms: Sequence[Term]) -> Proof | Non
     """
     if len(terms) != 2:
         return None
+    terms = as_update(engine.space, engine.leaves, terms)
     for new, old in (terms, tuple(reversed(terms))):
         found = _step(engine, fact, new, old)
         if found is not None:
@@ -26,7 +28,7 @@ def prove_step(engine: Engine, fact: Fact, terms: Sequence[Term]) -> Proof | Non
 
 
 def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
-    if new.exp or old.exp.sums or not old.exp.lin or new.coef != old.coef or abs(new.coef) != 1:
+    if new.exp or old.exp.sums or new.coef != old.coef or abs(new.coef) != 1:
         return None
     if not new.poly.is_const or not old.poly.is_const or len(new.bound(engine.space)) != 1:
         return None
@@ -36,7 +38,7 @@ def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
     ((d,), (size,)), queries, states, (keys, values, outer) = moved
     shape = fact.value.shape
     weights = [(mono, float(f.const)) for mono, f in old.exp.lin if f.is_const]
-    if len(weights) != len(old.exp.lin) or any(not mono for mono, _ in weights):
+    if len(weights) != len(old.exp.lin):
         return None
     free = [n for n in range(len(shape)) if shape[n] != ONE]
     held = {v for a in (*queries, *keys) for i in a[1] for v in engine.space.vars(i)}
@@ -97,6 +99,8 @@ def _aligned(engine: Engine, new: Term, old: Term) -> Split | None:
     keys = [a for a in rest if _holds(engine, a, d)]
     values = [a for a in rest if not _holds(engine, a, d)]
     if not queries or not keys or not values or len(states) != 1 or not _holds(engine, states[0], d):
+        return None
+    if engine.leaves[states[0][0]].parameter:  # a matrix of the model and a product of rank one that adapts it
         return None
     return ((d,), (size,)), queries, states, (keys, values, outer)
 

@@ -260,12 +260,15 @@ class Val:
 
     ``alt`` is a second reading of the same tensor as a plain access of one leaf: a product of two plain tensors can be
     looked into (q k^T) or taken as it is (a projection), and only the consumer knows which is wanted.
+
+    ``own`` is the value of the graph that holds the tensor, as one access, where a consumer may prefer it.
     """
 
     shape: tuple[Aff, ...]
     cases: tuple[Case, ...]
     alt: Term | None = None
     precision: Precision = Precision.ROUNDED
+    own: Term | None = None
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -287,6 +290,7 @@ class Val:
             self,
             cases=tuple(Case(c.guards, tuple(f(t) for t in c.terms)) for c in self.cases),
             alt=None if self.alt is None else f(self.alt),
+            own=None if self.own is None else f(self.own),
         )
 
 

@@ -5,6 +5,7 @@ That s is positive is not asked here: the match proves it, or demands it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from .affine import Aff
@@ -22,6 +23,22 @@ def align_weights(space: Space, leaves: Leaves, a: Sequence[Term], b: Sequence[T
         return [_weigh_state(space, leaves, _weigh(leaves, t, targets), others) for t in terms]
 
     return lift(a, b), lift(b, a)
+
+
+def as_update(space: Space, leaves: Leaves, terms: Sequence[Term]) -> list[Term]:
+    """The two terms of ``s * S + k v``, or of its product with queries, with s as a weight, a number too."""
+    if len(terms) != 2:
+        return list(terms)
+    left, right = align_weights(space, leaves, terms[:1], terms[1:])
+    return [_number_as_weight(t) for t in (*left, *right)]
+
+
+def _number_as_weight(t: Term) -> Term:
+    size = abs(t.coef)
+    if size == 1 or not t.accs or math.isinf(size):
+        return t
+    log = Exponent.of([((), Aff.lit(math.log(size)))], ())
+    return t.but(coef=math.copysign(1.0, t.coef), exp=t.exp + log)
 
 
 def _weigh_state(space: Space, leaves: Leaves, t: Term, others: Sequence[Term]) -> Term:

@@ -10,7 +10,7 @@ import torch
 from ..affine import ONE, Aff
 from ..engine import MAX_FACTORS, MAX_TERMS, Engine, GiveUp
 from ..leaves import Opaque
-from ..term import Term, Val
+from ..term import Term, Val, value
 from . import Op, rule
 from .arith import added, operand
 from .masks import exponential
@@ -54,7 +54,7 @@ def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int
     if length == ONE:  # nothing is summed
         return engine.multiply(_kept(engine, a, keep_a, shape), _kept(engine, b, keep_b, shape))
     bound = Aff.var(FRESH)
-    a, b = _operand(engine, a), _operand(engine, b)
+    a, b = _operand(engine, a, sum_a), _operand(engine, b, sum_b)
     if _projects(engine, a, sum_a, b) or _projects(engine, b, sum_b, a):
         raise GiveUp("a projection of what is looked into")
     left, right = _over(engine, a, keep_a, sum_a, bound), _over(engine, b, keep_b, sum_b, bound)
@@ -76,7 +76,10 @@ def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
     return not any(a.coef(summed) for a in positions)
 
 
-def _operand(engine: Engine, v: Val) -> Val:
+def _operand(engine: Engine, v: Val, summed: int) -> Val:
+    """An operand as it will be multiplied; one whose weights move along the summed feature as the program holds it."""
+    if v.own is not None and engine.moves_along_a_feature(v, summed):
+        return value(v.shape, [v.own])
     return engine.flat(engine.pick(v))
 
 

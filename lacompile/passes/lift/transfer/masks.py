@@ -87,7 +87,10 @@ def at_least_zero(difference: Aff, strict: bool = False) -> Aff:
 
 @rule(aten.eq, aten.ne)
 def equal(op: Op) -> Val:
-    difference = _decided(op, operand(op, 0), operand(op, 1))
+    a, b = operand(op, 0), operand(op, 1)
+    if a == b and _never_nan(op.engine, a):
+        return constant(op.shape, float(op.func.overloadpacket is aten.eq))
+    difference = _decided(op, a, b)
     if difference is None:
         return op.symbol()
     inside = truth(op.engine, op.shape, [at_least_zero(difference), at_least_zero(-difference)])
@@ -321,17 +324,24 @@ def _clamped(op: Op, v: Val, limit: Val, keep_above: bool) -> Val:
     return engine.join_cases(Val(v.shape, tuple(cases)))
 
 
+def _never_nan(engine: Engine, v: Val) -> bool:
+    """Made of indices, known numbers and weights alone: over the reals no entry is nan or inf.
+
+    Where the program has one all the same, gamma ** (i - j) has overflowed above the diagonal and met a zero there.
+    """
+    terms = [t for c in v.cases for t in c.terms]
+    known = all(isinstance(engine.leaves[leaf].kind, Table) for t in terms for leaf, _ in t.accs)
+    return v.alt is None and known and not any(math.isinf(t.coef) for t in terms)
+
+
 @rule(aten.nan_to_num)
 def nan_to_num(op: Op) -> Val:
-    """After an exponential of a log-affine value there is neither nan nor inf, so this is the identity."""
-    v: Val = op.args[0]
-    masked = any(
-        not isinstance(op.engine.leaves[leaf].kind, Table) for c in v.cases for t in c.terms for leaf, _ in t.accs
-    )
-    if masked or not any(t.exp for c in v.cases for t in c.terms):
-        if any(math.isinf(t.coef) for c in v.cases for t in c.terms) or masked:
-            return op.symbol()
-    return v
+    return op.args[0] if _never_nan(op.engine, op.args[0]) else op.symbol()
+
+
+@rule(aten.isnan, aten.isinf)
+def isnan(op: Op) -> Val:
+    return constant(op.shape, 0.0) if _never_nan(op.engine, op.args[0]) else op.symbol()
 
 
 # ------------------------------------------------------------------------------------------- exponentials, logarithms

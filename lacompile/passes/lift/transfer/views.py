@@ -29,10 +29,8 @@ def same(op: Op) -> Val:
 
 @rule(aten.detach)
 def detach(op: Op) -> Val:
-    """No gradient flows through: for autograd another tensor than its argument, so another leaf."""
-    if op.engine.index_only(op.args[0]):
-        return op.args[0]
-    raise GiveUp("a detached tensor")
+    """No gradient flows through, so none flows to any factor: each is another leaf, for autograd, than it was."""
+    return op.engine.detached(op.args[0])
 
 
 @rule(aten.permute)

@@ -1,0 +1,145 @@
+"""One module per head: attentions of one shape, none of which needs another's result, are one with more heads.
+
+The operator runs at the first of them. What the others are computed from is moved up to there, if nothing in between
+can tell: it is computed from values that are not written to in between, and no mode changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from .capture import grad_modes
+from .effects import Effects
+from .facts import Attend, Call, DecayedAttention, Expr, Match, values_of
+
+
+def batched(gm: fx.GraphModule, matches: Sequence[Match], effects: Effects) -> list[Match]:
+    """The matches, those that can be joined reading their head of one operator; their order is kept."""
+    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    heads: dict[int, list[Match]] = {}  # an attention's output, and the state that it leaves
+    for m in sorted(matches, key=lambda m: order[m.behind]):
+        for f in m.facts:
+            heads.setdefault(id(f), []).append(m)
+    groups: dict[Any, list[_Group]] = {}
+    for head in heads.values():
+        if any(len(m.facts) != 1 or m.after is not None or m.place is not None for m in head):
+            continue
+        key = _shape(head[0].facts[0])
+        if key is None:
+            continue
+        mine = groups.setdefault((*key, len(head)), [])
+        for group in mine:
+            if group.takes(head):
+                break
+        else:
+            mine.append(_Group(gm, order, effects, [head], []))
+    made = {id(old): new for found in groups.values() for g in found if len(g.heads) > 1 for old, new in g.joined()}
+    return [made.get(id(m), m) for m in matches]
+
+
+def _shape(fact: DecayedAttention) -> Any:
+    """What attentions must have in common; None for one of several heads."""
+    if not isinstance(fact.heads, int) or fact.heads != 1:
+        return None
+    state = fact.initial_state is not None
+    sizes = (str(fact.batch), str(fact.length), fact.dk, fact.dv)
+    return (*sizes, fact.dtype, fact.decay_per_token, fact.scale, state)
+
+
+@dataclass
+class _Group:
+    gm: fx.GraphModule
+    order: dict[fx.Node, int]
+    effects: Effects
+    heads: list[list[Match]]
+    moved: list[fx.Node]  # in their order in the graph
+
+    def takes(self, head: list[Match]) -> bool:
+        """Adds a head whose inputs can be had at the first one's target."""
+        first = self.heads[0][0].target
+        needed = self._needed(head, self.order[first])
+        if needed is None or not self._movable(first, needed):
+            return False
+        self.heads.append(head)
+        self.moved = sorted({*self.moved, *needed}, key=self.order.__getitem__)
+        return True
+
+    def _needed(self, head: list[Match], at: int) -> set[fx.Node] | None:
+        """What is computed after ``at`` and the head is computed from; None if the results of the group are."""
+        targets = {m.target for own in self.heads for m in own}
+        needed: set[fx.Node] = set()
+        work = [v.node for m in head for v in values_of(m.replacement)]
+        while work:
+            node = work.pop()
+            if node in targets:
+                return None
+            if self.order[node] > at and node not in needed:
+                needed.add(node)
+                work += node.all_input_nodes
+        return needed
+
+    def _movable(self, first: fx.Node, needed: set[fx.Node]) -> bool:
+        if not needed:
+            return True
+        modes = grad_modes(self.gm)
+        start, end = self.order[first], max(self.order[n] for n in needed)
+        between = [n for n, i in self.order.items() if start < i <= end]
+        if any(n in self.effects.impure for n in between) or any(modes[n] != modes[first] for n in needed):
+            return False
+        if any(n in self.effects.writes for n in needed):
+            return False
+        for writer in (n for n in between if n in self.effects.writes):
+            for node in needed:
+                read = [node, *node.all_input_nodes]
+                if self.order[node] > self.order[writer] and any(self.effects.writes_into(writer, n) for n in read):
+                    return False
+        return True
+
+    def joined(self) -> list[tuple[Match, Match]]:
+        """Each match, and the one that reads its head of the joined operator."""
+        facts = [head[0].facts[0] for head in self.heads]
+        first = facts[0]
+
+        def cat(parts: Sequence[Expr], dim: int) -> Expr:
+            return Call(torch.cat, (list(parts), dim))
+
+        states = [f.initial_state for f in facts if f.initial_state is not None]
+        sources = list(dict.fromkeys(f.decay_source for f in facts))
+        fact = replace(
+            first,
+            q=cat([f.q for f in facts], 1),
+            k=cat([f.k for f in facts], 1),
+            v=cat([f.v for f in facts], 1),
+            log_decay=cat([f.log_decay for f in facts], 1 if first.decay_per_token else 0),
+            initial_state=cat(states, 1) if states else None,
+            heads=len(facts),
+            decay_source=", ".join(sources[:2]) + (f" and {len(sources) - 2} more" if len(sources) > 2 else ""),
+            assumptions=tuple({(a.node, a.kind): a for f in facts for a in f.assumptions}.values()),
+        )
+        out = []
+        for n, matches in enumerate(self.heads):
+            for match in matches:
+                own = _reading(match.replacement, match.facts[0], fact, n)
+                hoisted = tuple(self.moved) if match is self.heads[0][0] else ()
+                out.append((match, replace(match, replacement=own, facts=(fact,), hoisted=hoisted)))
+        return out
+
+
+def _reading(expr: Expr, fact: DecayedAttention, joined: DecayedAttention, head: int) -> Expr:
+    """``expr`` with each output of ``fact`` read off the joined operator."""
+    if isinstance(expr, Attend) and expr.fact is fact:
+        return Call(torch.narrow, (Attend(joined, expr.index), 1, head, 1))
+    if not isinstance(expr, Call):
+        return expr
+
+    def walk(arg: Any) -> Any:
+        if isinstance(arg, list | tuple):
+            return type(arg)(map(walk, arg))
+        return _reading(arg, fact, joined, head)
+
+    return Call(expr.op, walk(expr.args), {k: walk(v) for k, v in expr.kwargs.items()})

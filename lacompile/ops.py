@@ -260,9 +260,7 @@ def decayed_attention(
     log_decay, scale = as_log_decay(log_decay, q), as_scale(scale)
     if cu_seqlens is None:
         check(q, k, v, log_decay, initial_state)
-        out, state = torch.ops.lacompile.decayed_attention(
-            q, k, v, log_decay, scale, initial_state, return_final_state
-        )
+        out, state = torch.ops.lacompile.decayed_attention(q, k, v, log_decay, scale, initial_state, return_final_state)
     else:
         from .packed import check_packing, packed_attention_op
 

@@ -214,5 +214,3 @@ def clear() -> None:
     """Forgets the last report (torch._dynamo.reset does this)."""
     global _last
     _last = None
-
-

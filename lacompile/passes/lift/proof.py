@@ -56,9 +56,11 @@ class Proof:
 
     @property
     def is_part(self) -> bool:
-        """Whether some operand is read in a part of its length only."""
+        """Whether some operand is read in half of its length at most: more than what a convolution leaves over."""
         length = self.roles[N_ROLE]
-        return any(self._position_size(a) not in (None, length) for a in (*self.q, *self.k, *self.v))
+        sizes = [self._position_size(a) for a in (*self.q, *self.k, *self.v)]
+        beyond = [n - length * 2 for n in sizes if n is not None]
+        return any(b.is_const and b.const >= 0 for b in beyond)
 
     def _position_size(self, a: Access) -> Aff | None:
         at = [n for n, i in enumerate(a[1]) if i.coef(N_ROLE)]

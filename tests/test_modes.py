@@ -108,3 +108,20 @@ def test_a_buffer_read_inside_a_checkpoint_is_checked():
     assert len(lacompile.last_report().rewrites) == 1
     model.mask.mul_(2.0)
     torch.testing.assert_close(compiled(*args), model(*args), rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_rest_of_a_checkpoint_does_is_known_in_parts():
+    """A part of the body that the analysis cannot run hides neither its inputs' values nor their being only read."""
+    model, args = Masked(), inputs()
+
+    def body(q, k, v):
+        busiest = torch.histc((q.argmax(-1) // 2).float(), bins=4, min=0, max=3)
+        return (q @ k.mT * model.mask) @ v * busiest.argmax()
+
+    def f(q, k, v):
+        inner = checkpoint(body, q, k, v, use_reentrant=False)
+        return checkpoint(body, inner, k, v, use_reentrant=False)
+
+    got = torch.compile(f, backend="lightning")(*args)
+    torch.testing.assert_close(got, f(*args), rtol=1e-4, atol=1e-5)
+    assert len(lacompile.last_report().rewrites) == 2

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import _compat
 from .._compat import changes_mode, suppressed_guards, symbolic_kernels
-from .effects import ANYWHERE, Effects, storages
+from .effects import ANYWHERE, Boundary, Effects, storages
 
 aten = torch.ops.aten
 
@@ -38,6 +38,7 @@ METADATA_QUERIES = {
 
 GRAD_MODE = (torch._C._set_grad_enabled, torch.set_grad_enabled)
 INFERENCE_MODE = (torch.autograd.grad_mode._enter_inference_mode, torch.autograd.grad_mode._exit_inference_mode)
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 # Operators that write although their schemas do not say so: (positions of) the running statistics.
 UNDECLARED_WRITES = {aten.native_batch_norm: (3, 4), aten.cudnn_batch_norm: (3, 4), aten.miopen_batch_norm: (3, 4)}
@@ -83,6 +84,24 @@ class Observer(Protocol):
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Any]]) -> list[Any]:
         """Called after each Dynamo node with its tensor outputs; may replace their values."""
         ...
+
+
+class Ignorant:
+    """The observer of a graph that is run for its effects alone."""
+
+    def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> None: ...
+
+    def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
+        return [None] * len(out) if isinstance(out, list | tuple) else None
+
+    def unknown(self, tensor: torch.Tensor, why: str) -> None: ...
+
+    def write(self, base: Any, view: ViewStep, new: Any, tensor: torch.Tensor) -> None: ...
+
+    def gradients_resume(self) -> None: ...
+
+    def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Any]]) -> list[Any]:
+        return [None] * len(outputs)
 
 
 @dataclass
@@ -350,6 +369,8 @@ class Capture(TorchDispatchMode):
             return self._switch_autocast(node, args)
         if node.op == "call_function" and changes_mode(node.target) and not self._tensors(args, kwargs):
             return None  # noted as impure, and not run
+        if node.target is CHECKPOINT and not (does := self._boundary(args[0])).aliases:
+            return self._called(node, args[1:], does)
         try:
             with self:
                 if node.op == "call_function":
@@ -376,6 +397,23 @@ class Capture(TorchDispatchMode):
         for mode in reversed(self._autocast):
             AUTOCAST[1](mode)
 
+    @staticmethod
+    def _boundary(body: Any) -> Boundary:
+        """What a graph that this one calls does to it; a part of the body that cannot run is no more than that part."""
+        inside = Capture(body, Ignorant())
+        inside.run(())
+        return inside.effects.boundary(body)
+
+    def _called(self, node: fx.Node, given: Sequence[Any], does: Boundary) -> Any:
+        """The results of a graph of its own: values that nothing is known about (see :meth:`_finish`)."""
+        written = [given[n] for n in does.writes]
+        if does.impure:
+            self.effects.impure.add(node)
+        self.effects.note_write(node, written)
+        for t in written:
+            self.overwrite(self.record(t), self.observer.unknown(t, "a checkpointed part writes into it"))
+        return self._fresh(node, f"{node.target}")
+
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> Any:
         """A node that could not be run may have written into every tensor that it was given."""
         name = str(node.target)
@@ -385,16 +423,19 @@ class Capture(TorchDispatchMode):
         self.effects.note_write(node, given)
         for t in given:
             self.overwrite(self.record(t), self.observer.unknown(t, f"{name} may write into it"))
-        example = node.meta.get("example_value", node.meta.get("val"))
+        return self._fresh(node, f"{name}: {type(error).__name__}")
+
+    def _fresh(self, node: fx.Node, why: str) -> Any:
+        """What Dynamo says that a node yields, as tensors that nothing is known about."""
 
         def forget(t: Any) -> Any:
             if isinstance(t, torch.Tensor):
                 fresh = t.detach()
-                self.enter(fresh, self.observer.unknown(fresh, f"{name}: {type(error).__name__}"))
+                self.enter(fresh, self.observer.unknown(fresh, why))
                 return fresh
             return t
 
-        return tree_map(forget, example)
+        return tree_map(forget, node.meta.get("example_value", node.meta.get("val")))
 
     def _finish(self, node: fx.Node, result: Any) -> None:
         self.effects.note_result(node, result)

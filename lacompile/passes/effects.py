@@ -53,6 +53,33 @@ class Effects:
             self.impure.add(node)
 
 
+    def boundary(self, gm: fx.GraphModule) -> Boundary:
+        """What ``gm``, the graph of these effects, does to the one that calls it."""
+        inputs = [self.lives.get(n, NOWHERE) for n in gm.graph.find_nodes(op="placeholder")]
+        written = frozenset().union(*self.writes.values())
+        writes = tuple(n for n, lives in enumerate(inputs) if overlap(written, lives))
+        elsewhere = self.outside - frozenset().union(*inputs)
+        results = [self.lives.get(n, NOWHERE) for n in gm.graph.output_node().all_input_nodes]
+        return Boundary(
+            writes,
+            impure=bool(self.impure) or overlap(written, elsewhere),
+            aliases=any(overlap(r, self.outside) for r in results),
+        )
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What a graph does to the one that calls it.
+
+    ``writes`` are positions of the inputs that it may write into; ``aliases``: a result may share memory with an input
+    or a constant; ``impure``: running it twice, or not at all, is not the same.
+    """
+
+    writes: tuple[int, ...]
+    impure: bool
+    aliases: bool
+
+
 def overlap(a: Storages, b: Storages) -> bool:
     """Whether two sets of storages have one in common."""
     return bool(a and b and (ANYWHERE in a or ANYWHERE in b or a & b))

@@ -344,11 +344,13 @@ class Engine(Algebra):
             out = (self._symbol(aten.mul.Tensor, [out, coef], dtype), None)
         return out
 
-    def _symbol(self, op: Any, args: list[Any], dtype: torch.dtype | None, **kwargs: Any) -> Access:
+    def _symbol(
+        self, op: Any, args: list[Any], dtype: torch.dtype | None, kwargs: dict[str, Any] | None = None
+    ) -> Access:
         if dtype is None:
             dtypes = [self.leaves[a[0][0]].dtype for a in args if isinstance(a, tuple)]
             dtype = dtypes[0] if dtypes else torch.float32
-        out = self.leaves.symbol(op, args, kwargs, dtype)
+        out = self.leaves.symbol(op, args, kwargs or {}, dtype)
         if out is None:
             raise GiveUp("a pointwise function of too many indices")
         return out
@@ -375,7 +377,7 @@ class Engine(Algebra):
         if all(self.index_only(v) and v.alt is None for v in vals if isinstance(v, Val)):
             return self._fold(op, vals, kwargs, shape)
         spec = [self.access(v, d) if isinstance(v, Val) else v for v, d in zip(vals, used, strict=True)]
-        return value(shape, [Term(accs=(self._symbol(op, spec, out.dtype, **kwargs),))])
+        return value(shape, [Term(accs=(self._symbol(op, spec, out.dtype, kwargs),))])
 
     def _fold(self, op: Any, vals: Sequence[Any], kwargs: dict[str, Any], shape: tuple[Aff, ...]) -> Val:
         """A function of known numbers: case by case where they are constants, else a table."""

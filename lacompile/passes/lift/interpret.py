@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,6 +21,7 @@ from .transfer import Op, transfer
 from .transfer.scatter import written, written_at
 from .transfer.views import reorder, slice_bounds, view_map
 
+log = logging.getLogger("lacompile")
 aten = torch.ops.aten
 
 MAX_BAKED = 65_536
@@ -100,8 +102,9 @@ class Interpreter:
             return transfer(op)
         except GiveUp as reason:
             return self._give_up(op, str(reason))
-        except AssertionError as broken:
-            return self._give_up(op, f"internal: {broken}")
+        except Exception as broken:  # a rule at fault costs this value, and nothing else of the program
+            log.debug("%s could not be lifted", func, exc_info=True)
+            return self._give_up(op, f"internal error: {type(broken).__name__}: {broken}")
 
     def _give_up(self, op: Op, reason: str) -> Any:
         vals = [v for v in tree_leaves((op.args, op.kwargs)) if isinstance(v, Val)]

@@ -12,8 +12,6 @@ take, in units of q. In a training step q, k and v need gradients, and the decay
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +19,7 @@ from pathlib import Path
 
 import harness
 import peers
+import processes
 import torch
 from cases import DTYPE, Case, Inputs, reason, steps, warm
 from harness import DEVICE, Row
@@ -130,15 +129,6 @@ def decode_rows(case: Case, compared: Sequence[Peer], bandwidth: float, seconds:
     return rows
 
 
-def warm_side_by_side(processes: int) -> None:
-    """Compiles the peers' configurations in that many processes, which share Triton's cache on disk."""
-    environment = {**os.environ, "FLA_CACHE_RESULTS": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--shard"]
-    running = [subprocess.Popen([*command, f"{n}/{processes}"], env=environment) for n in range(processes)]
-    for process in running:
-        process.wait()
-
-
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -148,7 +138,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=0, help="compile the peers in so many first")
     parser.add_argument("--untuned-peers", action="store_true", help="peers try one configuration: a quick look")
     parser.add_argument("--dry", action="store_true", help="tiny problems, on any device")
-    parser.add_argument("--shard", help=argparse.SUPPRESS)
+    parser.add_argument(processes.SHARD, help=argparse.SUPPRESS)
     args = parser.parse_args()
     begun = time.perf_counter()
     compared = peers.installed()
@@ -159,7 +149,7 @@ def main() -> None:
         peers.share_autotuning(shard, shards)
         return warm(cases, [p for p in compared if p is not peers.OURS], shard, shards)
     if args.processes:
-        warm_side_by_side(args.processes)
+        processes.compile_side_by_side(__file__, args.processes, FLA_CACHE_RESULTS="0")
     if harness.GPU:
         peers.share_autotuning(shards=1000 if args.untuned_peers else 1)
         warm(cases, compared)

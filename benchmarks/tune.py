@@ -9,13 +9,12 @@ Writes one file, named after the GPU. What wins is the geometric mean over three
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+import processes
 import torch
 
 from lacompile.kernels.lightning2.compiler import identity
@@ -39,21 +38,12 @@ def choices(descriptors: bool) -> Iterator[tuple[Kind, list[Config]]]:
                 yield Kind.of(use, size, size, DTYPE, per_token, gradient, descriptors), found
 
 
-def compile_side_by_side(processes: int) -> None:
-    """Fills Triton's cache on disk, which the processes share."""
-    command = [sys.executable, __file__, "--shard"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = [subprocess.Popen([*command, f"{n}/{processes}"], env=environment) for n in range(processes)]
-    for process in running:
-        process.wait()
-
-
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=table.SHIPPED, help="a folder")
     parser.add_argument("--processes", type=int, default=0, help="compile in so many first")
-    parser.add_argument("--shard", help=argparse.SUPPRESS)
+    parser.add_argument(processes.SHARD, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device("cuda", 0)
     every = list(choices(torch.cuda.get_device_capability(device)[0] == 9))
@@ -63,7 +53,7 @@ def main() -> None:
             milliseconds(kind, DTYPE, device, n)
         return
     if args.processes:
-        compile_side_by_side(args.processes)
+        processes.compile_side_by_side(__file__, args.processes)
     about, command = identity(device), "python " + " ".join(sys.argv)
     path = args.out / table.shipped_path(about.gpu).name
     winners: table.Table = {}

@@ -47,7 +47,7 @@ def _shape(fact: DecayedAttention) -> Any:
     if not isinstance(fact.heads, int) or fact.heads != 1:
         return None
     state = fact.initial_state is not None
-    sizes = (str(fact.batch), str(fact.length), fact.dk, fact.dv)
+    sizes = map(str, (fact.batch, fact.length, fact.dk, fact.dv))  # a symbolic one has no hash
     return (*sizes, fact.dtype, fact.decay_per_token, fact.scale, state)
 
 

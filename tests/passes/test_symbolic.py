@@ -115,6 +115,11 @@ def test_form(name, symbolic):
     check((PARALLEL | LOOPS)[name], symbolic, sizes)
 
 
+def test_one_head():
+    """Attentions of one head are looked at for joining, their symbolic features too."""
+    check(PARALLEL["where_exp"], "all", [(40, B, 1), (13, B, 1)])
+
+
 @pytest.mark.parametrize("name", [n for n in TWINS if n not in UNROLLED])
 def test_twin(name):
     made, reports = compiled(of_one_input(TWINS[name][0]), MANY)

@@ -126,7 +126,7 @@ NO_EXPONENT = Exponent()
 class Term:
     """One guarded, weighted product; see the module docstring. Immutable and hashed."""
 
-    __slots__ = ("_bound", "_hash", "accs", "coef", "exp", "guards", "poly")
+    __slots__ = ("_bound", "_hash", "_signature", "accs", "coef", "exp", "guards", "poly")
 
     def __init__(
         self,
@@ -145,6 +145,7 @@ class Term:
         self.guards: frozenset[Aff] = frozenset(guards)
         self._hash: int | None = None
         self._bound: frozenset[int] | None = None
+        self._signature: tuple[int, ...] | None = None
 
     def __hash__(self) -> int:
         if self._hash is None:
@@ -170,7 +171,10 @@ class Term:
 
     @property
     def signature(self) -> tuple[int, ...]:
-        return tuple(a[0] for a in self.accs)
+        """The leaves of the product."""
+        if self._signature is None:
+            self._signature = tuple([leaf for leaf, _ in self.accs])
+        return self._signature
 
     def but(self, **changes: Any) -> Term:
         get = changes.get

@@ -82,6 +82,8 @@ def scalar_factors(space: Space, state: Term, update: Term) -> list[Access]:
     Both may be multiplied by the same queries, and the outer product be summed over positions, which all its
     factors hold. A sum that only some hold is a contraction with queries: what is added to that is a residual.
     """
+    if len(state.accs) < 2 or len(update.accs) < 2:
+        return []
     own = [a for a in state.accs if a not in update.accs]
     held = [space.vars_of(idx) for _, idx in own]
     seen = state.vars(space)

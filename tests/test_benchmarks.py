@@ -58,3 +58,13 @@ def test_tables_survive_the_disk(tmp_path):
 def test_quantiles_are_of_the_calls():
     assert harness.quantiles([3.0]) == harness.Times(3.0, 3.0, 3.0, 1)
     assert harness.quantiles([float(n) for n in range(11)]) == harness.Times(2.0, 5.0, 8.0, 11)
+
+
+def test_the_analysis_is_timed_stage_by_stage(tmp_path):
+    out = tmp_path / "time.csv"
+    command = [sys.executable, str(BENCHMARKS / "analysis_time.py"), "--families", "token loop", "--sizes", "60"]
+    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (row,) = harness.read_csv(out)[1]
+    assert int(row["rewrites"]) == 1 and 50 < int(row["nodes"]) < 80
+    assert float(row["capture_s"]) > 0 and float(row["total_s"]) > float(row["match_s"]) > 0

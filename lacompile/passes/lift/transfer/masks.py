@@ -485,7 +485,7 @@ def log(op: Op) -> Val:
             terms.append(summed.but(guards={b, pos - 1 - b}))
         if t.coef != 1:
             terms.append(Term(math.log(t.coef)))
-        cases.append(Case(c.guards, op.engine._terms(terms, v.shape)))
+        cases.append(Case(c.guards, op.engine.merged(terms, v.shape)))
     return Val(v.shape, tuple(cases))
 
 

@@ -1,0 +1,21 @@
+"""Operations on values that every transfer rule is built from, in layers that each know only those below.
+
+program      sizes as affine forms, tensors as leaves
+structure    what kind of value this is
+cases        index maps, merged sums, regions
+tables       known numbers
+symbols      pointwise functions of plain data
+arithmetic   products and sums
+"""
+
+from __future__ import annotations
+
+from .arithmetic import Arithmetic
+from .limits import MAX_FACTORS, MAX_TERMS, GiveUp
+
+
+class Engine(Arithmetic):
+    """The algebra of one analysis: one instance per graph."""
+
+
+__all__ = ["MAX_FACTORS", "MAX_TERMS", "Engine", "GiveUp"]

@@ -1,0 +1,143 @@
+"""Products and sums of values."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from ..term import Term, Val, constant, value
+from ..weights import align_weights, scalar_factors
+from .limits import MAX_FACTORS, MAX_TERMS, GiveUp
+from .structure import summed
+from .symbols import Symbols
+
+aten = torch.ops.aten
+
+
+class Arithmetic(Symbols):
+    """What is multiplied out, what is added term by term, and what is taken as it is."""
+
+    def scale(self, v: Val, k: float) -> Val:
+        if k == 0:
+            return constant(v.shape, 0)
+        return v if k == 1 else v.with_terms(lambda t: t.but(coef=t.coef * k))
+
+    def multiply(self, a: Val, b: Val) -> Val:
+        """The product of two values of one shape."""
+        for x, y in ((a, b), (b, a)):
+            t = x.one
+            if t is not None and not t.accs and not t.exp and not t.guards and t.poly.is_const:
+                return self.scale(y, t.coef)
+        moving = [v for v in (a, b) if self.structured(v) or not v.single or any(t.exp.lin for t in v.terms)]
+        if not moving:
+            a, b = self.pick(a), self.pick(b)
+        else:
+            a, b = (v if v.alt is None or self._mask_like(w) else self.pick(v) for v, w in ((a, b), (b, a)))
+
+        def times(groups: list[tuple[Term, ...]]) -> Iterable[Term]:
+            left, right = groups
+            if len(left) * len(right) > MAX_TERMS * 4:
+                raise GiveUp("a product of long sums")
+            for x in left:
+                for y in right:
+                    t = self._infinite(x, y) or self.product(x, y)
+                    if t is None or len(t.accs) > MAX_FACTORS:
+                        raise GiveUp("a product of too many factors")
+                    yield t
+
+        if a.single and b.single:
+            return self.sum_of(a.shape, times([a.terms, b.terms]))
+        return self.zip_cases([a, b], times)
+
+    def _infinite(self, x: Term, y: Term) -> Term | None:
+        """inf times something of known sign."""
+        if math.isinf(y.coef):
+            x, y = y, x
+        if not math.isinf(x.coef) or y.guards or not y.poly.is_const:
+            return None
+        sign = x.coef * y.coef
+        for leaf, _ in y.accs:
+            low, high = self.interval(leaf)
+            if low <= 0 <= high:
+                return None
+            sign = sign if low > 0 else -sign
+        return Term(sign)
+
+    def _mask_like(self, v: Val) -> bool:
+        """A factor that weights or guards: multiplied into a product, it makes the product worth looking into."""
+        return not self.plain(v) or self.index_only(v) or any(t.exp for c in v.cases for t in c.terms)
+
+    def add(self, a: Val, b: Val, out: torch.Tensor) -> Val:
+        """The sum of two values of one shape."""
+        for x, y in ((a, b), (b, a)):
+            if x.single and not x.terms:
+                return y
+        if (self.index_only(a) and self.index_only(b)) or not a.single or not b.single:
+            return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
+        if out.is_floating_point() and self.plain(a) and self.plain(b) and (same := self._like_terms(a, b)) is not None:
+            return same
+        if not (self.structured(a) or self.structured(b) or _moves(a) or _moves(b)):
+            if not (_products(a) and _products(b) and _shares_signature(a, b)):
+                if not (summed(a) or summed(b) or self._updates(a, b) or self._updates(b, a)):
+                    return self.pointwise(aten.add.Tensor, [a, b], {}, out)
+                alt = self._alt_of_sum(a, b, out)
+                return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
+        left, right = align_weights(self.space, self.leaves, a.terms, b.terms)
+        return self.sum_of(a.shape, (*left, *right))
+
+    def _like_terms(self, a: Val, b: Val) -> Val | None:
+        """x - x is 0 and x + 2 x is 3 x, where each side is a number times one factor; None if they differ."""
+        x, y = (v.one if v.alt is None else v.alt for v in (a, b))
+        if x is None or y is None or x.body != y.body or len(x.accs) > 1:
+            return None
+        self.pick(a)
+        return value(a.shape, [x.but(coef=x.coef + y.coef)] if x.coef + y.coef else [])
+
+    def _alt_of_sum(self, a: Val, b: Val, out: torch.Tensor) -> Term | None:
+        try:
+            return self.pointwise(aten.add.Tensor, [a, b], {}, out).one
+        except GiveUp:
+            return None
+
+    def _updates(self, a: Val, b: Val) -> bool:
+        """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""
+        if len(a.terms) != 1 or len(b.terms) != 1 or len(b.terms[0].accs) < 2 or b.terms[0].exp:
+            return False
+        state, update = a.terms[0], b.terms[0]
+        if any(m for m, _ in state.exp.lin if state.accs) or scalar_factors(self.space, state, update):
+            return True
+        held = [self.space.vars_of(idx) for _, idx in update.accs]
+        whole = frozenset().union(*held)
+        return whole not in held and len(state.accs) == 1 and self.space.vars_of(state.accs[0][1]) == whole
+
+
+def _moves(v: Val) -> bool:
+    """Proportional to an index, as a fixed decay's exponent is."""
+    return any(not t.poly.is_const for t in v.terms)
+
+
+def _products(v: Val) -> bool:
+    """Whether some term is a product of data, which a sum may look into."""
+    return any(len(t.accs) >= 2 for t in v.terms)
+
+
+def _shares_signature(a: Val, b: Val) -> bool:
+    """Some term of one side is a product that a term of the other contains: k v, and s k v."""
+    return any(
+        not Counter(x) - Counter(y) or not Counter(y) - Counter(x)
+        for x in {t.signature for t in a.terms if len(t.accs) >= 2}
+        for y in {t.signature for t in b.terms if len(t.accs) >= 2}
+    )
+
+
+def _add_infinite(a: tuple[Term, ...], b: tuple[Term, ...]) -> tuple[Term, ...]:
+    """inf + finite = inf of the same sign; inf - inf is not a mask."""
+    infinite = [t for t in (*a, *b) if math.isinf(t.coef)]
+    if infinite:
+        if len({t.coef > 0 for t in infinite}) > 1:
+            raise GiveUp("inf - inf")
+        return (Term(infinite[0].coef),)
+    return (*a, *b)

@@ -1,0 +1,66 @@
+"""The traced program as the algebra sees it: its sizes as affine forms, its tensors as leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..affine import ONE, ZERO, Aff
+from ..leaves import Interval, Leaf, Leaves, Opaque
+from ..normal import Algebra
+from ..sizes import Sizes
+from ..term import Precision, Term, Val, value
+from .limits import GiveUp
+
+
+class Program(Algebra):
+    """The algebra of one analysis together with its leaves and the symbolic sizes of the traced program."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaves = Leaves(self.leaf_shapes)
+        self.sizes = Sizes(self.space)
+        self.symints: dict[Aff, torch.SymInt] = {}
+        self.size_nodes: dict[Aff, Any] = {}  # sizes that are inputs of the graph
+        self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
+        self.running: Any = None  # the Dynamo node that is being lifted
+        self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
+
+    def aff(self, size: Any) -> Aff:
+        """A size or an integer argument as an affine form over symbolic sizes."""
+        if isinstance(size, bool):
+            raise GiveUp("a boolean where an index was expected")
+        if isinstance(size, int):
+            return Aff.lit(size)
+        if isinstance(size, torch.SymInt):
+            found = self.sizes(size.node.expr, size.node.shape_env)
+            self.symints.setdefault(found, size)
+            return found
+        raise GiveUp(f"index of type {type(size).__name__}")
+
+    def shape(self, tensor: torch.Tensor) -> tuple[Aff, ...]:
+        return tuple(self.aff(n) for n in tensor.shape)
+
+    def length(self, n: Aff) -> int:
+        """A size that must be a number."""
+        if not n.is_const:
+            raise GiveUp("a symbolic size where a number is needed")
+        return int(n.const)
+
+    def leaf(self, tensor: torch.Tensor, kind: Opaque, **facts: Any) -> Val:
+        """A fresh leaf holding this tensor."""
+        shape = self.shape(tensor)
+        leaf = self.leaves.add(Leaf(kind, shape, tensor.dtype, **facts))
+        return value(shape, [Term(accs=((leaf, self.own_index(shape)),))], precision=Precision.EXACT)
+
+    def interval(self, leaf: int) -> Interval:
+        """What all entries of a leaf lie in; that the node being lifted was read by it is noted."""
+        found = self.leaves[leaf]
+        if found.rests_on:
+            self.relied.setdefault(self.running, set()).update(found.rests_on)
+        return found.interval
+
+    def own_index(self, shape: Sequence[Aff]) -> tuple[Aff, ...]:
+        return tuple(ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape))

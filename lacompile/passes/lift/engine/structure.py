@@ -1,0 +1,98 @@
+"""What kind of value a normal form is: plain data, indices and numbers alone, or something worth looking into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..affine import ONE, Aff
+from ..leaves import Table
+from ..term import Access, Term, Val
+from .program import Program
+
+
+class Structure(Program):
+    """Predicates on terms and values; none of them changes anything."""
+
+    def plain_term(self, t: Term) -> bool:
+        """No structure: nothing summed, nothing guarded, no weight that moves with an index."""
+        return (
+            not t.guards
+            and t.poly.is_const
+            and not t.exp.sums
+            and all(f.is_const for _, f in t.exp.lin)
+            and not any(v < 0 for _, idx in t.accs for a in idx for v, _ in a.terms)
+        )
+
+    def plain(self, v: Val) -> bool:
+        return v.single and all(self.plain_term(t) for t in v.terms)
+
+    def index_only(self, v: Val) -> bool:
+        """Computed from indices and known numbers alone."""
+
+        def known(accs: Iterable[Access]) -> bool:
+            return all(isinstance(self.leaves[leaf].kind, Table) for leaf, _ in accs)
+
+        return all(
+            known(t.accs) and all(known(m) for m, _ in t.exp.lin) and all(known(m) for (m, _), _ in t.exp.sums)
+            for c in v.cases
+            for t in c.terms
+        )
+
+    def structured_term(self, t: Term) -> bool:
+        """Worth looking into rather than taking as it is: weighted, guarded, or summed over a part of a dimension."""
+        if t.exp.sums or any(not f.is_const for _, f in t.exp.lin):
+            return True
+        if any(m for m, _ in t.exp.lin) and any(v < 0 for _, idx in t.accs for a in idx for v, _ in a.terms):
+            return True
+        bound: dict[int, Aff] = {}
+        fixed = 0
+        for leaf, idx in t.accs:
+            for d, a in enumerate(idx):
+                size = self.leaf_shapes[leaf][d]
+                if a.is_const and size != ONE and len(t.accs) > 1:
+                    fixed += 1
+                for v, c in a.terms:
+                    if v < 0:
+                        if c != 1 or a.const or len(a.terms) > 1:
+                            return True
+                        bound[v] = size
+        if fixed > 1:
+            return True
+        for g in t.guards:
+            owner = [v for v, _ in g.terms if v in bound]
+            if len(owner) != 1:
+                return True
+            v = owner[0]
+            if g not in (Aff.var(v), bound[v] - 1 - Aff.var(v)):
+                return True
+        return False
+
+    def structured(self, v: Val) -> bool:
+        if v.alt is not None and v.single and len(v.terms) > 1:
+            if any(m for t in v.terms for m, _ in t.exp.lin) or not summed(v):
+                return True  # a state and its update
+        return any(self.structured_term(t) for c in v.cases for t in c.terms)
+
+    def moves_along_a_feature(self, v: Val, feature: int | None = None) -> bool:
+        """Data times a weight scale[d] * i: its rate differs along a dimension (this one) that its distance lacks."""
+
+        def moves(t: Term) -> bool:
+            free = [{x for _, idx in m for x in self.space.vars_of(idx)} for m, f in t.exp.lin if not f.is_const]
+            return any(bool(held) if feature is None else feature in held for held in free)
+
+        return v.single and not self.index_only(v) and any(moves(t) for t in v.terms)
+
+    def contracts(self, v: Val) -> bool:
+        """Holds a sum of products of leaves: the work a rewrite could replace."""
+
+        def products(t: Term) -> bool:
+            # exp of plain data, as of a feature map, is a factor like any other
+            factors = [*t.accs, *(a for m, f in t.exp.lin if f.is_const for a in m)]
+            return len(factors) >= 2 and any(x < 0 for _, idx in factors for a in idx for x, _ in a.terms)
+
+        return (v.alt is not None and self.structured(v)) or any(products(t) for c in v.cases for t in c.terms)
+
+
+def summed(v: Val) -> bool:
+    """Whether some factor runs over a bound index."""
+    return any(x < 0 for t in v.terms for _, idx in t.accs for f in idx for x, _ in f.terms)

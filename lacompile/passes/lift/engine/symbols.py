@@ -1,0 +1,136 @@
+"""Function symbols: a pointwise function of plain data is a leaf of its own, f(x)[idx] = f(x[idx])."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ..leaves import Symbol, Table
+from ..logs import log_summands
+from ..precision import jumps
+from ..term import Access, Case, Exponent, Mono, Term, Val, value
+from .limits import GiveUp
+from .tables import Tables
+
+aten = torch.ops.aten
+
+
+class Symbols(Tables):
+    """Values as factors: one access of one leaf each."""
+
+    def pick(self, v: Val) -> Val:
+        """The reading of ``v`` a consumer of plain factors wants: its own leaf unless it is worth looking into."""
+        if v.alt is None or self.structured(v):
+            return v
+        self.taken_whole.append(v.alt.accs[0][0])
+        return value(v.shape, [v.alt])
+
+    def access(self, v: Val, dtype: torch.dtype | None = None) -> tuple[Access, torch.dtype | None] | float:
+        """``v`` as one access of one leaf (a symbol where it takes arithmetic), or as a number.
+
+        Raises:
+            GiveUp: ``v`` holds a contraction, a guard or a moving weight.
+        """
+        if v.alt is not None:
+            self.taken_whole.append(v.alt.accs[0][0])
+            return self.term_access(v.alt, dtype)
+        if not v.single or not self.plain(v):
+            if self.index_only(v):
+                return self.tabulate(v), None
+            raise GiveUp("a contraction or a mask inside a pointwise function")
+        if not v.terms:
+            return 0.0
+        out = self.term_access(v.terms[0], dtype)
+        for t in v.terms[1:]:
+            out = self._symbol(aten.add.Tensor, [out, self.term_access(t, dtype)], dtype), None
+        return out
+
+    def term_access(self, t: Term, dtype: torch.dtype | None) -> tuple[Access, torch.dtype | None] | float:
+        out: tuple[Access, torch.dtype | None] | None = None
+        coef = t.coef
+
+        def times(other: Any) -> None:
+            nonlocal out
+            out = other if out is None else (self._symbol(aten.mul.Tensor, [out, other], dtype), None)
+
+        for a in t.accs:
+            times((a, dtype))
+        for mono, f in t.exp.lin:
+            if not f.is_const:
+                raise GiveUp("a moving weight inside a pointwise function")
+            inner = self.term_access(Term(f.const, accs=mono), dtype)
+            if isinstance(inner, float):
+                coef *= math.exp(inner)
+            else:
+                times((self._symbol(aten.exp.default, [inner], dtype), None))
+        for (mono, pos), c in t.exp.sums:
+            raise GiveUp(f"a prefix sum over {mono} up to {pos} times {c} inside a pointwise function")
+        if out is None:
+            return coef
+        if abs(coef - 1) > 1e-12:
+            out = (self._symbol(aten.mul.Tensor, [out, coef], dtype), None)
+        return out
+
+    def _symbol(
+        self, op: Any, args: list[Any], dtype: torch.dtype | None, kwargs: dict[str, Any] | None = None
+    ) -> Access:
+        if dtype is None:
+            dtypes = [self.leaves[a[0][0]].dtype for a in args if isinstance(a, tuple)]
+            dtype = dtypes[0] if dtypes else torch.float32
+        out = self.leaves.symbol(op, args, kwargs or {}, dtype)
+        if out is None:
+            raise GiveUp("a pointwise function of too many indices")
+        return out
+
+    def pointwise(
+        self,
+        op: Any,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        out: torch.Tensor,
+        dtypes: Sequence[torch.dtype | None] = (),
+    ) -> Val:
+        """A function symbol over the plain arguments: f(x)[idx] = f(x[idx]).
+
+        ``dtypes`` are those that floating arguments are computed with, where they are not those of their leaves.
+        """
+        if any(isinstance(x, Val) for x in kwargs.values()):
+            raise GiveUp("a tensor among the keyword arguments")
+        shape = self.shape(out)
+        used = [d if d is not None and d.is_floating_point else None for d in dtypes] or [None] * len(args)
+        vals = [self.broadcast(a, shape) if isinstance(a, Val) else a for a in args]
+        if jumps(self.leaves, op, vals, out.dtype):
+            raise GiveUp("a decision by numbers that rounding may have changed")
+        if all(self.index_only(v) and v.alt is None for v in vals if isinstance(v, Val)):
+            return self.folded(op, vals, kwargs, shape)
+        spec = [self.access(v, d) if isinstance(v, Val) else v for v, d in zip(vals, used, strict=True)]
+        return value(shape, [Term(accs=(self._symbol(op, spec, out.dtype, kwargs),))])
+
+    def detached(self, v: Val) -> Val:
+        """``v`` with every factor detached, those of its weights too."""
+
+        def access(a: Access) -> Access:
+            kind = self.leaves[a[0]].kind
+            if isinstance(kind, Table) or (isinstance(kind, Symbol) and kind.op is aten.detach.default):
+                return a
+            return self._symbol(aten.detach.default, [(a, None)], None)
+
+        def mono(m: Mono) -> Mono:
+            return tuple(sorted(map(access, m)))
+
+        def term(t: Term) -> Term:
+            lin = ((mono(m), f) for m, f in t.exp.lin)
+            exp = Exponent.of(lin, (((mono(m), p), c) for (m, p), c in t.exp.sums))
+            return t.but(accs=mono(t.accs), exp=exp)
+
+        cases = tuple(Case(c.guards, self.merged(map(term, c.terms), v.shape)) for c in v.cases)
+        alt, own = (None if t is None else term(t) for t in (v.alt, v.own))
+        return replace(v, cases=cases, alt=alt, own=own)
+
+    def log_terms(self, acc: Access) -> list[Term]:
+        """The logarithm of a factor that must be positive; the match proves that, or demands it."""
+        return [Term(c, accs=() if x is None else (x,)) for c, x in log_summands(self.leaves, acc)]

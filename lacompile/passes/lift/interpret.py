@@ -18,8 +18,9 @@ from .leaves import Opaque
 from .statics import Statics
 from .term import Precision, Val
 from .transfer import Op, transfer
+from .transfer.reshaping import view_map
 from .transfer.scatter import written, written_at
-from .transfer.views import reorder, slice_bounds, view_map
+from .transfer.views import reorder, slice_bounds
 
 log = logging.getLogger("lacompile")
 aten = torch.ops.aten

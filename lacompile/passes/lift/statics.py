@@ -16,7 +16,7 @@ from .buffers import Family, Fit, aligned, families, fit, head_index
 from .engine import Engine, GiveUp
 from .leaves import Opaque
 from .term import Access, Case, Exponent, Mono, Precision, Term, Val, value
-from .transfer.masks import truth
+from .transfer.conditions import truth
 
 MAX_VECTOR = 4096
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from ..affine import ONE, Aff
@@ -37,6 +38,15 @@ class Structure(Program):
             for c in v.cases
             for t in c.terms
         )
+
+    def never_nan(self, v: Val) -> bool:
+        """Made of indices, known numbers and weights alone: over the reals no entry is nan or inf.
+
+        Where the program has one all the same, gamma ** (i - j) has overflowed above the diagonal and met a zero there.
+        """
+        terms = [t for c in v.cases for t in c.terms]
+        known = all(isinstance(self.leaves[leaf].kind, Table) for t in terms for leaf, _ in t.accs)
+        return v.alt is None and known and not any(math.isinf(t.coef) for t in terms)
 
     def structured_term(self, t: Term) -> bool:
         """Worth looking into rather than taking as it is: weighted, guarded, or summed over a part of a dimension."""

@@ -91,5 +91,18 @@ def _in_its_format(op: Op, v: Val, dtype: torch.dtype) -> Val:
     return v if v.precision is precision else replace(v, precision=precision)
 
 
-from . import arith, contract, masks, scatter, views  # noqa: E402, F401  (they register their rules)
+from . import (  # noqa: E402, F401  (they register their rules)
+    arith,
+    conditions,
+    contract,
+    exponentials,
+    factories,
+    joining,
+    logarithms,
+    piecewise,
+    reshaping,
+    scatter,
+    selections,
+    views,
+)
 from .formats import representable  # noqa: E402

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
@@ -154,7 +153,3 @@ def reciprocal(op: Op) -> Val:
 @rule(aten.square)
 def square(op: Op) -> Val:
     return op.symbol()
-
-
-def finite(x: Any) -> bool:
-    return isinstance(x, int | float) and math.isfinite(x)

@@ -13,7 +13,7 @@ from ..leaves import Opaque
 from ..term import Term, Val, value
 from . import Op, rule
 from .arith import added, operand
-from .masks import exponential
+from .exponentials import exponential
 
 aten = torch.ops.aten
 

@@ -10,7 +10,7 @@ from ..affine import ONE, ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..term import Case, Val
 from . import Op, rule
-from .masks import choose
+from .selections import choose
 from .views import slice_bounds
 
 aten = torch.ops.aten

@@ -1,0 +1,156 @@
+"""Comparisons and logic: a condition on positions is a value of zeros and ones, one case for each region."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from ..affine import ZERO, Aff
+from ..engine import Engine, GiveUp
+from ..precision import decidable
+from ..term import NO_GUARDS, Case, Guards, Term, Val, constant
+from . import Op, rule
+from .arith import operand
+
+aten = torch.ops.aten
+
+# --------------------------------------------------------------------------------------------------------- regions
+
+
+def truth(engine: Engine, shape: tuple[Aff, ...], guards: Iterable[Aff]) -> Val:
+    """1 where all guards hold, 0 elsewhere, as cases."""
+    cases: list[Case] = []
+    held: Guards = NO_GUARDS
+    for g in guards:
+        outside = engine.prune(held | {-g - 1}, shape)
+        if outside is not None:
+            cases.append(Case(outside, ()))
+        held = held | {g}
+    inside = engine.prune(held, shape)
+    if inside is not None:
+        cases.insert(0, Case(inside, (Term(1.0),)))
+    return engine.join_cases(Val(shape, tuple(cases)))
+
+
+def at_least_zero(difference: Aff, strict: bool = False) -> Aff:
+    """The guard for ``difference >= 0`` (or > 0) of a form that is an integer but for its constant."""
+    c = difference.const
+    return Aff(difference.terms, math.ceil(c) - 1 if strict else math.floor(c))
+
+
+def known_condition(engine: Engine, cond: Val) -> Val | None:
+    """A condition as disjoint constant cases; None if it depends on data."""
+    if not engine.index_only(cond):
+        return None
+    cases = engine.split(cond)
+    out = []
+    for c in cases:
+        total = 0.0
+        for t in c.terms:
+            if t.accs or t.exp or not t.poly.is_const or t.guards:
+                return None
+            total += t.coef
+        out.append(Case(c.guards, (Term(1.0),) if total else ()))
+    return engine.join_cases(Val(cond.shape, tuple(out)))
+
+
+def decided(op: Op, a: Val, b: Val) -> Aff | None:
+    """A form with integer coefficients and any constant whose sign is that of ``a - b``; None if there is none.
+
+    Raises:
+        GiveUp: rounding may decide in the program.
+    """
+    difference = _index_difference(op.engine, a, b)
+    if difference is not None and not decidable(op, a, b):
+        raise GiveUp("a decision by numbers that rounding may have changed")
+    return difference
+
+
+def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:
+    if not a.single or not b.single or len(a.terms) > 4 or len(b.terms) > 4:
+        return None
+    total, constant = ZERO, 0.0  # apart: a form takes a tiny constant for what is left of a cancellation
+    factor: tuple[Any, ...] | None = None
+    for sign, v in ((1, a), (-1, b)):
+        for t in v.terms:
+            if t.exp or t.guards or any(x < 0 for x in engine.space.vars(t.poly)) or math.isinf(t.coef):
+                return None
+            if factor is not None and factor != t.accs:
+                return None
+            factor = t.accs
+            total = total + (t.poly - t.poly.const) * (t.coef * sign)
+            constant += t.poly.const * t.coef * sign
+    if factor:
+        # slope[h] * (i - j): the sign of the leaf decides which way the comparison goes.
+        low, high = engine.interval(factor[0][0])
+        if len(factor) != 1 or not (low > 0 or high < 0) or constant:
+            return None
+        total = total if low > 0 else -total
+    if not all(isinstance(c, int) for _, c in total.terms):
+        scale = 1.0 / min(abs(c) for _, c in total.terms)
+        total, constant = total * scale, constant * scale
+    if not all(isinstance(c, int) for _, c in total.terms):
+        return None
+    if 0 < abs(constant - round(constant)) < 1e-6:
+        return None  # the program's rounding decides
+    return Aff(total.terms, total.const + (int(constant) if constant.is_integer() else constant))
+
+
+# ----------------------------------------------------------------------------------------------------- comparisons
+
+ORDER = {aten.gt: (1, True), aten.lt: (-1, True), aten.ge: (1, False), aten.le: (-1, False)}  # sign, strict
+
+
+@rule(aten.ge, aten.gt, aten.le, aten.lt)
+def compare(op: Op) -> Val:
+    sign, strict = ORDER[op.func.overloadpacket]
+    difference = decided(op, operand(op, 0), operand(op, 1))
+    if difference is None:
+        return op.symbol()
+    return truth(op.engine, op.shape, [at_least_zero(difference * sign, strict)])
+
+
+@rule(aten.eq, aten.ne)
+def equal(op: Op) -> Val:
+    a, b = operand(op, 0), operand(op, 1)
+    if a == b and op.engine.never_nan(a):
+        return constant(op.shape, float(op.func.overloadpacket is aten.eq))
+    difference = decided(op, a, b)
+    if difference is None:
+        return op.symbol()
+    inside = truth(op.engine, op.shape, [at_least_zero(difference), at_least_zero(-difference)])
+    if op.func.overloadpacket is aten.eq:
+        return inside
+    return op.engine.zip_cases([inside], lambda g: () if g[0] else (Term(1.0),))
+
+
+# ----------------------------------------------------------------------------------------------------------- logic
+
+
+@rule(aten.logical_and, aten.bitwise_and, aten.__and__)
+def both(op: Op) -> Val:
+    return _logic(op, lambda a, b: bool(a) and bool(b))
+
+
+@rule(aten.logical_or, aten.bitwise_or, aten.__or__)
+def either(op: Op) -> Val:
+    return _logic(op, lambda a, b: bool(a) or bool(b))
+
+
+def _logic(op: Op, f: Callable[[Any, Any], bool]) -> Val:
+    a, b = operand(op, 0), operand(op, 1)
+    x, y = known_condition(op.engine, a), known_condition(op.engine, b)
+    if op.out.dtype is not torch.bool or x is None or y is None:
+        return op.symbol()
+    return op.engine.zip_cases([x, y], lambda g: (Term(1.0),) if f(g[0], g[1]) else ())
+
+
+@rule(aten.logical_not, aten.bitwise_not)
+def negate(op: Op) -> Val:
+    known = known_condition(op.engine, op.args[0]) if op.out.dtype is torch.bool else None
+    if known is None:
+        return op.symbol()
+    return op.engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))

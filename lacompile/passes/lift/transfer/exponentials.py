@@ -1,0 +1,117 @@
+"""Exponentials: of a log-affine value, case by case, a weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..affine import TAU, Aff
+from ..engine import Engine, GiveUp
+from ..term import NO_EXPONENT, Case, Exponent, Guards, Mono, Term, Val
+from . import Op, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.exp)
+def exp(op: Op) -> Val:
+    return exponential(op, op.args[0], 1.0)
+
+
+@rule(aten.exp2)
+def exp2(op: Op) -> Val:
+    return exponential(op, op.args[0], math.log(2.0))
+
+
+def exponential(op: Op, v: Val, factor: float) -> Val:
+    """exp(factor * v): a weight where v is log-affine, a function symbol where it is plain data."""
+    engine = op.engine
+    v = engine.pick(v)
+    if v.single and len(v.terms) == 1 and engine.plain_term(v.terms[0]) and len(v.terms[0].accs) > 2:
+        return op.symbol()
+    if v.single and len(v.terms) > 1 and engine.plain(v) and not engine.index_only(v):
+        return op.symbol()
+    cases: list[Case] = []
+    for c in engine.split(v):
+        cases.extend(_exp_case(engine, c, factor, v.shape))
+    return engine.join_cases(Val(v.shape, tuple(cases)))
+
+
+def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> list[Case]:
+    if any(math.isinf(t.coef) for t in c.terms):
+        if all(t.coef < 0 for t in c.terms if math.isinf(t.coef)) and factor > 0:
+            return [Case(c.guards, ())]
+        raise GiveUp("exp(+inf)")
+    lin: list[tuple[Mono, Aff]] = []
+    sums: list[tuple[tuple[Mono, Aff], float]] = []
+    splits: list[Aff] = []
+    for t in c.terms:
+        bound = t.bound(engine.space)
+        if t.exp:
+            t = _without_exponential(engine, t)
+        if not bound:
+            if t.guards:
+                raise GiveUp("a guarded exponent")
+            lin.append((t.accs, t.poly * (t.coef * factor)))
+            continue
+        mono, low, high = _prefix_sum(engine, t, bound)
+        sums.append(((mono, high + 1), t.coef * factor))
+        sums.append(((mono, low), -t.coef * factor))
+        ranges = engine.ranges(shape, c.guards)
+        nonempty = high - low + 1
+        if engine.space.lower(nonempty, ranges) < 0 and not engine.implied(nonempty, c.guards, ranges):
+            splits.append(engine.space.guard(nonempty))
+    if splits:
+        # Where a range is empty its sum is 0, not P(u+1) - P(l): the two regions are separate cases.
+        out: list[Case] = []
+        guard = splits[0]
+        inside = engine.prune(c.guards | {guard}, shape)
+        outside = engine.prune(c.guards | {-guard - 1}, shape)
+        if inside is not None:
+            out.extend(_exp_case(engine, Case(inside, c.terms), factor, shape))
+        if outside is not None:
+            kept = tuple(t for t in c.terms if not _is_empty(engine, t, outside, shape))
+            if len(kept) == len(c.terms):
+                raise GiveUp("a prefix sum over a range that may be empty")
+            out.extend(_exp_case(engine, Case(outside, kept), factor, shape))
+        return out
+    term = engine.normalise(Term(1.0, exp=Exponent.of(lin, sums)), shape)
+    return [Case(c.guards, () if term is None else (term,))]
+
+
+def _without_exponential(engine: Engine, t: Term) -> Term:
+    """A rate such as -exp(a): its exponential is plain data, a function symbol."""
+    found = engine.term_access(Term(1.0, exp=t.exp), None)
+    if isinstance(found, int | float):
+        return t.but(coef=t.coef * found, exp=NO_EXPONENT)
+    return t.but(accs=tuple(sorted((*t.accs, found[0]))), exp=NO_EXPONENT)
+
+
+def _is_empty(engine: Engine, t: Term, guards: Guards, shape: tuple[Aff, ...]) -> bool:
+    bound = t.bound(engine.space)
+    if not bound:
+        return False
+    _, low, high = _prefix_sum(engine, t, bound)
+    ranges = engine.ranges(shape, guards)
+    return engine.implied(low - high - 1, guards, ranges)
+
+
+def _prefix_sum(engine: Engine, t: Term, bound: frozenset[int]) -> tuple[Mono, Aff, Aff]:
+    """A sum over one index of one leaf (times factors without it), as the monomial and the range of positions."""
+    if len(bound) != 1 or not t.poly.is_const:
+        raise GiveUp("exp of a contraction")
+    (b,) = bound
+    ends = engine.bounds(b, t.guards)
+    if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or len(t.guards) != 2:
+        raise GiveUp("exp of a sum over more than one range")
+    holders = [(leaf, idx) for leaf, idx in t.accs if any(b in engine.space.vars(a) for a in idx)]
+    mine = [frozenset(v for a in idx for v in engine.space.vars(a)) for _, idx in holders]
+    if not holders or not any(all(m <= n for m in mine) for n in mine):
+        raise GiveUp("exp of a contraction")
+    where = [a for a in holders[0][1] if b in engine.space.vars(a)]
+    if len(where) != 1 or where[0].coef(b) != 1:
+        raise GiveUp("a prefix sum that does not step by one")
+    offset = where[0].without(b)
+    shifted = t.sub(engine.space, {b: Aff.var(TAU) - offset})
+    return shifted.accs, ends.low[0] + offset, ends.high[0] + offset

@@ -1,0 +1,133 @@
+"""Joining: pieces side by side, and zeros around a piece."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..affine import ONE, ZERO, Aff
+from ..engine import Engine, GiveUp
+from ..leaves import Extended
+from ..term import NO_GUARDS, Case, Term, Val, value
+from . import Op, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.cat)
+def cat(op: Op) -> Val:
+    parts = op.args[0]
+    parts = [p for p in parts if isinstance(p, Val) and p.shape != (ZERO,)]
+    rank = len(op.shape)
+    return concatenate(op, parts, op.dim(op.arg(1, "dim", 0), rank))
+
+
+@rule(aten.stack)
+def stack(op: Op) -> Val:
+    parts, shape = op.args[0], op.shape
+    d = op.dim(op.arg(1, "dim", 0), len(shape))
+    inner = (*shape[:d], ONE, *shape[d + 1 :])
+    lifted = [
+        op.engine.index(p, {k: Aff.var(k + 1) for k in range(d, len(p.shape)) if p.shape[k] != ONE}, inner)
+        for p in parts
+    ]
+    return concatenate(op, lifted, d)
+
+
+def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
+    """Pieces along ``d``; adjacent pieces of one form merge into one."""
+    engine, shape = op.engine, op.shape
+    if len(parts) == 1:
+        return parts[0]
+    filled = [n for n, p in enumerate(parts) if not p.single or p.terms]
+    if len(filled) == 1:
+        low, high = (sum((p.shape[d] for p in side), ZERO) for side in (parts[: filled[0]], parts[filled[0] + 1 :]))
+        return _pad_dim(engine, parts[filled[0]], d, low, high, 0.0)
+    x, start = Aff.var(d), ZERO
+    cases: list[Case] = []
+    terms: list[Term] = []
+    masked = any(not p.single or any(math.isinf(t.coef) for t in p.terms) for p in parts)
+    for p in parts:
+        end = start + p.shape[d]
+        guards = frozenset({x - start, end - 1 - x})
+        mapping = {} if p.shape[d] == ONE else {d: x - start}
+        if masked:
+            moved = [Case(frozenset(engine.space.sub(g, mapping) for g in c.guards), c.terms) for c in p.cases]
+            for c in moved:
+                inside = engine.prune(c.guards | guards, shape)
+                if inside is not None:
+                    cases.append(Case(inside, tuple(t.sub(engine.space, mapping) for t in c.terms)))
+        else:
+            reading = engine.pick(p) if not engine.contracts(p) else p
+            for t in reading.terms:
+                moved_t = t.sub(engine.space, mapping)
+                terms.append(moved_t.but(guards=moved_t.guards | guards))
+            if len(terms) > 64:
+                terms = list(engine.sum_of(shape, terms).terms)
+        start = end
+    if masked:
+        return engine.join_cases(Val(shape, tuple(cases)))
+    out = engine.sum_of(shape, terms)
+    if len(out.terms) > 1 and all(engine.plain_term(t.but(guards=())) and t.accs for t in out.terms):
+        raise GiveUp("a concatenation of different tensors")
+    return out
+
+
+@rule(aten.constant_pad_nd)
+def pad(op: Op) -> Val:
+    v, amounts, fill = op.args[0], op.args[1], op.arg(2, "value", 0)
+    rank = len(v.shape)
+    for n in range(0, len(amounts), 2):
+        d = rank - 1 - n // 2
+        low, high = op.engine.aff(amounts[n]), op.engine.aff(amounts[n + 1])
+        v = _pad_dim(op.engine, v, d, low, high, float(fill))
+    return v
+
+
+def _pad_dim(engine: Engine, v: Val, d: int, low: Aff, high: Aff, fill: float) -> Val:
+    if low == ZERO and high == ZERO:
+        return v
+    n = v.shape[d]
+    shape = (*v.shape[:d], n + low + high, *v.shape[d + 1 :])
+    mapping = {} if n == ONE else {d: Aff.var(d) - low}
+    inside = frozenset({Aff.var(d) - low, low + n - 1 - Aff.var(d)})
+    if fill == 0 and v.single and not any(math.isinf(t.coef) for t in v.terms):
+        reading = engine.pick(v)
+        extended = [_extend_by_zeros(engine, t, d, n) for t in reading.terms]
+        if all(t is not None for t in extended):
+            plain = value(v.shape, [t for t in extended if t is not None])
+            return engine.index(plain, mapping, shape)
+        moved = engine.index(reading, mapping, shape) if mapping else Val(shape, reading.cases)
+        return engine.sum_of(shape, (t.but(guards=t.guards | inside) for t in moved.terms))
+    cases = []
+    for c in v.cases:
+        guards = engine.prune({engine.space.sub(g, mapping) for g in c.guards} | inside, shape)
+        if guards is not None:
+            cases.append(Case(guards, tuple(t.sub(engine.space, mapping) for t in c.terms)))
+    outside = (Term(fill),) if fill else ()
+    for g in inside:
+        region = engine.prune({-g - 1}, shape)
+        if region is not None:
+            cases.append(Case(region, outside))
+    return engine.join_cases(Val(shape, tuple(cases) or (Case(NO_GUARDS, ()),)))
+
+
+def _extend_by_zeros(engine: Engine, t: Term, d: int, n: Aff) -> Term | None:
+    """Zero padding of a plain product: one of its leaves is continued by zeros, and no guard is needed."""
+    if not engine.plain_term(t) or n == ONE:
+        return None
+    for k, (leaf, idx) in enumerate(t.accs):
+        axis = [m for m, a in enumerate(idx) if d in engine.space.vars(a)]
+        if len(axis) != 1 or idx[axis[0]] != Aff.var(d):
+            continue
+        beyond = n - engine.leaf_shapes[leaf][axis[0]]
+        if isinstance(engine.leaves[leaf].kind, Extended):
+            if engine.space.lower(beyond, {}) < 0:
+                continue  # it was cut inside: what is continued is not zero there
+        elif beyond != ZERO:
+            continue
+        accs = (*t.accs[:k], (engine.leaves.extended(leaf), idx), *t.accs[k + 1 :])
+        return t.but(accs=tuple(sorted(accs)))
+    return None

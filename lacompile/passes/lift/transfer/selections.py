@@ -1,0 +1,69 @@
+"""Selections: masks put on values."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..affine import ONE, ZERO, Aff
+from ..engine import GiveUp
+from ..term import Term, Val
+from . import Op, rule
+from .arith import number, operand
+from .conditions import known_condition, truth
+
+aten = torch.ops.aten
+
+
+@rule(aten.where)
+def where(op: Op) -> Val:
+    if len(op.args) < 3:
+        raise GiveUp("where without values")
+    return choose(op, operand(op, 0), operand(op, 1), operand(op, 2))
+
+
+@rule(aten.masked_fill)
+def masked_fill(op: Op) -> Val:
+    return choose(op, operand(op, 1), operand(op, 2), operand(op, 0))
+
+
+def choose(op: Op, cond: Val, yes: Val, no: Val) -> Val:
+    engine = op.engine
+    known = known_condition(engine, cond)
+    if known is None:
+        return _choose_by_data(op, cond, yes, no)
+    if engine.contracts(yes) or engine.contracts(no):
+        if not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
+            opposite = engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))
+            return engine.add(engine.multiply(yes, known), engine.multiply(no, opposite), op.out)
+    return engine.zip_cases([known, yes, no], lambda g: g[1] if g[0] else g[2])
+
+
+def _choose_by_data(op: Op, cond: Val, yes: Val, no: Val) -> Val:
+    zero = number(no) == 0
+    if (zero or number(yes) == 0) and not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
+        kept = yes if zero else no
+        as_number = cond if zero else op.engine.pointwise(aten.logical_not.default, [cond], {}, op.out)
+        if op.engine.structured(kept) or kept.alt is not None:
+            return op.engine.multiply(kept, as_number)
+    return op.engine.pointwise(aten.where.self, [cond, yes, no], {}, op.out)
+
+
+@rule(aten.tril)
+def tril(op: Op) -> Val:
+    return _triangle(op, Aff.var(len(op.shape) - 2) - Aff.var(len(op.shape) - 1) + int(op.arg(1, "diagonal", 0)))
+
+
+@rule(aten.triu)
+def triu(op: Op) -> Val:
+    return _triangle(op, Aff.var(len(op.shape) - 1) - Aff.var(len(op.shape) - 2) - int(op.arg(1, "diagonal", 0)))
+
+
+def _triangle(op: Op, guard: Aff) -> Val:
+    v, shape = op.args[0], op.shape
+    guard = op.engine.space.sub(guard, {d: ZERO for d in range(len(shape)) if shape[d] == ONE})
+    if op.engine.contracts(v) and v.single:
+        return op.engine.sum_of(shape, (t.but(guards=t.guards | {guard}) for t in v.terms))
+    mask = truth(op.engine, shape, [guard])
+    return op.engine.zip_cases([mask, v], lambda g: g[1] if g[0] else ())

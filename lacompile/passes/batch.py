@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .capture import grad_modes
+from .capture.modes import grad_modes
 from .effects import Effects
 from .facts import Attend, Call, DecayedAttention, Expr, Match, values_of
 

@@ -1,6 +1,6 @@
 """What the nodes of a graph do besides computing a result: what they write into, and where their results live.
 
-Known from running the graph (``capture.py``), by operator schemas and storages, never by the names of functions: a
+Known from running the graph (``capture``), by operator schemas and storages, never by the names of functions: a
 write through ``relu(inplace=True)``, a foreach operation or running statistics is a write like any other.
 """
 
@@ -51,7 +51,6 @@ class Effects:
         plain = torch.Tensor | int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool
         if node not in self.writes and not (leaves and all(isinstance(x, plain) for x in leaves)):
             self.impure.add(node)
-
 
     def boundary(self, gm: fx.GraphModule) -> Boundary:
         """What ``gm``, the graph of these effects, does to the one that calls it."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from .capture import grad_modes
+from .capture.modes import grad_modes
 from .effects import Effects
 from .facts import Match, Refusal, values_of
 

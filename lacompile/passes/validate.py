@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from .capture import AUTOCAST, GRAD_MODE, INFERENCE_MODE
+from .capture.modes import AUTOCAST, GRAD_MODE, INFERENCE_MODE
 from .effects import NOWHERE, Effects, overlap
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
 

@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..._compat import outside_modes
-from ..capture import Capture, ViewStep
+from ..capture import Capture, Memory, ViewStep
 from .engine import Engine, GiveUp
 from .leaves import Opaque
 from .statics import Statics
@@ -168,16 +168,14 @@ class Interpreter:
 
     def _made_together(self, view: ViewStep) -> bool:
         """Whether the program only ever saw the view: ``zeros_like`` detaches what it makes, say."""
-        assert self.capture is not None
-        return self.capture.record(view.parent_tensor).node is self.capture.record(view.out).node
+        return self._memory.record(view.parent_tensor).node is self._memory.record(view.out).node
 
     def gradients_resume(self) -> None:
         """For autograd what was computed so far without gradients is data, whatever it was computed from."""
-        assert self.capture is not None
         self._demand(node for node, _ in self.without_gradients)
         for node, tensor in self.without_gradients:
             leaf = self.engine.leaf(tensor, Opaque(node if node in self.facts else None, "computed without gradients"))
-            self.capture.forget(tensor, leaf)
+            self._memory.forget(tensor, leaf)
         self.without_gradients.clear()
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:
@@ -213,27 +211,29 @@ class Interpreter:
             if fact is not None and node not in self.demanded and self.engine.contracts(fact.value):
                 self.demanded[node] = None
 
+    @property
+    def _memory(self) -> Memory:
+        assert self.capture is not None
+        return self.capture.memory
+
     def _current(self, node: fx.Node) -> Fact | None:
         """What is known of a node's tensor now, writes into it included."""
         fact = self.facts.get(node)
-        assert self.capture is not None
         if fact is None:
             return None
-        record = self.capture.records[id(fact.tensor)]
-        if record.root.writes and (value := self.capture.read(record)) is not fact.value:
-            last = next(n for n, t in reversed(self.capture.mutated) if self.capture.records[id(t)].root is record.root)
-            fact = self.facts[node] = Fact(node, value, fact.tensor, fact.compute, last)
+        record = self._memory.record(fact.tensor)
+        writers = record.root.writers
+        if writers and (value := self._memory.read(record)) is not fact.value:
+            fact = self.facts[node] = Fact(node, value, fact.tensor, fact.compute, writers[-1])
         return fact
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """The values that a node is computed from, those that were written into it since among them."""
         out = list(node.all_input_nodes)
         fact = self.facts.get(node)
-        if fact is not None and fact.after is not None and self.capture is not None:
-            root = self.capture.records[id(fact.tensor)].root
-            for writer, t in self.capture.mutated:
-                if self.capture.records[id(t)].root is root:
-                    out += [n for n in writer.all_input_nodes if n is not node and n not in out]
+        if fact is not None and fact.after is not None:
+            for writer in self._memory.record(fact.tensor).root.writers:
+                out += [n for n in writer.all_input_nodes if n is not node and n not in out]
         return out
 
     def _rooted(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:

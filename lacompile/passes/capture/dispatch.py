@@ -1,0 +1,112 @@
+"""The dispatch mode below the interpreter: every ATen operation, as it runs, shown as a functional one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ... import _compat
+from ..effects import ANYWHERE, Effects
+from .functional import functional
+from .memory import Memory, ViewStep
+from .observer import Observer
+from .schemas import METADATA_QUERIES, aliases, moves, written
+
+aten = torch.ops.aten
+
+NO_VALUES = ("device", "layout", "pin_memory", "memory_format")  # keywords that say nothing of numbers
+
+
+class Dispatch(TorchDispatchMode):
+    """Shows what runs inside it to an observer; notes what it writes into."""
+
+    def __init__(self, observer: Observer, memory: Memory, effects: Effects):
+        super().__init__()
+        self.observer, self.memory, self.effects = observer, memory, effects
+        self.failed: Any = None  # the operation that raised, if it is one that writes nothing
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func.namespace == "prim" or func in METADATA_QUERIES:
+            device = _compat.fake_device(args[0]) if func is torch.ops.prim.device.default else None
+            return func(*args, **kwargs) if device is None else device
+        values, dtypes = [self._value(a) for a in args], [_dtypes(a) for a in args]
+        kw = {k: self._value(v) for k, v in kwargs.items() if k not in NO_VALUES}
+        targets = written(func, args, kwargs)
+        node = self.memory.node
+        assert node is not None
+        if targets and moves(func):
+            # what shares its old storage is no longer told apart from what shares its new one
+            self.effects.lives[node] = self.effects.writes[node] = frozenset({ANYWHERE})
+        self.failed = None if targets else func
+        out = func(*args, **kwargs)
+        self.failed = None
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.effects.impure.add(node)
+        if targets:
+            self.effects.note_write(node, targets)
+            self._mutating(func, args, values, kw, dtypes, out, targets)
+            return out
+        result = self.observer.operation(func, values, kw, out, dtypes)
+        if isinstance(out, torch.Tensor):
+            if not self.memory.knows(out) or not any(out is a for a in args):
+                self._enter(func, args, kw, out, result, None, out)
+        elif isinstance(out, list | tuple):
+            for n, (t, v) in enumerate(zip(out, result, strict=False)):
+                if isinstance(t, torch.Tensor):
+                    self._enter(func, args, kw, t, v, n, out)
+        return out
+
+    def _value(self, arg: Any) -> Any:
+        if isinstance(arg, torch.Tensor):
+            return self.memory.read(self.memory.record(arg))
+        if isinstance(arg, list | tuple) and any(isinstance(a, torch.Tensor) for a in arg):
+            return [self._value(a) for a in arg]
+        return arg
+
+    def _enter(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        kw: dict[str, Any],
+        out: torch.Tensor,
+        value: Any,
+        n: int | None,
+        all_out: Any,
+    ) -> None:
+        base = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if aliases(func) and base is not None and self.memory.knows(base) and func is not aten.contiguous.default:
+            step = ViewStep(func, list(args), kw, n, base, all_out)
+            self.memory.enter(out, value, self.memory.record(base), step)
+        else:
+            self.memory.enter(out, value)
+
+    def _mutating(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        values: list[Any],
+        kw: dict[str, Any],
+        dtypes: list[Any],
+        out: Any,
+        targets: list[torch.Tensor],
+    ) -> None:
+        twin = functional(func)
+        if len(targets) == 1 and targets[0] is args[0] and twin is not None:
+            self.memory.overwrite(targets[0], twin(self.observer, values, kw, targets[0], dtypes))
+            return
+        self.memory.spoil(targets, f"{func} writes into it")
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and not self.memory.knows(t):
+                self.memory.enter_unknown(t, f"{func}")
+
+
+def _dtypes(arg: Any) -> Any:
+    """The dtype of a tensor argument, a tuple of them for a list of tensors, else None."""
+    if isinstance(arg, list | tuple):
+        return tuple(map(_dtypes, arg)) if any(isinstance(a, torch.Tensor) for a in arg) else None
+    return arg.dtype if isinstance(arg, torch.Tensor) else None

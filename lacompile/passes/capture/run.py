@@ -1,0 +1,180 @@
+"""One pass over one Dynamo graph, node by node."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..._compat import changes_mode, suppressed_guards, symbolic_kernels
+from ..effects import Boundary, Effects, storages
+from .dispatch import Dispatch
+from .memory import Memory
+from .modes import AUTOCAST, GRAD_MODE, Autocasts, grad_modes
+from .observer import Ignorant, Observer
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+
+
+class Capture:
+    """Runs a graph on fake tensors and shows every functional ATen operation to an observer."""
+
+    def __init__(self, gm: fx.GraphModule, observer: Observer):
+        self.gm = gm
+        self.observer = observer
+        self.memory = Memory(observer)
+        self.effects = Effects()
+        self._dispatch = Dispatch(observer, self.memory, self.effects)
+        self._grad_modes = grad_modes(gm)
+        self._autocasts = Autocasts()
+
+    @property
+    def node(self) -> fx.Node | None:
+        """The node that is being run."""
+        return self.memory.node
+
+    @property
+    def records_gradients(self) -> bool:
+        return self.node is None or self._grad_modes[self.node]
+
+    def run(self, example_inputs: Sequence[Any]) -> None:
+        """Interprets the whole graph. A node that cannot run on fakes yields unknown tensors, nothing worse."""
+        fake_mode = fake_mode_of(self.gm)
+        env: dict[fx.Node, Any] = {}
+        reals = iter(example_inputs)
+        with contextlib.ExitStack() as stack:
+            if fake_mode is not None:
+                stack.enter_context(fake_mode)
+                stack.enter_context(suppressed_guards(fake_mode))
+                stack.enter_context(symbolic_kernels(fake_mode))
+            stack.enter_context(torch.no_grad())
+            stack.callback(self._autocasts.leave_all)
+            for node in self.gm.graph.nodes:
+                resumes = self._grad_modes[node] and not self.records_gradients
+                self.memory.node = node
+                if resumes:
+                    self.observer.gradients_resume()
+                if node.op in ("placeholder", "get_attr"):
+                    real = next(reals, None) if node.op == "placeholder" else None
+                    env[node] = self._input(node, real) if node.op == "placeholder" else self._constant(node, fake_mode)
+                    self.effects.lives[node] = storages([env[node]])
+                    self.effects.outside |= self.effects.lives[node]
+                elif node.op == "output":
+                    env[node] = None
+                    self.observer.finished(node, [])
+                else:
+                    env[node] = self._step(node, env)
+                    self._finish(node, env[node])
+        self.memory.node = None
+
+    def _input(self, node: fx.Node, real: Any) -> Any:
+        example = node.meta.get("example_value", node.meta.get("val"))
+        if isinstance(example, torch.Tensor):
+            tensor = example.detach()  # in-place operations of the trace must not touch Dynamo's own fake
+            self.memory.enter(tensor, self.observer.source(node, tensor, real))
+            return tensor
+        return example
+
+    def _constant(self, node: fx.Node, fake_mode: Any) -> Any:
+        attr: Any = self.gm
+        for part in str(node.target).split("."):
+            attr = getattr(attr, part)
+        if isinstance(attr, torch.Tensor) and fake_mode is not None:
+            tensor = fake_mode.from_tensor(attr)
+            self.memory.enter(tensor, self.observer.source(node, tensor, attr))
+            return tensor
+        return attr
+
+    # ------------------------------------------------------------------------------------------------------ one node
+
+    def _step(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
+        args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+        if node.op == "call_function" and node.target in GRAD_MODE:
+            return None
+        if node.op == "call_function" and node.target in AUTOCAST:
+            return self._autocasts.switch(node, args)
+        if node.op == "call_function" and changes_mode(node.target) and not _tensors((args, kwargs)):
+            return None  # noted as impure, and not run
+        if node.target is CHECKPOINT and not (does := self._boundary(args[0])).aliases:
+            return self._called(node, args[1:], does)
+        try:
+            with self._dispatch:
+                if node.op == "call_function":
+                    return node.target(*args, **kwargs)  # type: ignore[operator]
+                if node.op == "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                module: Any = self.gm.get_submodule(str(node.target))
+                return module(*args, **kwargs)
+        except Exception as error:  # whatever cannot run on fakes is unknown, and the analysis goes on
+            return self._opaque(node, args, kwargs, error)
+
+    def _finish(self, node: fx.Node, result: Any) -> None:
+        self.effects.note_result(node, result)
+        tensors = [result] if isinstance(result, torch.Tensor) else _tensors(result)
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            for t in tensors:  # its derivative need not be that of the operations that it runs
+                self.memory.forget(t, self.observer.unknown(t, f"{node.target}"))
+        records = [self.memory.record(t) for t in tensors]
+        outputs = [(t, self.memory.read(r)) for t, r in zip(tensors, records, strict=True)]
+        for t, v in zip(tensors, self.observer.finished(node, outputs), strict=True):
+            self.memory.record(t).value = v
+
+    # -------------------------------------------------------------------------------------------- what is not run here
+
+    @staticmethod
+    def _boundary(body: Any) -> Boundary:
+        """What a graph that this one calls does to it; a part of the body that cannot run is no more than that part."""
+        inside = Capture(body, Ignorant())
+        inside.run(())
+        return inside.effects.boundary(body)
+
+    def _called(self, node: fx.Node, given: Sequence[Any], does: Boundary) -> Any:
+        """The results of a graph of its own: values that nothing is known about (see :meth:`_finish`)."""
+        written = [given[n] for n in does.writes]
+        if does.impure:
+            self.effects.impure.add(node)
+        self.effects.note_write(node, written)
+        self.memory.spoil(written, "a checkpointed part writes into it")
+        return self._fresh(node, f"{node.target}")
+
+    def _opaque(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> Any:
+        """A node that could not be run may have written into every tensor that it was given."""
+        name = str(node.target)
+        given = _tensors((args, kwargs)) if self._dispatch.failed is None else []
+        self._dispatch.failed = None
+        self.effects.impure.add(node)
+        self.effects.note_write(node, given)
+        self.memory.spoil(given, f"{name} may write into it")
+        return self._fresh(node, f"{name}: {type(error).__name__}")
+
+    def _fresh(self, node: fx.Node, why: str) -> Any:
+        """What Dynamo says that a node yields, as tensors that nothing is known about."""
+
+        def forget(t: Any) -> Any:
+            if isinstance(t, torch.Tensor):
+                fresh = t.detach()
+                self.memory.enter_unknown(fresh, why)
+                return fresh
+            return t
+
+        return tree_map(forget, node.meta.get("example_value", node.meta.get("val")))
+
+
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+
+
+def fake_mode_of(gm: fx.GraphModule) -> Any:
+    """The mode the graph was traced in; None for a graph without tensors."""
+    for node in gm.graph.nodes:
+        example = node.meta.get("example_value", node.meta.get("val"))
+        for t in tree_leaves(example):
+            mode = getattr(t, "fake_mode", None)
+            if mode is not None:
+                return mode
+    return None

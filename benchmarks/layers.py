@@ -5,8 +5,9 @@
 Three layers in bf16, one sequence each: the Lightning-Attention layer of transformers' MiniMax, the mixer of its
 Mamba-2 (the plain path, in PyTorch operations), and the retention layer of examples/quickstart.py, a masked square.
 Times are medians in milliseconds with a cold L2 cache; the first call includes compilation, beside that of other rows
-and from cold caches. The error is that of the output's first 2,048 tokens, which the layers compute from the first
-2,048 of the input, against fp64. A row that does not compile within --limit seconds is given up.
+and from cold caches. Short sequences are also timed under ``mode="reduce-overhead"``, in which CUDA graphs take the
+host's share away from both. The error is that of the output's first 2,048 tokens, which the layers compute from the
+first 2,048 of the input, against fp64. A row that does not compile within --limit seconds is given up.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ from lacompile.backend import lightning
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 JUDGED = 2048
-BACKENDS = ("lightning", "eager", "inductor")
+GRAPHS = "reduce-overhead"
+GRAPHED = 8192
+"""Up to this length the host may be what is measured."""
+BACKENDS = ("lightning", "eager", "inductor", f"lightning {GRAPHS}", f"inductor {GRAPHS}")
 COLUMNS = [
     "N", "backend", "forward_ms", "train_ms", "forward_vs_inductor", "train_vs_inductor", "forward_first_s",
     "train_first_s", "forward_peak_gb", "train_peak_gb", "error", "failed",
@@ -96,7 +100,7 @@ LAYERS = {
 
 @dataclass(frozen=True)
 class Run:
-    """What one row is about."""
+    """What one row is about. ``backend`` is that of torch.compile and, after a space, a mode."""
 
     layer: str
     backend: str
@@ -114,8 +118,10 @@ class Steps:
         torch.manual_seed(0)
         self.kind = LAYERS[run.layer]
         self.layer = self.kind.build(run.hidden, run.heads).to(DEVICE, torch.bfloat16)
-        compiled = {"eager": None, "lightning": lightning, "inductor": "inductor"}[run.backend]
-        self.run = torch.compile(self.layer, backend=compiled, dynamic=False) if compiled else self.layer
+        name, _, mode = run.backend.partition(" ")
+        compiled = {"eager": None, "lightning": lightning, "inductor": "inductor"}[name]
+        options = {"mode": mode or None, "dynamic": False}
+        self.run = torch.compile(self.layer, backend=compiled, **options) if compiled else self.layer
         self.x = torch.randn(1, run.length, run.hidden, device=DEVICE, dtype=torch.bfloat16)
         self.weight = torch.randn_like(self.x)
 
@@ -175,7 +181,7 @@ def measure(run: Run) -> Row:
         with processes.compiling(run.limit):
             steps = Steps(run)
             first_calls(steps, row)
-        if run.backend == "lightning":
+        if run.backend.startswith("lightning"):
             report = lacompile.last_report()
             row["rewrites"] = 0 if report is None else len(report.rewrites)
             if not row["rewrites"]:
@@ -194,11 +200,11 @@ def measure(run: Run) -> Row:
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:
-    """The rows in order, those of lightning with how many times as long Inductor alone takes."""
+    """The rows in order, those of lightning with how many times as long Inductor alone takes in the same mode."""
     found = {(row["N"], row["backend"]): dict(row) for row in rows}
     for (length, backend), row in found.items():
-        other = found.get((length, "inductor"), {})
-        for name in ("forward", "train") if backend == "lightning" else ():
+        other = found.get((length, backend.replace("lightning", "inductor")), {})
+        for name in ("forward", "train") if backend.startswith("lightning") else ():
             if other.get(f"{name}_ms") and row.get(f"{name}_ms"):
                 row[f"{name}_vs_inductor"] = round(other[f"{name}_ms"] / row[f"{name}_ms"], 2)
     return [found[key] for key in sorted(found, key=lambda k: (k[0], BACKENDS.index(k[1])))]
@@ -227,9 +233,10 @@ def main() -> None:
         for layer in [LAYERS[name]]
         for n in args.lengths or layer.lengths
         for backend in args.backends
+        if GRAPHS not in backend or (n <= GRAPHED and harness.GPU)
     ]
     # What compiles longest begins first.
-    runs.sort(key=lambda run: (run["backend"] != "inductor" or run["layer"] == "retention", -run["length"]))
+    runs.sort(key=lambda run: ("inductor" not in run["backend"] or run["layer"] == "retention", -run["length"]))
     about = harness.provenance("torch", "triton", "transformers", dtype="bfloat16", batch=1, processes=args.processes)
     rows: dict[str, list[Row]] = {name: [] for name in args.layers}
     for run, row in processes.rows(__file__, runs, args.processes, args.limit):

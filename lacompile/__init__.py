@@ -23,5 +23,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         from importlib import import_module
 
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+        # Kept, since the import is a large part of a short call.
+        return globals().setdefault(name, getattr(import_module(f".{_HOME[name]}", __name__), name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -124,3 +124,23 @@ def functorch_active() -> bool:
     from torch.autograd import forward_ad
 
     return forward_ad._current_level >= 0
+
+
+def hidden_from_dynamo(function: Any) -> Any:
+    """``function``, never traced from the inside, not even when it is called from a compiled program."""
+    return torch._disable_dynamo(function)
+
+
+def below_autograd() -> contextlib.AbstractContextManager[None]:
+    """Calls inside do not record gradients: who calls has done that."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def after_autograd(keys: Any) -> Any:
+    """Those of the dispatch keys that come after autograd."""
+    return keys & torch._C._after_autograd_keyset
+
+
+def want_gradient(args: Any) -> bool:
+    """Whether gradients are recorded and one of the arguments wants one."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*args)

@@ -5,17 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .arguments import as_log_decay, as_scale, check, state_dtype
 from .errors import BadArgument
-from .ops import (
-    as_log_decay,
-    as_output,
-    as_scale,
-    check,
-    output_like,
-    own_precision,
-    refuse_forward_mode,
-    state_dtype,
-)
+from .ops import as_output, output_like, own_precision, refuse_forward_mode
 
 
 @torch.library.custom_op("lacompile::decode_step", mutates_args=("state",))

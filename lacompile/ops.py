@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ._compat import functorch_active
-from .errors import BadArgument, LacompileError
+from .arguments import as_log_decay, as_scale, check, heads_of, state_dtype
+from .errors import LacompileError
+from .registration import derivative, fake, operator
 
 
 class ForwardModeRefused(LacompileError, NotImplementedError):
@@ -36,18 +38,6 @@ def refuse_forward_mode() -> None:
     """
     if functorch_active():
         raise ForwardModeRefused
-
-
-def heads_of(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None) -> int:
-    """H of a call."""
-    from .kernels.reference import head_count
-
-    return head_count(q, k, v, log_decay, state)
-
-
-def state_dtype(q: Tensor) -> torch.dtype:
-    """The dtype that states are kept in for inputs like q."""
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
 def output_like(q: Tensor, heads: int, dv: int) -> Tensor:
@@ -87,11 +77,7 @@ def own_precision(q: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-# Any strides will do, so that Inductor need not rebuild the gaps of a slice: the order of dimensions is enough.
-LAYOUT = (torch.Tag.needs_fixed_stride_order,)
-
-
-@torch.library.custom_op("lacompile::decayed_attention", mutates_args=(), tags=LAYOUT)
+@operator("decayed_attention")
 def decayed_attention_op(
     q: Tensor,
     k: Tensor,
@@ -110,7 +96,7 @@ def decayed_attention_op(
     return as_output(q, out), state if return_final_state else state.new_empty(0)
 
 
-@decayed_attention_op.register_fake
+@fake(decayed_attention_op)
 def _(q, k, v, log_decay, scale, initial_state, return_final_state):  # type: ignore[no-untyped-def]
     refuse_forward_mode()
     heads = heads_of(q, k, v, log_decay, initial_state)
@@ -119,7 +105,7 @@ def _(q, k, v, log_decay, scale, initial_state, return_final_state):  # type: ig
     return output_like(q, heads, v.shape[3]), q.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("lacompile::decayed_attention_backward", mutates_args=(), tags=LAYOUT)
+@operator("decayed_attention_backward")
 def decayed_attention_backward_op(
     do: Tensor,
     d_state: Tensor | None,
@@ -144,7 +130,7 @@ def decayed_attention_backward_op(
     return as_gradient(q, dq), as_gradient(k, dk), as_gradient(v, dv), d_log_decay, d_initial
 
 
-@decayed_attention_backward_op.register_fake
+@fake(decayed_attention_backward_op)
 def _(do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient):  # type: ignore[no-untyped-def]
     refuse_forward_mode()
     d_log_decay = torch.empty_like(log_decay) if decay_gradient else log_decay.new_empty(0)
@@ -169,7 +155,7 @@ def _backward(ctx: Any, do: Tensor, d_state: Tensor | None) -> tuple[Any, ...]:
     return dq, dk, dv, dg if wanted else None, None, ds if initial_state is not None else None, None
 
 
-decayed_attention_op.register_autograd(_backward, setup_context=_setup_context)
+derivative(decayed_attention_op, _backward, setup_context=_setup_context)
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -218,7 +204,7 @@ def _vector_jacobian(
     return torch.autograd.grad(kept, inputs, weights, create_graph=create_graph, allow_unused=True)
 
 
-decayed_attention_backward_op.register_autograd(_double_backward, setup_context=_setup_backward_context)
+derivative(decayed_attention_backward_op, _double_backward, setup_context=_setup_backward_context)
 
 
 CACHE_TAG = "lacompile-" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
@@ -260,7 +246,7 @@ def decayed_attention(
     log_decay, scale = as_log_decay(log_decay, q), as_scale(scale)
     if cu_seqlens is None:
         check(q, k, v, log_decay, initial_state)
-        out, state = torch.ops.lacompile.decayed_attention(q, k, v, log_decay, scale, initial_state, return_final_state)
+        out, state = decayed_attention_op(q, k, v, log_decay, scale, initial_state, return_final_state)
     else:
         from .packed import check_packing, packed_attention_op
 
@@ -268,81 +254,3 @@ def decayed_attention(
         check(q, k, v, log_decay, initial_state, states=cu_seqlens.shape[0] - 1)
         out, state = packed_attention_op(q, k, v, log_decay, scale, initial_state, return_final_state, cu_seqlens)
     return (out, state) if return_final_state else out
-
-
-def as_scale(scale: Any) -> float:
-    """The factor of the output, a number of Python."""
-    if isinstance(scale, Tensor) or not isinstance(scale, int | float):
-        raise BadArgument("scale", "a Python number", type(scale).__name__)
-    return float(scale)
-
-
-def as_log_decay(log_decay: Any, q: Tensor) -> Tensor:
-    """Log-decays as a tensor; where they are given as a list, which costs no synchronisation, the sign is checked."""
-    if isinstance(log_decay, Tensor):
-        return log_decay
-    try:
-        numbers = torch.as_tensor(log_decay, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise BadArgument("log_decay", "a tensor, or numbers in a list", type(log_decay).__name__) from None
-    if not bool((numbers <= 0).all()):
-        raise BadArgument("log_decay", "natural logarithms of at most 0", f"{float(numbers.max())}")
-    if not isinstance(q, Tensor):
-        return numbers
-    return numbers.to(q.device, state_dtype(q))
-
-
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: Tensor | None = None,
-    *,
-    state_name: str = "initial_state",
-    states: int | None = None,
-) -> None:
-    """Raises BadArgument for the first argument that does not fit the others; ``states`` is B unless given."""
-    optional = () if state is None else ((state_name, state),)
-    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay), *optional):
-        _check_tensor(name, x)
-        if x.device != q.device:
-            raise BadArgument(name, f"device {q.device} like q", str(x.device))
-    batch, _, length, dk = q.shape
-    heads = heads_of(q, k, v, log_decay, state)
-    for name, x in (("k", k), ("v", v)):
-        if x.shape[0] != batch or x.shape[2] != length:
-            raise BadArgument(name, f"batch {batch} and length {length} like q", f"{tuple(x.shape)}")
-        if x.dtype != q.dtype:
-            raise BadArgument(name, f"dtype {q.dtype} like q", str(x.dtype))
-    if k.shape[3] != dk:
-        raise BadArgument("k", f"head dimension {dk} like q", f"{k.shape[3]}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.shape[1] == 0 or heads % x.shape[1]:
-            raise BadArgument(name, f"a number of heads that divides {heads}", f"{x.shape[1]}")
-    want = (heads,) if log_decay.dim() == 1 else (batch, heads, length)
-    if tuple(log_decay.shape) != want:
-        raise BadArgument("log_decay", f"shape {want}", f"{tuple(log_decay.shape)}")
-    want = (batch if states is None else states, heads, dk, v.shape[3])
-    if state is not None and tuple(state.shape) != want:
-        raise BadArgument(state_name, f"shape {want}", f"{tuple(state.shape)}")
-
-
-_LAYOUTS = {
-    "q": ("a tensor [B,H,N,D]", (4,)),
-    "k": ("a tensor [B,H,N,D]", (4,)),
-    "v": ("a tensor [B,H,N,D]", (4,)),
-    "log_decay": ("shape [H] or [B,H,N]", (1, 3)),
-    "initial_state": ("a tensor [B,H,Dk,Dv]", (4,)),
-    "state": ("a tensor [B,H,Dk,Dv]", (4,)),
-}
-
-
-def _check_tensor(name: str, x: Any) -> None:
-    layout, dimensions = _LAYOUTS[name]
-    if not isinstance(x, Tensor):
-        raise BadArgument(name, layout, type(x).__name__)
-    if x.dim() not in dimensions:
-        raise BadArgument(name, layout, f"{x.dim()} dimensions {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise BadArgument(name, "a floating-point tensor", str(x.dtype))

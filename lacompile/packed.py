@@ -12,20 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import heads_of, state_dtype
 from .errors import BadArgument
-from .ops import (
-    LAYOUT,
-    as_gradient,
-    as_output,
-    heads_of,
-    output_like,
-    own_precision,
-    refuse_forward_mode,
-    state_dtype,
-)
+from .ops import as_gradient, as_output, output_like, own_precision, refuse_forward_mode
+from .registration import derivative, fake, operator
 
 
-@torch.library.custom_op("lacompile::packed_attention", mutates_args=(), tags=LAYOUT)
+@operator("packed_attention")
 def packed_attention_op(
     q: Tensor,
     k: Tensor,
@@ -48,7 +41,7 @@ def packed_attention_op(
     return o, state if return_final_state else state.new_empty(0)
 
 
-@packed_attention_op.register_fake
+@fake(packed_attention_op)
 def _(q, k, v, log_decay, scale, initial_state, return_final_state, cu_seqlens):  # type: ignore[no-untyped-def]
     refuse_forward_mode()
     heads = heads_of(q, k, v, log_decay, initial_state)
@@ -56,7 +49,7 @@ def _(q, k, v, log_decay, scale, initial_state, return_final_state, cu_seqlens):
     return output_like(q, heads, v.shape[3]), q.new_empty(shape, dtype=state_dtype(q))
 
 
-@torch.library.custom_op("lacompile::packed_attention_backward", mutates_args=(), tags=LAYOUT)
+@operator("packed_attention_backward")
 def packed_attention_backward_op(
     do: Tensor,
     d_state: Tensor | None,
@@ -82,7 +75,7 @@ def packed_attention_backward_op(
     return as_gradient(q, dq), as_gradient(k, dk), as_gradient(v, dv), d_log_decay, d_initial
 
 
-@packed_attention_backward_op.register_fake
+@fake(packed_attention_backward_op)
 def _(do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient, cu_seqlens):  # type: ignore[no-untyped-def]
     refuse_forward_mode()
     d_log_decay = torch.empty_like(log_decay) if decay_gradient else log_decay.new_empty(0)
@@ -107,7 +100,7 @@ def _backward(ctx: Any, do: Tensor, d_state: Tensor | None) -> tuple[Any, ...]:
     return dq, dk, dv, dg if wanted else None, None, ds if initial_state is not None else None, None, None
 
 
-packed_attention_op.register_autograd(_backward, setup_context=_setup_context)
+derivative(packed_attention_op, _backward, setup_context=_setup_context)
 
 
 def _no_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
@@ -116,7 +109,7 @@ def _no_second_derivative(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     )
 
 
-packed_attention_backward_op.register_autograd(_no_second_derivative)
+derivative(packed_attention_backward_op, _no_second_derivative, setup_context=lambda ctx, inputs, output: None)
 
 
 def check_packing(q: Tensor, cu_seqlens: Any) -> None:

@@ -36,8 +36,13 @@ REWRITE = Rewrite(
     validation="fp64 difference 1.0e-16, gradients 2.0e-16",
 )
 MISS = NearMiss(
-    source=Source("model.py", 30), stage="match", obligation="causal-range", node="add_3", expected="j <= i",
-    found="all j", hint="is a mask missing?",
+    source=Source("model.py", 30),
+    stage="match",
+    obligation="causal-range",
+    node="add_3",
+    expected="j <= i",
+    found="all j",
+    hint="is a mask missing?",
 )
 
 
@@ -142,7 +147,10 @@ def test_json_holds_every_field():
     data = json.loads(whole.to_json())
     assert data == json.loads(json.dumps(whole.to_dict()))
     assert data["rewrites"][0]["source"] == {
-        "file": "model.py", "line": 12, "code": "return scores @ v", "module": "layers.0.attention",
+        "file": "model.py",
+        "line": 12,
+        "code": "return scores @ v",
+        "module": "layers.0.attention",
     }
     assert data["near_misses"][0]["obligation"] == "causal-range"
     assert (data["graphs"], data["seconds"], data["notes"]) == (1, {"lift": 0.25}, ["a note"])
@@ -162,7 +170,9 @@ class TestPublish:
         report.publish(Report((REWRITE, REWRITE), (MISS,), 1))
         after = _compat.counters()
         assert {k: after[k] - before.get(k, 0) for k in ("graphs", "rewrites", "near_misses")} == {
-            "graphs": 1, "rewrites": 2, "near_misses": 1,
+            "graphs": 1,
+            "rewrites": 2,
+            "near_misses": 1,
         }
 
     def test_rewrites_and_notes_are_news_and_near_misses_are_details(self, caplog):

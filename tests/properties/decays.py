@@ -164,7 +164,7 @@ def causal(w: Writer, d: T, n: str) -> str:
             f"({d} >= 0)",
             f"({d} > -1)",
             f"torch.ones({n}, {n}, dtype=torch.bool).tril()",
-            f"~torch.ones({n}, {n}, dtype=torch.bool).triu(1)",
+            f"(~torch.ones({n}, {n}, dtype=torch.bool).triu(1))",
             f"(torch.ones({n}, {n}).tril() == 1)",
             f"torch.logical_not({d} < 0)",
             f"torch.tril(torch.ones({n}, {n})).bool()",

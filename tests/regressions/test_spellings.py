@@ -198,3 +198,143 @@ def test_shared_heads_of_flattened_outputs():
         return torch.stack(out, 1)
 
     rewritten(f)
+
+
+# ------------------------------------------------------------------------------------------- chunks, in more spellings
+
+
+@pytest.mark.parametrize("early", [0, 1])
+def test_the_sum_of_earlier_chunks_as_a_running_sum_less_the_chunk_itself(early):
+    def f(q, k, v, gamma):
+        qc, kc, vc = (x.unflatten(2, (-1, 2)) for x in (q, k, v))
+        states = kc.mT @ vc
+        before = states.cumsum(2) - (states.roll(1, 2) if early else states)
+        return ((qc @ kc.mT).tril() @ vc + qc @ before).flatten(2, 3)
+
+    refused(f) if early else rewritten(f)
+
+
+def test_twice_the_chunk_itself_is_not_its_past():
+    def f(q, k, v, gamma):
+        qc, kc, vc = (x.unflatten(2, (-1, 2)) for x in (q, k, v))
+        states = kc.mT @ vc
+        return ((qc @ kc.mT).tril() @ vc + qc @ (states.cumsum(2) - 2 * states)).flatten(2, 3)
+
+    refused(f)
+
+
+@pytest.mark.parametrize("twice", [0, 1])
+def test_keys_of_fewer_heads_in_a_batched_product(twice):
+    """The head of the keys is floor((h N + j) / 2 N), in which the position j decides nothing."""
+
+    def f(q, k, v, gamma):
+        k, v = k[:, :1].expand(-1, 2, -1, -1), v.repeat_interleave(2, 1)[:, :2]
+        kv = torch.bmm(k.reshape(B * H * N, D, 1), v.reshape(B * H * N, 1, E)).unflatten(0, (B, H, N))
+        total = kv.cumsum(2) + kv if twice else kv.cumsum(2)
+        return torch.bmm(q.flatten(0, 2)[:, None], total.flatten(0, 2)).view(B, H, N, E)
+
+    refused(f) if twice else rewritten(f)
+
+
+@pytest.mark.parametrize("past", [0, 1])
+def test_the_second_of_two_chunks_in_a_batched_product(past):
+    """Of the flattened index 2 c + b, 2 c + b >= 2 says that c >= 1."""
+
+    def f(q, k, v, gamma):
+        qc, kc, vc = (x.unflatten(2, (-1, 4)).transpose(0, 2).transpose(1, 2) for x in (q, k, v))  # [c, b, h, r, d]
+        states = kc.mT @ vc
+        before = torch.cat([past * states[:1], states[:1]])
+        inter = torch.bmm(qc.flatten(0, 2), before.flatten(0, 2)).view(2, B, H, 4, E)
+        out = (qc @ kc.mT).tril() @ vc + inter
+        return out.permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+    refused(f) if past else rewritten(f)
+
+
+def chunks_of_two(q, k, v, gate, off=0):
+    """One decay between the two tokens of a chunk, from a masked running sum."""
+    g = F.logsigmoid(gate)
+    state, out = q.new_zeros(B, H, D, E), []
+    below = torch.ones(2, 2, dtype=torch.bool).tril(-1)
+    for start in range(0, N, 2):
+        qc, kc, vc = (x[:, :, start : start + 2] for x in (q, k, v))
+        gc = g[:, :, start : start + 2]
+        run = gc.cumsum(-1)
+        segment = gc[..., None].expand(-1, -1, -1, 2).masked_fill(~below, 0).cumsum(-2)
+        weight = (segment * 2 if off else segment).exp().clone()
+        weight[..., 0, 1] = 0
+        out.append((qc @ kc.mT * weight) @ vc + (qc * run.exp()[..., None]) @ state)
+        left = (run[..., -1:] - run).exp()
+        state = state * run[..., -1, None, None].exp() + (kc * left[..., None]).mT @ vc
+    return torch.cat(out, 2)
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_a_decay_between_two_tokens(off):
+    q, k, v, _ = arguments()
+    gate = torch.randn(B, H, N, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    if off:
+        assert_refused(lambda *x: chunks_of_two(*x, off=1), q, k, v, gate, options=OFF)
+    else:
+        assert_rewritten(chunks_of_two, q, k, v, gate, compiled=False, options=OFF)
+
+
+@pytest.mark.parametrize("power", [2, 3])
+def test_rates_of_known_numbers_that_are_proportional(power):
+    """log(gamma^2) is 2 log(gamma), for numbers as for tensors."""
+
+    def f(q, k, v, gamma):
+        gamma = torch.tensor([0.875, 0.5])
+        block = gamma**power
+        i = torch.arange(2)
+        weight = torch.tril(gamma[:, None, None] ** distance(2))
+        state, out = q.new_zeros(B, H, D, E), []
+        for start in range(0, N, 2):
+            qc, kc, vc = (x[:, :, start : start + 2] for x in (q, k, v))
+            grown, left = gamma[:, None] ** (i + 1), gamma[:, None] ** (1 - i)
+            out.append((qc @ kc.mT * weight) @ vc + (qc * grown[..., None]) @ state)
+            state = state * block[:, None, None] + (kc * left[..., None]).mT @ vc
+        return torch.cat(out, 2)
+
+    rewritten(f) if power == 2 else refused(f)
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_a_state_of_heads_that_came_in_beside_keys_of_one_head(other):
+    start = torch.randn(B, H, D, E, generator=torch.Generator().manual_seed(1))
+
+    def f(q, k, v, gamma, start):
+        state, out = start, []
+        for t in range(N):
+            decay = gamma.flip(0) if other and not t else gamma
+            state = state * decay[:, None, None] + k[:, :1, t, :, None] * v[:, :1, t, None, :]
+            out.append((q[:, :, t, None] @ state)[:, :, 0])
+        return torch.stack(out, 2)
+
+    if other:
+        assert_refused(f, *arguments(), start, options=OFF)
+    else:
+        assert_rewritten(f, *arguments(), start, compiled=False, options=OFF)
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_the_rate_of_one_head_is_no_token(other):
+    """In a loop over heads slope[1] is read at a constant place, as a token's decay is in a loop over tokens."""
+    slopes = torch.tensor([0.25, 0.5])
+    start = torch.randn(B, H, D, E, generator=torch.Generator().manual_seed(1))
+
+    def f(q, k, v, gamma, start):
+        outs = []
+        for h in range(H):
+            state, out = start[:, h], []
+            for t in range(5):
+                rate = slopes[1 - h] if other and not t else slopes[h]
+                state = state * torch.exp(-rate) + k[:, h, t, :, None] * v[:, h, t, None, :]
+                out.append((q[:, h, t, None] @ state)[:, 0])
+            outs.append(torch.stack(out, 1))
+        return torch.stack(outs, 1)
+
+    if other:
+        assert_refused(f, *arguments(5), start, options=OFF)
+    else:
+        assert_rewritten(f, *arguments(5), start, compiled=False, options=OFF)

@@ -77,9 +77,9 @@ class Divisions:
         if m == 1:
             return whole + rest
         if ranges is not None:
-            low, high = self.lower(rest, ranges), self.upper(rest, ranges)
-            if low > -INF and high < INF and low // m == high // m:
-                return whole + int(low // m)
+            for digit in sorted({math.gcd(m, int(c)) for _, c in rest.terms} - {1} | {m}, reverse=True):
+                if (found := self.digits(rest, digit, ranges)) is not None:
+                    return whole + self.floordiv(found, m // digit, ranges)
         if len(rest.terms) == 1 and FIRST_DIV <= rest.terms[0][0] < FIRST_MIXED and rest.terms[0][1] == 1:
             # floor((floor(a / n) + k) / m) is floor((a + n k) / (n m))
             inner, n = self.div_of[rest.terms[0][0]]
@@ -92,6 +92,14 @@ class Divisions:
             self.div_of[var] = key
             self._deep[var] = self.vars(rest)
         return whole + Aff.var(var)
+
+    def digits(self, aff: Aff, m: int, ranges: Ranges) -> Aff | None:
+        """``floor(aff / m)`` where what is no multiple of m stays between two of them; None where it may not."""
+        rest = Aff(tuple((v, c) for v, c in aff.terms if c % m), aff.const)
+        low, high = self.lower(rest, ranges), self.upper(rest, ranges)
+        if low == -INF or high == INF or low // m != high // m:
+            return None
+        return Aff(tuple((v, int(c) // m) for v, c in aff.terms if c % m == 0), int(low // m))
 
     def settle(self, aff: Aff, ranges: Ranges) -> Aff:
         """Floor divisions inside ``aff`` simplified again, now that a tighter box is known."""

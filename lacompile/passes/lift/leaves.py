@@ -21,6 +21,7 @@ from .term import Access
 aten = torch.ops.aten
 
 MAX_SYMBOL_INDICES = 24
+NINE_DIGITS = 1e-9  # relative; coefficients of exponents are compared to as much
 
 
 @dataclass
@@ -102,6 +103,8 @@ class Leaves:
         self._all: list[Leaf] = []
         self._interned: dict[Any, int] = {}
         self._shapes = shapes
+        self._bases: list[int] = []
+        self._multiples: dict[int, tuple[int, float]] = {}
 
     def __getitem__(self, leaf: int) -> Leaf:
         return self._all[leaf]
@@ -121,6 +124,32 @@ class Leaves:
         kind = Table(array.tobytes(), array.shape)
         interval = (float(array.min()), float(array.max())) if array.size else ANY
         return self.intern(kind, Leaf(kind, shape, torch.float32, interval))
+
+    def multiple(self, leaf: int) -> tuple[int, float]:
+        """``(base, c)``: the numbers of a table are ``c`` times those of the base, to nine significant digits.
+
+        The rates of a chunk and of a token are one rate: log(gamma^64) is 64 log(gamma).
+        """
+        kind = self[leaf].kind
+        if not isinstance(kind, Table):
+            return leaf, 1.0
+        if leaf not in self._multiples:
+            self._multiples[leaf] = self._multiple_of_a_base(leaf, kind)
+        return self._multiples[leaf]
+
+    def _multiple_of_a_base(self, leaf: int, kind: Table) -> tuple[int, float]:
+        mine, shape = kind.array, self[leaf].shape
+        largest = int(np.abs(mine).argmax())
+        for base in self._bases:
+            other = self[base]
+            assert isinstance(other.kind, Table)
+            theirs = other.kind.array
+            if other.shape == shape and theirs.flat[largest] and mine.flat[largest]:
+                c = float(mine.flat[largest] / theirs.flat[largest])
+                if np.allclose(theirs * c, mine, rtol=NINE_DIGITS, atol=0.0):
+                    return base, float(round(c)) if abs(c - round(c)) <= NINE_DIGITS * abs(c) else c
+        self._bases.append(leaf)
+        return leaf, 1.0
 
     def extended(self, of: int) -> int:
         inner = self[of]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
-from .leaves import Argument, Leaves, Symbol
+from .leaves import Argument, Leaves, Symbol, Table
 from .term import Access
 
 aten = torch.ops.aten
@@ -23,6 +24,8 @@ def log_summands(leaves: Leaves, access: Access) -> list[Summand]:
     """
     leaf, idx = access
     kind = leaves[leaf].kind
+    if isinstance(kind, Table) and leaves[leaf].interval[0] > 0:
+        return [(1.0, (leaves.table(np.log(kind.array), leaves[leaf].shape), idx))]
     if isinstance(kind, Symbol) and (found := _of_symbol(leaves, kind, idx, leaves[leaf].dtype)) is not None:
         if known_positive(leaves, found) or leaves[leaf].interval[0] <= 0:
             return found  # else the whole is known to be positive, and its factors are not

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from .affine import Aff, Number
+from .lines import free_line, line, own_guards, points, staircase
 from .normal import Algebra
-from .term import Access, Exponent, Mono, Term
+from .term import Term
 
 MAX_UNMERGED = 64
 MAX_ENDS = 9  # pairs of ends that are tried for one index
@@ -56,6 +57,8 @@ def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term |
         return a.but(coef=a.coef + b.coef)
     if a.guards == b.guards and a.body[1:] == b.body[1:] and not math.isinf(a.coef + b.coef):
         return a.but(coef=1.0, poly=a.poly * a.coef + b.poly * b.coef)
+    if a.body == b.body and abs(a.coef + b.coef) <= 1e-9 * abs(a.coef):
+        return _difference(algebra, a, b, shape) or _difference(algebra, b, a, shape)
     if a.coef != b.coef and abs(a.coef - b.coef) > 1e-9 * abs(a.coef):
         return None
     if a.body == b.body and (out := _adjacent(algebra, a, b, shape)) is not None:
@@ -63,9 +66,22 @@ def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term |
     return (
         _extend(algebra, a, b, shape)
         or _extend(algebra, b, a, shape)
-        or _line(algebra, a, b)
-        or _free_line(algebra, a, b, shape)
+        or line(algebra, a, b)
+        or staircase(algebra, a, b, shape)
+        or staircase(algebra, b, a, shape)
+        or free_line(algebra, a, b, shape)
     )
+
+
+def _difference(algebra: Algebra, whole: Term, part: Term, shape: tuple[Aff, ...]) -> Term | None:
+    """What is left of a sum where ``part``, which holds under one more condition and is subtracted, is taken out.
+
+    A running sum over chunks, less the chunk's own, is the sum over earlier ones.
+    """
+    if own_guards(algebra, whole, part, shape):
+        return None
+    cuts = own_guards(algebra, part, whole, shape)
+    return whole.but(guards=whole.guards | {-cuts[0] - 1}) if len(cuts) == 1 else None
 
 
 def _split(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
@@ -94,15 +110,6 @@ def _cuts(algebra: Algebra, whole: Term, part: Term, shape: tuple[Aff, ...]) -> 
     ranges = algebra.ranges(shape, whole.guards)
     cuts = [g for g in extra if space.upper(g, ranges) >= 0 and not algebra.implied(g, whole.guards, ranges)]
     return cuts if len(cuts) == 1 else []
-
-
-def _own(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> list[Aff]:
-    """Guards of ``a`` that ``b`` neither has nor implies on its own region."""
-    extra = a.guards - b.guards
-    if not extra:
-        return []
-    ranges = algebra.ranges(shape, b.guards)
-    return [g for g in extra if not algebra.implied(g, b.guards, ranges)]
 
 
 Ends = tuple[Aff, Aff]
@@ -157,8 +164,8 @@ def _join(
     rest1, rest2 = first.but(guards=first.guards - {end1}), second.but(guards=second.guards - {start2})
     # Every other guard must hold on both sides: then the union is the range [l1, u2] under all of them.
     low, high = algebra.space.guard(x - r1[0]), algebra.space.guard(r2[1] - x)
-    own1 = [g for g in _own(algebra, rest1, second, shape) if g not in (low, high)]
-    own2 = [g for g in _own(algebra, rest2, first, shape) if g not in (low, high)]
+    own1 = [g for g in own_guards(algebra, rest1, second, shape) if g not in (low, high)]
+    own2 = [g for g in own_guards(algebra, rest2, first, shape) if g not in (low, high)]
     if own1 or own2:
         return None
     guards = (rest1.guards | rest2.guards | {low, high}) - {end1, start2}
@@ -172,7 +179,7 @@ def _join(
 def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) -> Term | None:
     """A ranged term and a point next to the range, equal to what the ranged term is there."""
     space = algebra.space
-    fixed = _points(algebra, point, shape)
+    fixed = points(algebra, point, shape)
     for var in sorted({v for g in ranged.guards for v, _ in g.terms if v < 100}):
         ends = _ends(algebra, ranged, var, shape)
         if ends is None or (var >= 0 and (var not in fixed or not all(v >= 100 for e in ends for v, _ in e.terms))):
@@ -192,7 +199,7 @@ def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...])
             if there is None or there.body != point.body or abs(there.coef - point.coef) > 1e-9 * abs(point.coef):
                 continue
             if there.guards != point.guards and (
-                _own(algebra, there, point, shape) or _own(algebra, point, there, shape)
+                own_guards(algebra, there, point, shape) or own_guards(algebra, point, there, shape)
             ):
                 continue
             if algebra.space.lower(ends[1] - ends[0] + 1, algebra.ranges(shape, point.guards)) < 0:
@@ -204,171 +211,3 @@ def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...])
 def _constants(term: Term) -> Counter[tuple[int, int, Number]]:
     """Where the accesses read a constant place: (leaf, dimension, place), which normalisation adds to and keeps."""
     return Counter((leaf, n, i.const) for leaf, idx in term.accs for n, i in enumerate(idx) if not i.terms)
-
-
-def _points(algebra: Algebra, term: Term, shape: tuple[Aff, ...]) -> dict[int, Aff]:
-    """Free dimensions that the guards, with the box, pin to one place."""
-    return {v: low for v, (low, high) in algebra.ranges(shape, term.guards).items() if low == high}
-
-
-# --------------------------------------------------------------------------------------------------------- line fits
-
-
-def _line(algebra: Algebra, a: Term, b: Term) -> Term | None:
-    """Two single tokens of one sum: every index moves by a constant from ``a`` to ``b``, so both lie on a line.
-
-    The fit is exact at both points, so an unlucky one costs a merge, never the truth. Numeric coefficients are not
-    fitted: alternating signs would become a slope.
-    """
-    if a.guards != b.guards or a.body == b.body or not a.accs:
-        return None
-    t = min((v for f in a.affs() for v, _ in f.terms), default=0)
-    t = min(t, 0) - 1
-    fitted = _fit(algebra, a, b, t)
-    if fitted is None:
-        return None
-    accs, exp = fitted
-    if not any(i.coef(t) for _, idx in accs for i in idx):
-        return None
-    return Term(a.coef, a.poly, accs, exp, a.guards | {Aff.var(t), -Aff.var(t) + 1})
-
-
-def _free_line(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
-    """Pieces at two neighbouring positions of a free dimension."""
-    at_a, at_b = _points(algebra, a, shape), _points(algebra, b, shape)
-    for var in sorted(at_a):
-        if var not in at_b:
-            continue
-        step = at_b[var] - at_a[var]
-        if step == Aff.lit(-1):
-            return _free_line(algebra, b, a, shape)
-        if step != Aff.lit(1):
-            continue
-        x = Aff.var(var)
-        along = x - at_a[var]
-        rest_a = a.guards - {x - at_a[var], at_a[var] - x}
-        rest_b = b.guards - {x - at_b[var], at_b[var] - x}
-        guards = _fit_guards(algebra, rest_a, rest_b, along)
-        if guards is None or a.poly != b.poly:
-            continue
-        fitted = _fit(algebra, a, b, -999_999)
-        if fitted is None:
-            continue
-        moved = Term(a.coef, a.poly, *fitted, guards).sub(algebra.space, {-999_999: along})
-        return moved.but(guards=moved.guards | {x - at_a[var], at_b[var] - x})
-    return None
-
-
-def _fit_guards(algebra: Algebra, a: frozenset[Aff], b: frozenset[Aff], along: Aff) -> set[Aff] | None:
-    left = {g.terms: g.const for g in a}
-    right = {g.terms: g.const for g in b}
-    if left.keys() != right.keys() or len(left) != len(a) or len(right) != len(b):
-        return None
-    return {algebra.space.guard(Aff(ts, c) + along * (right[ts] - c)) for ts, c in left.items()}
-
-
-def _fit(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[tuple[Access, ...], Exponent] | None:
-    if a.poly != b.poly:
-        return None
-    accs = []
-    for x, y in zip(a.accs, b.accs, strict=True):
-        fitted = _fit_access(x, y, t)
-        if fitted is None:
-            return None
-        accs.append(fitted)
-    exp = _fit_exponent(a.exp, b.exp, t)
-    return None if exp is None else (tuple(accs), exp)
-
-
-def _fit_access(x: Access, y: Access, t: int) -> Access | None:
-    idx = []
-    for p, q in zip(x[1], y[1], strict=True):
-        step = q - p
-        if not step.is_const:
-            return None
-        idx.append(p + Aff(((t, step.const),)) if step.const else p)
-    return (x[0], tuple(idx))
-
-
-def _fit_exponent(a: Exponent, b: Exponent, t: int) -> Exponent | None:
-    lin: list[tuple[Mono, Aff]] = []
-    left, right = dict(a.lin), dict(b.lin)
-    moving = _moving_rates(left.keys() - right.keys(), right.keys() - left.keys(), t)
-    for x, y, mono in (*((m, m, m) for m in left.keys() & right.keys()), *moving):
-        p, q = left.pop(x), right.pop(y)
-        step = q - p
-        if not step.is_const:
-            return None
-        lin.append((mono, p + Aff.var(t) * step.const if step.const else p))
-    for side, at in ((left, -Aff.var(t) + 1), (right, Aff.var(t))):
-        for mono, f in side.items():
-            if not f.is_const:
-                return None
-            lin.append((mono, at * f.const))
-    sums = _fit_sums(a.sums, b.sums, t)
-    return None if sums is None else Exponent.of(lin, sums)
-
-
-def _moving_rates(left: Iterable[Mono], right: Iterable[Mono], t: int) -> list[tuple[Mono, Mono, Mono]]:
-    """The rates that are one leaf at two places, such as slope[2] and slope[3], each with the line through both."""
-    out = []
-    for x, y in zip(sorted(left), sorted(right), strict=False):
-        if [leaf for leaf, _ in x] == [leaf for leaf, _ in y]:
-            fitted = [_fit_access(p, q, t) for p, q in zip(x, y, strict=True)]
-            out.append((x, y, tuple(a for a in fitted if a is not None)))
-    return [found for found in out if len(found[2]) == len(found[0])]
-
-
-Sums = tuple[tuple[tuple[Mono, Aff], Number], ...]
-
-
-def _fit_sums(a: Sums, b: Sums, t: int) -> list[tuple[tuple[Mono, Aff], Number]] | None:
-    """Pairs +-P positions of both sides; a vanished pair P(u) - P(u) or a dropped P(0) is put back first."""
-    groups: dict[Mono, tuple[dict[Number, list[Aff]], dict[Number, list[Aff]]]] = {}
-    for side, sums in enumerate((a, b)):
-        for (mono, pos), c in sums:
-            groups.setdefault(mono, ({}, {}))[side].setdefault(c, []).append(pos)
-    out: list[tuple[tuple[Mono, Aff], Number]] = []
-    for mono, (left, right) in groups.items():
-        if not _restore(left, right) or not _restore(right, left):
-            return None
-        if left.keys() != right.keys():
-            return None
-        for c in left:
-            ps, qs = sorted(left[c]), sorted(right[c])
-            if len(ps) != len(qs):
-                return None
-            for p, q in zip(ps, qs, strict=True):
-                step = q - p
-                if not step.is_const:
-                    return None
-                out.append(((mono, p + Aff.var(t) * step.const if step.const else p), c))
-    return out
-
-
-def _restore(mine: dict[Number, list[Aff]], theirs: dict[Number, list[Aff]]) -> bool:
-    """Gives ``mine`` the P terms that cancelled there but not in ``theirs``."""
-    for c, positions in list(theirs.items()):
-        have = len(mine.get(c, ()))
-        if have >= len(positions):
-            continue
-        if len(positions) - have > 1:
-            return False
-        if len(mine.get(-c, ())) < len(theirs.get(-c, ())):
-            # the pair P(u) - P(u): u is the other side's end, the later of its positions, which does not move
-            u = _latest([*theirs[c], *theirs.get(-c, ())])
-            mine.setdefault(c, []).append(u)
-            mine.setdefault(-c, []).append(u)
-        else:
-            mine.setdefault(c, []).append(Aff())
-    return True
-
-
-def _latest(positions: list[Aff]) -> Aff:
-    """The largest, as far as differences are numbers."""
-    best = positions[0]
-    for p in positions[1:]:
-        step = p - best
-        if step.is_const and step.const > 0:
-            best = p
-    return best

@@ -10,15 +10,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
 
-from .affine import FIRST_DIV, INF, ONE, TAU, ZERO, Aff, Range
-from .regions import Regions
+from .affine import FIRST_DIV, ONE, ZERO, Aff, Range
+from .rates import Rates
 from .term import Access, Exponent, Guards, Mono, Term
 
 ROUNDS = 8
 DENSE = 12  # free dimensions whose coefficients are compared one by one
 
 
-class Algebra(Regions):
+class Algebra(Rates):
     """The rules of normalisation."""
 
     def __init__(self) -> None:
@@ -63,19 +63,15 @@ class Algebra(Regions):
         return term.but(coef=math.copysign(1.0, term.coef), exp=term.exp + log)
 
     def _term_ranges(self, term: Term, shape: tuple[Aff, ...]) -> dict[int, Range]:
-        ranges = dict(self.ranges(shape, term.guards))
-        for var in term.bound(self.space):
-            b = self.bounds(var, term.guards)
-            if b.low and b.high:
-                ranges[var] = (b.low[0], b.high[0])
-        return ranges
+        """Where the free and the bound indices lie, wherever the term counts."""
+        ranges = self.ranges(shape, term.guards)
+        return {**ranges, **self.numbers(term.guards, ranges)}
 
     def _settle(self, term: Term, shape: tuple[Aff, ...]) -> Term:
         """Floor divisions that the box decides, and exponents in their canonical reading."""
         space = self.space
         if any(a.terms and a.terms[-1][0] >= FIRST_DIV for a in term.affs()):
-            found = self._term_ranges(term, shape)
-            ranges = {v: r for v, r in found.items() if v >= 0 or not self._speaks_of_bound(*r)}
+            ranges = self._term_ranges(term, shape)
 
             def mono(m: Mono) -> Mono:
                 return tuple(sorted((leaf, tuple(space.settle(i, ranges) for i in idx)) for leaf, idx in m))
@@ -90,8 +86,11 @@ class Algebra(Regions):
                 ),
                 (space.guard(space.settle(g, self.ranges_without_guards(ranges))) for g in term.guards),
             )
-        if any(f.is_const and m for m, f in term.exp.lin):
-            term = term.but(exp=self._telescope(term.exp))
+        if any(m for m, _ in term.exp.lin) or term.exp.sums:
+            exp = self.telescoped(term.exp, term.accs)
+            if any(m and f.terms for m, f in exp.lin):
+                exp = self.short_steps(exp, term.accs, self._term_ranges(term, shape))
+            term = term if exp == term.exp else term.but(exp=exp)
         return term
 
     @staticmethod
@@ -101,40 +100,6 @@ class Algebra(Regions):
 
     def _speaks_of_bound(self, *affs: Aff) -> bool:
         return any(v < 0 for a in affs for v in self.space.vars(a))
-
-    def _telescope(self, exp: Exponent) -> Exponent:
-        """A fixed token of a long dimension, g[.., 5, ..], is P(6) - P(5): products over tokens then telescope."""
-        lin: list[tuple[Mono, Aff]] = []
-        sums = list(exp.sums)
-        for mono, f in exp.lin:
-            found = self._token_of(mono) if f.is_const else None
-            if found is None:
-                lin.append((mono, f))
-                continue
-            running, pos = found
-            sums.append(((running, pos + 1), f.const))
-            sums.append(((running, pos), -f.const))
-        return Exponent.of(lin, sums)
-
-    def _token_of(self, mono: Mono) -> tuple[Mono, Aff] | None:
-        pos: Aff | None = None
-        out: list[Access] = []
-        for leaf, idx in mono:
-            shape = self.leaf_shapes[leaf]
-            fixed = [
-                (shape[d].const if shape[d].is_const else INF, -d)
-                for d, i in enumerate(idx)
-                if all(v >= 1000 and v < FIRST_DIV for v, _ in i.terms)
-                and (not shape[d].is_const or shape[d].const > 1)
-            ]
-            if not fixed:
-                out.append((leaf, idx))
-                continue
-            d = -max(fixed)[1]
-            if pos is None:
-                pos = idx[d]
-            out.append((leaf, (*idx[:d], Aff.var(TAU) + (idx[d] - pos), *idx[d + 1 :])))
-        return None if pos is None else (tuple(sorted(out)), pos)
 
     def _collapse_points(self, term: Term, shape: tuple[Aff, ...]) -> Term:
         """R2: an index whose range is one point is that point. A free dimension keeps the guards that pin it."""
@@ -248,7 +213,7 @@ class Algebra(Regions):
         return term.but(guards=guards)
 
     def _digits(self, term: Term, b1: int, b2: int, low2: Aff, m: int, rest: Guards) -> Term | None:
-        if not low2.is_const or any(aff.coef(b1) != aff.coef(b2) * m for aff in term.factors()):
+        if not low2.is_const or any(Aff.lit(f.coef(b1)) != Aff.lit(f.coef(b2) * m) for f in term.factors()):
             return None
         if any(b2 in self.space.vars(g) for g in rest):
             return None

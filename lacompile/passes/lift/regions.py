@@ -161,6 +161,7 @@ class Regions:
             if g.const < 0:
                 return None
             guards.discard(g)
+        guards = self._without_digits(guards, plain)
         ranges = self.ranges(shape, guards)
         if not self.feasible(guards, ranges):
             return None
@@ -180,6 +181,43 @@ class Regions:
         if len(g.terms) < 2 or any(v not in plain for v, _ in g.terms) or self.space.upper(g, plain) != 0:
             return (g,)
         return [Aff.var(v) - plain[v][1] if c > 0 else plain[v][0] - Aff.var(v) for v, c in g.terms]
+
+    def _without_digits(self, guards: set[Aff], plain: Mapping[int, Range]) -> set[Aff]:
+        """``m a + s >= 0`` with ``0 <= s < m`` on the box and under the other guards is ``a >= 0``."""
+        for g in sorted(guards):
+            sizes = {int(abs(c)) for _, c in g.terms} - {1}
+            if not sizes or len(g.terms) < 2:
+                continue
+            ranges = {**plain, **self.numbers(guards - {g}, plain)}
+            for m in sorted(sizes):
+                if (whole := self.space.digits(g, m, ranges)) is not None:
+                    guards = guards - {g} | {self.space.guard(whole)}
+                    break
+        return guards
+
+    def numbers(self, guards: Iterable[Aff], ranges: Mapping[int, Range]) -> dict[int, Range]:
+        """The ranges of bound indices that guards give, each end as far as it gets over ``ranges``."""
+        found: dict[int, Range] = {}
+        waiting = {v for g in guards for v, _ in g.terms if v < 0}
+        for _ in range(2):  # the ends of a range may speak of another index
+            known = {**ranges, **found}
+            for var in waiting - found.keys():
+                b = self.bounds(var, guards)
+                low = self._farthest(b.low, known, 0)
+                high = self._farthest(b.high, known, 1)
+                if low is not None and high is not None:
+                    found[var] = (low, high)
+        return found
+
+    def _farthest(self, ends: Iterable[Aff], ranges: Mapping[int, Range], side: int) -> Aff | None:
+        """The first of some lower (side 0) or upper (1) ends that is bounded by a number, or by one in each run."""
+        for end in sorted(ends, key=lambda e: len(e.terms)):
+            if any(v >= FIRST_DIV for v, _ in end.terms):
+                continue
+            far = self.space.sub(end, {v: ranges[v][side if c > 0 else 1 - side] for v, c in end.terms if v in ranges})
+            if self.space.is_size(far):
+                return far
+        return None
 
     def _follows_from_a_range(self, g: Aff, others: set[Aff], plain: Mapping[int, Range]) -> bool:
         """Where the guard fails, the range low <= b <= high of a bound index b is empty, so the term is 0 anyway."""

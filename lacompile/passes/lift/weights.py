@@ -92,9 +92,12 @@ def scalar_factors(space: Space, state: Term, update: Term) -> list[Access]:
     whole = frozenset().union(*outer)
     if len({h - whole for h in new}) > 1:
         return []
-    if len(outer) < 2 or whole in outer or held.count(whole) != 1 or any(not h <= whole for h in held):
+    if len(outer) < 2 or whole in outer:
         return []
-    scalars = [a for a, h in zip(own, held, strict=True) if h != whole]
+    states = [h for h in held if h >= whole]
+    if len(states) != 1 or any(not h <= states[0] for h in held):
+        return []
+    scalars = [a for a, h in zip(own, held, strict=True) if h != states[0]]
     return [] if any(v < 0 for a in scalars for v in space.vars_of(a[1])) else scalars
 
 

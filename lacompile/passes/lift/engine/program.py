@@ -62,5 +62,8 @@ class Program(Algebra):
             self.relied.setdefault(self.running, set()).update(found.rests_on)
         return found.interval
 
+    def multiple(self, leaf: int) -> tuple[int, float]:
+        return self.leaves.multiple(leaf)
+
     def own_index(self, shape: Sequence[Aff]) -> tuple[Aff, ...]:
         return tuple(ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape))

@@ -1,0 +1,237 @@
+"""Lines through two single pieces of a sum: every index moves by a constant from the one to the other.
+
+A fit is exact at both of its points, so an unlucky one costs a merge, never the truth. Numeric coefficients are not
+fitted: alternating signs would become a slope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from .affine import Aff, Number
+from .normal import Algebra
+from .term import Access, Exponent, Guards, Mono, Term, sub_mono
+
+Points = Mapping[int, Aff]
+ALONG = -999_999  # a bound index that no term has
+
+
+def own_guards(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> list[Aff]:
+    """Guards of ``a`` that ``b`` neither has nor implies on its own region."""
+    extra = a.guards - b.guards
+    if not extra:
+        return []
+    ranges = algebra.ranges(shape, b.guards)
+    return [g for g in extra if not algebra.implied(g, b.guards, ranges)]
+
+
+def points(algebra: Algebra, term: Term, shape: tuple[Aff, ...]) -> dict[int, Aff]:
+    """Free dimensions that the guards, with the box, pin to one place."""
+    return {v: low for v, (low, high) in algebra.ranges(shape, term.guards).items() if low == high}
+
+
+def line(algebra: Algebra, a: Term, b: Term) -> Term | None:
+    """Two single tokens of one sum, under the same guards."""
+    return _summed(algebra, a, b, a.guards, {}) if a.guards == b.guards else None
+
+
+def staircase(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
+    """Two single tokens of one sum, the second of which counts from one row later: the columns of a triangle.
+
+    ``b`` holds under one condition more, ``g >= 0``, and ``g >= -1`` wherever ``a`` counts. So ``g + 1 - t >= 0`` says
+    where each holds, with t = 0 for ``a`` and 1 for ``b``.
+    """
+    later = own_guards(algebra, b, a, shape)
+    if len(later) != 1 or any(v < 0 for v in algebra.space.vars(later[0])) or own_guards(algebra, a, b, shape):
+        return None
+    if algebra.space.lower(later[0], algebra.ranges(shape, a.guards)) != -1:
+        return None
+    mine = points(algebra, a, shape)
+    pinned = {v: at for v, at in points(algebra, b, shape).items() if v not in mine}
+    t = _fresh(a, b)
+    return _summed(algebra, a, b, a.guards | {later[0] + 1 - Aff.var(t)}, pinned)
+
+
+def _fresh(a: Term, b: Term) -> int:
+    """A bound index that neither term has."""
+    return min(0, *(v for x in (a, b) for f in x.affs() for v, _ in f.terms), 0) - 1
+
+
+def _summed(algebra: Algebra, a: Term, b: Term, guards: Guards, pinned: Points) -> Term | None:
+    """The sum over the line from ``a`` to ``b``, if some factor moves along it."""
+    t = _fresh(a, b)
+    if a.body == b.body or not a.accs or (fitted := _fit(algebra, a, b, t, pinned)) is None:
+        return None
+    accs, exp = fitted
+    if not any(i.coef(t) for _, idx in accs for i in idx):
+        return None
+    return Term(a.coef, a.poly, accs, exp, guards | {Aff.var(t), -Aff.var(t) + 1})
+
+
+def free_line(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
+    """Pieces at two neighbouring positions of a free dimension."""
+    at_a, at_b = points(algebra, a, shape), points(algebra, b, shape)
+    for var in sorted(at_a):
+        if var not in at_b:
+            continue
+        step = at_b[var] - at_a[var]
+        if step == Aff.lit(-1):
+            return free_line(algebra, b, a, shape)
+        if step != Aff.lit(1):
+            continue
+        x = Aff.var(var)
+        along = x - at_a[var]
+        rest_a = a.guards - {x - at_a[var], at_a[var] - x}
+        rest_b = b.guards - {x - at_b[var], at_b[var] - x}
+        guards = _fit_guards(algebra, rest_a, rest_b, along)
+        if guards is None:
+            continue
+        fitted = _fit(algebra, a, b, ALONG, {})
+        if fitted is None:
+            continue
+        moved = Term(a.coef, a.poly, *fitted, guards).sub(algebra.space, {ALONG: along})
+        return moved.but(guards=moved.guards | {x - at_a[var], at_b[var] - x})
+    return None
+
+
+def _fit_guards(algebra: Algebra, a: Guards, b: Guards, along: Aff) -> set[Aff] | None:
+    left = {g.terms: g.const for g in a}
+    right = {g.terms: g.const for g in b}
+    if left.keys() != right.keys() or len(left) != len(a) or len(right) != len(b):
+        return None
+    return {algebra.space.guard(Aff(ts, c) + along * (right[ts] - c)) for ts, c in left.items()}
+
+
+# ------------------------------------------------------------------------------------------------------- what is fitted
+
+
+def _fit(algebra: Algebra, a: Term, b: Term, t: int, pinned: Points) -> tuple[tuple[Access, ...], Exponent] | None:
+    """Factors and exponent that are those of ``a`` at t = 0, and those of ``b``, which holds at these places, at 1."""
+    if a.poly != b.poly:
+        return None
+    accs = []
+    for x, y in zip(a.accs, b.accs, strict=True):
+        fitted = _fit_access(algebra, x, y, t, pinned)
+        if fitted is None:
+            return None
+        accs.append(fitted)
+    exp = _fit_exponent(algebra, a.exp, b.exp, t, pinned)
+    return None if exp is None else (tuple(accs), exp)
+
+
+def _moved(p: Aff, there: Aff, q: Aff, t: int) -> Aff | None:
+    """``p`` with what it lacks, where it is ``there``, to be ``q`` at t = 1."""
+    step = q - there
+    if not step.is_const:
+        return None
+    return p + Aff.var(t) * step.const if step.const else p
+
+
+def _fit_access(algebra: Algebra, x: Access, y: Access, t: int, pinned: Points) -> Access | None:
+    idx = []
+    for p, q in zip(x[1], y[1], strict=True):
+        moved = _moved(p, algebra.space.sub(p, pinned) if pinned else p, q, t)
+        if moved is None:
+            return None
+        idx.append(moved)
+    return (x[0], tuple(idx))
+
+
+def _fit_exponent(algebra: Algebra, a: Exponent, b: Exponent, t: int, pinned: Points) -> Exponent | None:
+    space = algebra.space
+    lin: list[tuple[Mono, Aff]] = []
+    left = {sub_mono(space, m, pinned): (m, f) for m, f in a.lin} if pinned else {m: (m, f) for m, f in a.lin}
+    right = dict(b.lin)
+    moving = [] if pinned else _moving_rates(algebra, left.keys() - right.keys(), right.keys() - left.keys(), t)
+    if len(left) != len(a.lin):
+        return None
+    for x, y, mono in (*((m, m, left[m][0]) for m in left.keys() & right.keys()), *moving):
+        f = _moved(p := left.pop(x)[1], space.sub(p, pinned), right.pop(y), t)
+        if f is None:
+            return None
+        lin.append((mono, f))
+    for mono, p in left.values():
+        f = _moved(p, space.sub(p, pinned), Aff(), t)
+        if f is None:
+            return None
+        lin.append((mono, f))
+    for mono, q in right.items():
+        if not q.is_const:
+            return None
+        lin.append((mono, Aff.var(t) * q.const))
+    sums = _fit_sums(algebra, a.sums, b.sums, t, pinned)
+    return None if sums is None else Exponent.of(lin, sums)
+
+
+def _moving_rates(
+    algebra: Algebra, left: Iterable[Mono], right: Iterable[Mono], t: int
+) -> list[tuple[Mono, Mono, Mono]]:
+    """The rates that are one leaf at two places, such as slope[2] and slope[3], each with the line through both."""
+    out = []
+    for x, y in zip(sorted(left), sorted(right), strict=False):
+        if [leaf for leaf, _ in x] == [leaf for leaf, _ in y]:
+            fitted = [_fit_access(algebra, p, q, t, {}) for p, q in zip(x, y, strict=True)]
+            out.append((x, y, tuple(a for a in fitted if a is not None)))
+    return [found for found in out if len(found[2]) == len(found[0])]
+
+
+Sums = tuple[tuple[tuple[Mono, Aff], Number], ...]
+Ends = dict[Number, list[tuple[Aff, Aff]]]
+"""Coefficient -> positions: where the piece that is followed has them pinned, and as they are."""
+
+
+def _fit_sums(
+    algebra: Algebra, a: Sums, b: Sums, t: int, pinned: Points
+) -> list[tuple[tuple[Mono, Aff], Number]] | None:
+    """Pairs +-P positions of both sides; a vanished pair P(u) - P(u) or a dropped P(0) is put back first."""
+    space = algebra.space
+    groups: dict[Mono, tuple[Ends, Ends, Mono]] = {}
+    for (mono, pos), c in a:
+        there = sub_mono(space, mono, pinned)
+        if groups.setdefault(there, ({}, {}, mono))[2] != mono:
+            return None
+        groups[there][0].setdefault(c, []).append((space.sub(pos, pinned), pos))
+    for (mono, pos), c in b:
+        groups.setdefault(mono, ({}, {}, mono))[1].setdefault(c, []).append((pos, pos))
+    out: list[tuple[tuple[Mono, Aff], Number]] = []
+    for left, right, mono in groups.values():
+        if not _restore(left, right) or not _restore(right, left) or left.keys() != right.keys():
+            return None
+        for c in left:
+            ps, qs = sorted(left[c]), sorted(right[c])
+            if len(ps) != len(qs):
+                return None
+            for (there, p), (q, _) in zip(ps, qs, strict=True):
+                moved = _moved(p, there, q, t)
+                if moved is None:
+                    return None
+                out.append(((mono, moved), c))
+    return out
+
+
+def _restore(mine: Ends, theirs: Ends) -> bool:
+    """Gives ``mine`` the P terms that cancelled there but not in ``theirs``."""
+    for c, positions in list(theirs.items()):
+        have = len(mine.get(c, ()))
+        if have >= len(positions):
+            continue
+        if len(positions) - have > 1:
+            return False
+        if len(mine.get(-c, ())) < len(theirs.get(-c, ())):
+            # the pair P(u) - P(u): u is the other side's end, the later of its positions, which does not move
+            u = _latest([p for p, _ in (*theirs[c], *theirs.get(-c, ()))])
+            mine.setdefault(c, []).append((u, u))
+            mine.setdefault(-c, []).append((u, u))
+        else:
+            mine.setdefault(c, []).append((Aff(), Aff()))
+    return True
+
+
+def _latest(positions: list[Aff]) -> Aff:
+    """The largest, as far as differences are numbers."""
+    best = positions[0]
+    for p in positions[1:]:
+        step = p - best
+        if step.is_const and step.const > 0:
+            best = p
+    return best

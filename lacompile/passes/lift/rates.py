@@ -1,0 +1,164 @@
+"""Rates in their canonical reading: a decay per token as differences of prefix sums, a decay per head as a product.
+
+``g[.., 5]`` is ``P(6) - P(5)`` where 5 is a token, so that the product of the decays of many tokens telescopes. The
+same access is the rate of head 5 elsewhere. Every reading is exact; which one is taken decides what merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .affine import FIRST_DIV, FIRST_SYMBOL, INF, TAU, Aff, Number, Range
+from .regions import Regions
+from .term import Access, Exponent, Mono
+
+Lin = tuple[Mono, Aff]
+Sum = tuple[tuple[Mono, Aff], Number]
+
+
+class Rates(Regions):
+    """Exponents whose rates are read at single tokens."""
+
+    def telescoped(self, exp: Exponent, accs: Sequence[Access]) -> Exponent:
+        """``exp`` with every single token of a long dimension as a difference of prefix sums, and no head as one."""
+        lin: list[Lin] = []
+        sums: list[Sum] = list(exp.sums)
+        for mono, f in map(self._of_base, exp.lin):
+            found = self._token_of(mono, accs) if f.is_const else None
+            if found is None:
+                lin.append((mono, f))
+                continue
+            running, pos = found
+            sums += [((running, pos + 1), f.const), ((running, pos), -f.const)]
+        heads, sums = self._of_heads(sums, accs)
+        return Exponent.of([*lin, *heads], sums)
+
+    def multiple(self, leaf: int) -> tuple[int, float]:
+        """A leaf, and the number that all its entries times are those of this one."""
+        return leaf, 1.0
+
+    def _of_base(self, rate: Lin) -> Lin:
+        """A rate of known numbers, as a multiple of the one that stands for all that are proportional."""
+        mono, f = rate
+        if len(mono) != 1:
+            return rate
+        base, c = self.multiple(mono[0][0])
+        return rate if base == mono[0][0] else (((base, mono[0][1]),), f * c)
+
+    def _token_of(self, mono: Mono, accs: Sequence[Access]) -> tuple[Mono, Aff] | None:
+        """The mono along the dimension in which it reads a single token, and that token."""
+        pos: Aff | None = None
+        out: list[Access] = []
+        for leaf, idx in mono:
+            shape = self.leaf_shapes[leaf]
+            fixed = [
+                (self._is_token(shape[d], i, accs), shape[d].const if shape[d].is_const else INF, -d)
+                for d, i in enumerate(idx)
+                if all(FIRST_SYMBOL <= v < FIRST_DIV for v, _ in i.terms)
+                and (not shape[d].is_const or shape[d].const > 1)
+                and not self._is_head(shape[d], i, accs)
+            ]
+            if not fixed:
+                out.append((leaf, idx))
+                continue
+            d = -max(fixed)[2]
+            if pos is None:
+                pos = idx[d]
+            out.append((leaf, (*idx[:d], Aff.var(TAU) + (idx[d] - pos), *idx[d + 1 :])))
+        return None if pos is None else (tuple(sorted(out)), pos)
+
+    def _read(self, size: Aff, accs: Sequence[Access]) -> list[set[Aff]]:
+        """Where the factors of a term read dimensions of this size: the places of each that has one."""
+        return [
+            {i for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if n == size}
+            for leaf, idx in accs
+            if size in self.leaf_shapes[leaf]
+        ]
+
+    def _is_head(self, size: Aff, place: Aff, accs: Sequence[Access]) -> bool:
+        """Whether a place along a dimension of this size is a head, going by the factors that the rate belongs to.
+
+        Several factors have such a dimension, and all are at that place; or several factors have none. Where the place
+        is a token, the keys are at others.
+        """
+        read = self._read(size, accs)
+        return len(accs) > 1 and len(read) != 1 and all(place in at for at in read)
+
+    def _is_token(self, size: Aff, place: Aff, accs: Sequence[Access]) -> bool:
+        """Whether some factor reads such a dimension at another number."""
+        return any(i != place and i.is_const for at in self._read(size, accs) for i in at)
+
+    def _of_heads(self, sums: Sequence[Sum], accs: Sequence[Access]) -> tuple[list[Lin], list[Sum]]:
+        """``c P(p + 1) - c P(p)`` of a head p as ``c`` times its rate, and the other prefix sums."""
+        lin: list[Lin] = []
+        left: list[Sum] = []
+        groups: dict[Mono, list[tuple[Aff, Number]]] = {}
+        for (mono, pos), c in sums:
+            groups.setdefault(mono, []).append((pos, c))
+        for mono, ends in groups.items():
+            found = self._head_of(mono, ends, accs)
+            if found is None:
+                left += [((mono, pos), c) for pos, c in ends]
+            else:
+                lin.append(found)
+        return lin, left
+
+    def _head_of(self, mono: Mono, ends: Sequence[tuple[Aff, Number]], accs: Sequence[Access]) -> Lin | None:
+        if not accs or any(pos.terms for pos, _ in ends):
+            return None
+        at = {pos.const: c for pos, c in ends}
+        if len(at) == 1:
+            at[0] = -sum(at.values())  # P(0) was dropped
+        if len(at) != 2:
+            return None
+        (first, below), (second, above) = sorted(at.items())
+        if second != first + 1 or above != -below:
+            return None
+        place = Aff.lit(first)
+        for leaf, idx in mono:
+            for i, size in zip(idx, self.leaf_shapes[leaf], strict=True):
+                if i.coef(TAU) and not self._is_head(size, self.space.sub(i, {TAU: place}), accs):
+                    return None
+        rate = tuple(sorted((leaf, tuple(self.space.sub(i, {TAU: place}) for i in idx)) for leaf, idx in mono))
+        return rate, Aff.lit(above)
+
+    # --------------------------------------------------------------------------------------------- at most one step
+
+    def short_steps(self, exp: Exponent, accs: Sequence[Access], ranges: Mapping[int, Range]) -> Exponent:
+        """``g[p] f`` where f is 0 or 1 and p a position of the factors: ``P(p + 1) - P(p + 1 - f)``, or the like.
+
+        Chunks of two tokens hold one decay between them.
+        """
+        lin: list[Lin] = []
+        sums: list[Sum] = list(exp.sums)
+        for mono, f in exp.lin:
+            found = self._short_step(mono, f, accs, ranges) if mono and f.terms else None
+            if found is None:
+                lin.append((mono, f))
+            else:
+                sums += found
+        return Exponent.of(lin, sums) if len(lin) < len(exp.lin) else exp
+
+    def _short_step(self, mono: Mono, f: Aff, accs: Sequence[Access], ranges: Mapping[int, Range]) -> list[Sum] | None:
+        if not all(isinstance(c, int) for c in (f.const, *(c for _, c in f.terms))):
+            return None
+        read = {i for _, idx in accs for i in idx}
+        for sign in (1, -1):
+            step = f * sign
+            if self.space.lower(step, ranges) < 0 or self.space.upper(step, ranges) > 1:
+                continue
+            for p in sorted({i for leaf, idx in mono for i in self._tokens(leaf, idx, accs)}):
+                if p - step in read:
+                    ends = (p + 1, p + 1 - step)
+                elif p + step - 1 in read:
+                    ends = (p + step, p)
+                else:
+                    continue
+                along = tuple(sorted((leaf, tuple(Aff.var(TAU) if i == p else i for i in idx)) for leaf, idx in mono))
+                return [((along, ends[0]), sign), ((along, ends[1]), -sign)]
+        return None
+
+    def _tokens(self, leaf: int, idx: Sequence[Aff], accs: Sequence[Access]) -> list[Aff]:
+        """The places at which a rate may be read along tokens."""
+        sizes = self.leaf_shapes[leaf]
+        return [i for i, n in zip(idx, sizes, strict=True) if not self._is_head(n, i, accs)]

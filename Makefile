@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test matrix lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -22,6 +22,9 @@ demo: $(READY) ## run the main job: public models, eager, Inductor and lightning
 
 test: $(READY) ## run the test suite
 	$(BIN)/python -m pytest -n 2
+
+matrix: $(READY) ## run all public programs and write docs/support-matrix.md
+	$(BIN)/python -m tests.models
 
 lint: $(READY) ## formatting, types and the import contracts
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ def assert_rewritten(
     options: dict[str, Any] | None = None,
     compiled: bool = True,
     dynamic: bool | None = None,
+    after: Sequence[Any] | None = None,
 ) -> Report:
     """``fn(*args)``, compiled with the lightning backend, has ``count`` rewrites and computes what eager computes.
 
@@ -46,6 +47,7 @@ def assert_rewritten(
         options: as in ``torch.compile(options=...)``.
         compiled: with False the rewritten graph runs as it is, without Inductor: the same statement, much faster.
         dynamic: as in ``torch.compile(dynamic=...)``.
+        after: arguments of a call before. Dynamo then makes the sizes that differ symbolic, if the program lets it.
 
     Returns:
         The report, summed over all graphs.
@@ -55,8 +57,11 @@ def assert_rewritten(
         ValueError: ``grads`` and nothing requires a gradient.
     """
     reports: list[Report] = []
+    analysed = True
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        if not analysed:
+            return gm.forward
         if not compiled:
             decision = decide(gm, example_inputs, Options.split(options)[0])
             reports.append(decision.report)
@@ -67,9 +72,18 @@ def assert_rewritten(
         reports.append(report)
         return made
 
+    def with_backend(f: Callable[..., Any]) -> Callable[..., Any]:
+        nonlocal analysed
+        made = torch.compile(f, backend=backend, dynamic=dynamic)
+        if after is not None:
+            analysed = False
+            made(*_no_leaves(_copied(f, tuple(after), None)[1]))
+            analysed = True
+        return made
+
     torch._dynamo.reset()
     eager = _run(fn, args, grads, lambda f: f)
-    ours = _run(fn, args, grads, lambda f: torch.compile(f, backend=backend, dynamic=dynamic))
+    ours = _run(fn, args, grads, with_backend)
     report = sum(reports[1:], reports[0]) if reports else Report(graphs=0)
     if len(report.rewrites) != count:
         raise AssertionError(f"expected {count} rewrites, found {len(report.rewrites)}\n{report}")
@@ -132,18 +146,22 @@ def _run(
         leaves |= {f"parameter {name}": p for name, p in ours.named_parameters() if p.requires_grad}
     if grads and not leaves:
         raise ValueError("grads=True, but no argument or parameter requires a gradient; pass grads=False")
-    # a product with one is no leaf of autograd: the program may write into its arguments
-    given = tree_map(lambda x: x * 1 if isinstance(x, Tensor) and x.requires_grad else x, own_args)
-    torch.manual_seed(0)
     precision = in_fp64() if dtype is torch.float64 else contextlib.nullcontext()
     with torch.set_grad_enabled(grads), precision:
-        result = wrap(ours)(*given)
+        run = wrap(ours)
+        torch.manual_seed(0)
+        result = run(*_no_leaves(own_args))
     outputs = {f"output {name}".strip(): x for name, x in _tensors(result).items()}
     gradients: dict[str, Tensor | None] = {}
     if grads:
         loss = _loss(outputs)
         gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values()), allow_unused=True), strict=True))
     return _Run({name: x.detach() for name, x in outputs.items()}, gradients)
+
+
+def _no_leaves(args: Any) -> Any:
+    """Arguments that are no leaves of autograd (a product with one is none): the program may write into them."""
+    return tree_map(lambda x: x * 1 if isinstance(x, Tensor) and x.requires_grad else x, args)
 
 
 def _copied(fn: Callable[..., Any], args: Any, dtype: torch.dtype | None) -> tuple[Callable[..., Any], Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
 
 
 class _Absent(ModuleType):
@@ -38,12 +38,26 @@ def load(package: str, path: str, absent: tuple[str, ...] = ()) -> ModuleType:
         spec = importlib.util.spec_from_file_location(name, Path(found.submodule_search_locations[0]) / path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        with mock.patch.dict(sys.modules, {m: _Absent(m) for m in absent}):
+        missing = [m for m in absent if m not in sys.modules]
+        sys.modules.update({m: _Absent(m) for m in missing})
+        try:
             spec.loader.exec_module(module)
+        finally:
+            for m in missing:
+                del sys.modules[m]
         sys.modules[name] = module
     return sys.modules[name]
 
 
-def release(distribution: str) -> str:
-    """The installed version of a distribution."""
-    return version(distribution)
+@contextmanager
+def without(*packages: str) -> Iterator[None]:
+    """Packages that cannot be imported inside, as on a machine that lacks them."""
+    hidden = {p: sys.modules.pop(p, None) for p in packages}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name, module in hidden.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module

@@ -64,7 +64,7 @@ def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Te
         raise Refused(
             "single-term",
             "one sum over j <= i",
-            f"{len(found)} sums that do not merge: {found[0]!r} and {found[1]!r}",
+            f"{len(found)} sums that do not merge",
             2,
             "pieces of a loop merge only if their weights agree exactly at the borders",
         )
@@ -143,9 +143,7 @@ class _Prover:
         bound = self.main.bound(self.space)
         about_j = {g for g in self.main.guards if self.j in self.space.vars(g)}
         if about_j != {j, i - j}:
-            found = (
-                ", ".join(f"{g} >= 0" for g in sorted(about_j)).replace(f"j{-self.j}", "j").replace(f"x{self.n}", "i")
-            )
+            found = ", ".join(self._spoken(g) for g in sorted(about_j))
             hint = "the diagonal is left out" if i - j - 1 in about_j else ""
             raise Refused("causal-range", "0 <= j <= i", found, 3, hint)
         self.features: dict[int, tuple[int, Aff]] = {}
@@ -165,11 +163,18 @@ class _Prover:
             raise Refused(
                 "causal-range",
                 "every position of the result computed the same way",
-                "only where " + " and ".join(f"{g} >= 0" for g in sorted(loose)),
+                "only where " + " and ".join(self._spoken(g) for g in sorted(loose)),
                 3,
             )
         if len(self.features) > 4:
             raise Refused("whole-features", "at most four feature indices", f"{len(self.features)}", 3)
+
+    def _spoken(self, guard: Aff) -> str:
+        """A guard as an end of the range of j where it is one: ``j <= i + 3``."""
+        c = guard.coef(self.j)
+        end = guard.without(self.j) * -c
+        text = f"j {'>=' if c > 0 else '<='} {end}" if abs(c) == 1 else f"{guard} >= 0"
+        return text.replace(f"j{-self.j}", "j").replace(f"x{self.n}", "i")
 
     def _holds(self, a: Access, v: int) -> bool:
         return any(v in self.space.vars(i) for i in a[1])
@@ -351,7 +356,14 @@ class _Prover:
             if all(f.is_const for _, f in t.exp.lin):
                 self.proof.residual.append(t)
                 return
-        raise Refused("single-term", "one sum over j <= i (and an initial state)", f"also {t!r}", 6)
+        raise Refused("single-term", "one sum over j <= i (and an initial state)", f"also {self._spoken_term(t)}", 6)
+
+    def _spoken_term(self, t: Term) -> str:
+        if t.bound(self.space):
+            return (
+                f"a sum over {len(t.bound(self.space))} indices of {len(t.accs)} factors with another range or weight"
+            )
+        return "a term that only some positions have" if t.guards else "a term whose weight changes with the position"
 
     def _is_state_term(self, t: Term) -> bool:
         """exp(G_i) q_i S_init: the weight is the main one at j = -1, the query the same."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,15 @@ def as_output(q: Tensor, made: Tensor) -> Tensor:
 
 def as_gradient(x: Tensor, made: Tensor) -> Tensor:
     """``made`` with the dtype and strides of ``empty_like(x)``; a copy only where it has others."""
-    promised = torch.empty_like(x, device="meta")
-    if made.dtype == x.dtype and made.stride() == promised.stride():
+    if made.dtype == x.dtype and made.stride() == _dense(x.shape, x.stride()):
         return made
     return torch.empty_like(x).copy_(made)
+
+
+@lru_cache(maxsize=4096)
+def _dense(shape: Sequence[int], stride: Sequence[int]) -> Sequence[int]:
+    """Strides of ``empty_like`` of a tensor."""
+    return torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
 
 
 def own_precision(q: Tensor) -> AbstractContextManager[object]:

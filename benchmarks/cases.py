@@ -26,7 +26,6 @@ class Case:
     Attributes:
         batch, heads, length, dim: B, H, N and D.
         per_token: one decay per token instead of one per head.
-        graph: timed as a replay of a CUDA graph: for problems so small that the host would be what is measured.
     """
 
     batch: int
@@ -34,12 +33,11 @@ class Case:
     length: int
     dim: int
     per_token: bool = False
-    graph: bool = False
 
     def columns(self) -> Row:
         return {
             "B": self.batch, "H": self.heads, "N": self.length, "D": self.dim,
-            "decay": "token" if self.per_token else "head", "graph": int(self.graph),
+            "decay": "token" if self.per_token else "head",
         }  # fmt: skip
 
     @property

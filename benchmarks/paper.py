@@ -4,8 +4,8 @@
 
 One sequence of 1 K to 1 M tokens in bf16, forward alone and forward with backward. A linear attention should take the
 same for each token at any length (arXiv 2401.04658, figure 1); softmax attention takes more the longer the sequence
-is. Memory is the peak beyond what the inputs take. Up to 16 K tokens a call is a replay of a CUDA graph, since the host
-would be what is measured. A method stops where one call takes longer than --longest seconds.
+is. Memory is the peak beyond what the inputs take. A call is a replay of a CUDA graph, since the host would be what is
+measured on short sequences. A method stops where one call takes longer than --longest seconds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from harness import Row
 from peers import Peer
 
 LENGTHS = [2**n for n in range(10, 21)]
-GRAPHED = 2**14
 COLUMNS = ["implementation", "pass", "N", "p50_ms", "ns_per_token", "bytes_per_token", "failed"]
 
 
@@ -38,7 +37,7 @@ def rows_of(
             row: Row = {"implementation": peer.name, "pass": name, **case.columns()}
             try:
                 row["bytes_per_token"] = round(harness.extra_bytes(call) / case.length, 1)
-                found = harness.times(harness.graphed(call) if case.graph else call, seconds)
+                found = harness.times(harness.graphed(call), seconds)
                 row |= found.columns() | {"ns_per_token": round(1e6 * found.p50 / case.length, 3), "calls": found.calls}
                 # The next length is twice this one; softmax attention takes four times as long for it.
                 if 1e-3 * found.p50 > longest / 4:
@@ -68,7 +67,7 @@ def main() -> None:
     args = parser.parse_args()
     lengths, heads, dim = ([64, 128], 2, 16) if args.dry else (args.lengths, args.heads, args.dim)
     compared = [p for p in peers.installed() if p in (peers.OURS, peers.FLA, peers.SOFTMAX)]
-    cases = [Case(1, heads, n, dim, graph=n <= GRAPHED) for n in lengths]
+    cases = [Case(1, heads, n, dim) for n in lengths]
     if harness.GPU:
         peers.share_autotuning(shards=1000 if args.untuned_peers else 1)
         warm(cases, compared)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,11 +19,12 @@ from .errors import LacompileError
 from .options import Options
 from .passes.batch import batched
 from .passes.capture import fake_mode_of
-from .passes.effects import Effects
+from .passes.effects import NOWHERE, Effects, overlap
 from .passes.facts import Analysis, Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
 from .passes.legality import settled
 from .passes.lift import analyse
 from .passes.rewrite import rewrite
+from .passes.schedule import Schedule
 from .passes.validate import Validation, validate
 from .report import NearMiss, Report, Rewrite
 
@@ -51,8 +55,20 @@ def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     if _compat.functorch_active() or _compat.functorch_inside(gm):
         return Decision(None, Report(notes=("left alone: a functorch transform or forward-mode AD is active",)))
     # what is asked of symbolic sizes must not specialise the compiled program
-    with _compat.suppressed_guards(fake_mode_of(gm)):
+    with _compat.suppressed_guards(fake_mode_of(gm)), _no_collection():
         return _decide(gm, example_inputs, options)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Cycles are collected later: one look at all that PyTorch and Dynamo hold costs as much as hundreds of nodes."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Decision:
@@ -74,11 +90,13 @@ def _own(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, found: Analysis, start: float
 ) -> Decision:
     """The decision about the graph itself, without those that its operators call."""
+    schedule = Schedule(gm, found.effects)
+    real = {n: example_inputs[i] for n, i in schedule.inputs.items() if i < len(example_inputs)}
     refusals = list(found.refusals)
     kept: list[Match] = []
     validated: list[Validation] = []
     for match in found.matches:
-        outcome = _checked(gm, match, example_inputs, options, found.effects)
+        outcome = _checked(schedule, match, real, options)
         if isinstance(outcome, Refusal):
             refusals.append(outcome)
         else:
@@ -88,10 +106,10 @@ def _own(
     primary = {id(f) for m in kept if not _is_state(m) for f in m.facts}
     lone = [_is_state(m) and not all(id(f) in primary for f in m.facts) for m in kept]
     validated = [v for v, out in zip(validated, lone, strict=True) if not out]
-    kept = batched(gm, [m for m, out in zip(kept, lone, strict=True) if not out], found.effects)
+    kept = batched(schedule, [m for m, out in zip(kept, lone, strict=True) if not out])
     rewritten, used = None, {id(f) for m in kept for f in m.facts}
     if kept and not options.dry_run:
-        rewritten, used = rewrite(gm, kept, torch.ops.lacompile.decayed_attention.default, found.effects)
+        rewritten, used = rewrite(schedule, kept, torch.ops.lacompile.decayed_attention.default)
     report = Report(
         tuple(_rewrites(kept, validated, used)),
         tuple(map(NearMiss.of, refusals)),
@@ -99,22 +117,20 @@ def _own(
         nodes_before=len(gm.graph.nodes),
         nodes_after=len((rewritten or gm).graph.nodes),
     )
-    position = _positions(gm)
-    return Decision(
-        rewritten, report, tuple((position[a.node], a) for m in kept for f in m.facts for a in f.assumptions)
-    )
+    assumed = tuple((schedule.inputs[a.node], a) for m in kept for f in m.facts for a in f.assumptions)
+    return Decision(rewritten, report, assumed)
 
 
 def _checked(
-    gm: fx.GraphModule, match: Match, example_inputs: Sequence[Any], options: Options, effects: Effects
+    schedule: Schedule, match: Match, real: Mapping[fx.Node, Any], options: Options
 ) -> tuple[Match, Validation] | Refusal:
     """The match where it will be computed and how its validation came out, or why it is not taken."""
-    placed = settled(gm, match, effects)
+    placed = settled(schedule, match)
     if isinstance(placed, Refusal):
         return placed
-    if (problem := _unserved(match) or _unmet(gm, match, example_inputs)) is not None:
+    if (problem := _unserved(match) or _unmet(match, real)) is not None:
         return problem
-    outcome = validate(gm, placed, example_inputs, _reference, options.validate, effects)
+    outcome = validate(schedule, placed, real, _reference, options.validate)
     return outcome if isinstance(outcome, Refusal) else (placed, outcome)
 
 
@@ -143,17 +159,24 @@ def _bodies(
 
     Yields the name of each and the decision about it, whose ``assumed`` speaks of the inputs of ``gm``.
     """
-    position = _positions(gm)
+    position = {n: i for i, n in enumerate(gm.graph.find_nodes(op="placeholder"))}
+    named = Counter(str(n.target) for n in gm.graph.find_nodes(op="get_attr"))
+    written = NOWHERE
+
+    def input_of(arg: Any) -> int | None:
+        """What was written to is no longer the input whose values are known."""
+        known = isinstance(arg, fx.Node) and not overlap(written, effects.lives.get(arg, NOWHERE))
+        return position.get(arg) if known else None
+
     for node in gm.graph.nodes:
-        if node in effects.writes:  # what was written to is no longer the input whose values are known
-            position = {n: i for n, i in position.items() if not effects.writes_into(node, n)}
+        written |= effects.writes.get(node, NOWHERE)
         if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
             continue
         name, given = str(node.args[0].target), node.args[1:]
         body = getattr(gm, name)
-        if sum(n.op == "get_attr" and n.target == name for n in gm.graph.nodes) > 1:
+        if named[name] > 1:
             continue
-        outer = [position.get(a) if isinstance(a, fx.Node) else None for a in given]
+        outer = [input_of(a) for a in given]
         inputs = [example_inputs[i] if i is not None else _number(a) for i, a in zip(outer, given, strict=True)]
         made = _decide(body, inputs, options)
         assumed = [(outer[i], a) for i, a in made.assumed]
@@ -191,11 +214,6 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 # ------------------------------------------------------------------------------------------------------------- details
 
 
-def _positions(gm: fx.GraphModule) -> dict[fx.Node, int]:
-    """Where each placeholder stands among the inputs."""
-    return {n: i for i, n in enumerate(n for n in gm.graph.nodes if n.op == "placeholder")}
-
-
 def _is_state(match: Match) -> bool:
     """Whether the match is of a final state rather than of an output."""
 
@@ -220,14 +238,13 @@ def _unserved(match: Match) -> Refusal | None:
     return None
 
 
-def _unmet(gm: fx.GraphModule, match: Match, example_inputs: Sequence[Any]) -> Refusal | None:
+def _unmet(match: Match, inputs: Mapping[fx.Node, Any]) -> Refusal | None:
     """An assumption that does not hold of the inputs at hand, or that cannot be asked of them.
 
     Those on values were read off these very inputs.
     """
-    position = _positions(gm)
     for assumption in (a for f in match.facts for a in f.assumptions if a.kind != "values"):
-        real = example_inputs[position[assumption.node]]
+        real = inputs.get(assumption.node)
         if isinstance(real, torch.Tensor) and not _compat.is_fake(real) and assumption.holds(real.detach()):
             continue
         return Refusal(

@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from .capture.modes import grad_modes
-from .effects import Effects
+from .effects import NOWHERE
 from .facts import Attend, Call, DecayedAttention, Expr, Match, values_of
+from .schedule import Schedule
 
 
-def batched(gm: fx.GraphModule, matches: Sequence[Match], effects: Effects) -> list[Match]:
+def batched(schedule: Schedule, matches: Sequence[Match]) -> list[Match]:
     """The matches, those that can be joined reading their head of one operator; their order is kept."""
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
+    order = schedule.order
     heads: dict[int, list[Match]] = {}  # an attention's output, and the state that it leaves
     for m in sorted(matches, key=lambda m: order[m.behind]):
         for f in m.facts:
             heads.setdefault(id(f), []).append(m)
+    layers = _layers(schedule, {m.target for m in matches})
     groups: dict[Any, list[_Group]] = {}
     for head in heads.values():
         if any(len(m.facts) != 1 or m.after is not None or m.place is not None for m in head):
@@ -32,14 +33,23 @@ def batched(gm: fx.GraphModule, matches: Sequence[Match], effects: Effects) -> l
         key = _shape(head[0].facts[0])
         if key is None:
             continue
-        mine = groups.setdefault((*key, len(head)), [])
+        layer = max(layers[v.node] for m in head for v in values_of(m.replacement))
+        mine = groups.setdefault((*key, len(head), layer), [])
         for group in mine:
             if group.takes(head):
                 break
         else:
-            mine.append(_Group(gm, order, effects, [head], []))
+            mine.append(_Group(schedule, [head], []))
     made = {id(old): new for found in groups.values() for g in found if len(g.heads) > 1 for old, new in g.joined()}
     return [made.get(id(m), m) for m in matches]
+
+
+def _layers(schedule: Schedule, targets: set[fx.Node]) -> dict[fx.Node, int]:
+    """How many targets lie one behind the other on the way to each node: those of one layer do not need each other."""
+    out: dict[fx.Node, int] = {}
+    for node in schedule.nodes:
+        out[node] = max((out[n] for n in node.all_input_nodes), default=0) + (node in targets)
+    return out
 
 
 def _shape(fact: DecayedAttention) -> Any:
@@ -53,32 +63,27 @@ def _shape(fact: DecayedAttention) -> Any:
 
 @dataclass
 class _Group:
-    gm: fx.GraphModule
-    order: dict[fx.Node, int]
-    effects: Effects
+    schedule: Schedule
     heads: list[list[Match]]
     moved: list[fx.Node]  # in their order in the graph
 
     def takes(self, head: list[Match]) -> bool:
         """Adds a head whose inputs can be had at the first one's target."""
         first = self.heads[0][0].target
-        needed = self._needed(head, self.order[first])
-        if needed is None or not self._movable(first, needed):
+        needed = self._needed(head, self.schedule.order[first])
+        if not self._movable(first, needed):
             return False
         self.heads.append(head)
-        self.moved = sorted({*self.moved, *needed}, key=self.order.__getitem__)
+        self.moved = sorted({*self.moved, *needed}, key=self.schedule.order.__getitem__)
         return True
 
-    def _needed(self, head: list[Match], at: int) -> set[fx.Node] | None:
-        """What is computed after ``at`` and the head is computed from; None if the results of the group are."""
-        targets = {m.target for own in self.heads for m in own}
+    def _needed(self, head: list[Match], at: int) -> set[fx.Node]:
+        """What is computed after ``at`` and the head is computed from: no results of the group, which is one layer."""
         needed: set[fx.Node] = set()
         work = [v.node for m in head for v in values_of(m.replacement)]
         while work:
             node = work.pop()
-            if node in targets:
-                return None
-            if self.order[node] > at and node not in needed:
+            if self.schedule.order[node] > at and node not in needed:
                 needed.add(node)
                 work += node.all_input_nodes
         return needed
@@ -86,19 +91,19 @@ class _Group:
     def _movable(self, first: fx.Node, needed: set[fx.Node]) -> bool:
         if not needed:
             return True
-        modes = grad_modes(self.gm)
-        start, end = self.order[first], max(self.order[n] for n in needed)
-        between = [n for n, i in self.order.items() if start < i <= end]
-        if any(n in self.effects.impure for n in between) or any(modes[n] != modes[first] for n in needed):
+        schedule, modes = self.schedule, self.schedule.records_gradients
+        order, effects = schedule.order, schedule.effects
+        start, end = order[first], max(order[n] for n in needed)
+        if schedule.impure_between(start, end) or any(modes[n] != modes[first] for n in needed):
             return False
-        if any(n in self.effects.writes for n in needed):
+        if any(n in effects.writes for n in needed):
             return False
-        for writer in (n for n in between if n in self.effects.writes):
-            for node in needed:
-                read = [node, *node.all_input_nodes]
-                if self.order[node] > self.order[writer] and any(self.effects.writes_into(writer, n) for n in read):
-                    return False
-        return True
+        return not any(
+            True
+            for node in needed
+            for n in (node, *node.all_input_nodes)
+            for _ in schedule.writers(effects.lives.get(n, NOWHERE), start, order[node] - 1)
+        )
 
     def joined(self) -> list[tuple[Match, Match]]:
         """Each match, and the one that reads its head of the joined operator."""

@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 from .._compat import suppressed_guards
 from .effects import ANYWHERE, NOWHERE, Effects
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
+from .schedule import Schedule
 
 OpCall = Callable[..., Any]
 
@@ -22,22 +23,20 @@ class CannotRewrite(Exception):
     """The replacement does not fit the value it replaces; the original graph stays."""
 
 
-def rewrite(
-    gm: fx.GraphModule, matches: Sequence[Match], operator_call: OpCall, effects: Effects
-) -> tuple[fx.GraphModule, set[int]]:
-    """A copy of ``gm`` in which every match's target is its replacement, and the ids of the facts that it computes.
+def rewrite(schedule: Schedule, matches: Sequence[Match], operator_call: OpCall) -> tuple[fx.GraphModule, set[int]]:
+    """A copy of a graph in which every match's target is its replacement, and the ids of the facts that it computes.
 
     A match of which another's replacement leaves nothing, as one head of a tensor that is replaced whole, is not used.
 
     Args:
-        gm: the Dynamo graph; not changed.
+        schedule: of the Dynamo graph, which is not changed. What has effects stays.
         matches: what to replace.
         operator_call: the fused operator, called as in ``torch.ops.lacompile.decayed_attention``.
-        effects: of the nodes of ``gm``: what has some stays.
 
     Raises:
         CannotRewrite: a replacement of another shape or dtype than its target.
     """
+    gm, effects = schedule.gm, schedule.effects
     mapping: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, mapping)
@@ -49,11 +48,9 @@ def rewrite(
     copied.meta = gm.meta
     # A module attribute that the copy does not name would be lost: constants and submodules are shared.
     finals = {id(f) for m in matches for f in _facts_with_final_state(m.replacement)}
-    written = {mapping[n] for n in effects.writes if n in mapping}
-    writer = _Writer(copied, mapping, operator_call, finals, written)
-    order = {n: i for i, n in enumerate(gm.graph.nodes)}
-    for match in sorted(matches, key=lambda m: order[m.behind]):
-        writer.replace(match, order)
+    writer = _Writer(copied, mapping, operator_call, finals, schedule)
+    for match in sorted(matches, key=lambda m: schedule.order[m.behind]):
+        writer.replace(match)
     _erase_dead(graph, {new: old for old, new in mapping.items()}, effects)
     graph.lint()
     copied.recompile()
@@ -72,23 +69,23 @@ BY_STRIDES = ("view", "view_as", "as_strided", "unflatten")
 """Functions whose result, or whether they have one, depends on the strides of their argument."""
 
 
-def _strides_matter(node: fx.Node, written: set[fx.Node]) -> bool:
-    """Whether the program can tell which strides this value has.
+def _known_by_strides(schedule: Schedule) -> set[fx.Node]:
+    """The values of which the program can tell which strides they have.
 
     A result of the graph shows them; a ``view`` needs them; a ``reshape`` goes by them whether it copies, which a later
     write into its result reveals; what an operator outside PyTorch does with them is not known.
     """
-    work, seen = [node], {node}
-    while work:
-        for user in work.pop().users:
-            foreign = isinstance(user.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
-            name = getattr(user.target, "__name__", user.target)
-            if user.op == "output" or user in written or foreign or name in BY_STRIDES:
-                return True
-            if user.target not in MADE_ANEW and user not in seen:
-                seen.add(user)
-                work.append(user)
-    return False
+    told: set[fx.Node] = set()
+    for user in reversed(schedule.nodes):
+        foreign = isinstance(user.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
+        shows = user.op == "output" or user in schedule.effects.writes or foreign
+        if (
+            shows
+            or getattr(user.target, "__name__", user.target) in BY_STRIDES
+            or (user in told and user.target not in MADE_ANEW)
+        ):
+            told.update(user.all_input_nodes)
+    return told
 
 
 class _Writer:
@@ -98,16 +95,18 @@ class _Writer:
         mapping: dict[fx.Node, fx.Node],
         operator_call: OpCall,
         finals: set[int],
-        written: set[fx.Node],
+        schedule: Schedule,
     ):
         self.gm, self.mapping, self.operator_call, self.finals = gm, mapping, operator_call, finals
-        self.written = written  # nodes that write into some tensor
+        self.order = schedule.order
+        self.known_by_strides = _known_by_strides(schedule)
+        self.place = {new: schedule.order[old] for old, new in mapping.items()}  # of the nodes that were copied
         self.made: dict[int, fx.Node] = {}
         self.calls: dict[int, fx.Node] = {}  # by the id of the fact: a call of the operator
         self.kept: list[Any] = []  # recipes stay alive while their ids are keys
         self.origin: fx.Node | None = None
 
-    def replace(self, match: Match, order: dict[fx.Node, int]) -> None:
+    def replace(self, match: Match) -> None:
         target = self.mapping[match.target]
         at = self.mapping[match.behind]
         for node in match.hoisted:
@@ -123,11 +122,10 @@ class _Writer:
             got = new.meta["example_value"]
         if tuple(got.shape) != tuple(want.shape):
             raise CannotRewrite(f"{target.name} has shape {tuple(want.shape)}, its replacement {tuple(got.shape)}")
-        if not _same_strides(got, want) and _strides_matter(target, self.written):
+        if not _same_strides(got, want) and match.target in self.known_by_strides:
             new = self._with_strides_of(new, want)
-        later = {self.mapping[n] for n, i in order.items() if i > order[match.after or match.target]}
-        skip = set(self.made.values()) | {new}
-        target.replace_all_uses_with(new, lambda user: user in later and user not in skip, propagate_meta=False)
+        at = self.order[match.after or match.target]
+        target.replace_all_uses_with(new, lambda user: self.place.get(user, -1) > at, propagate_meta=False)
 
     def _with_strides_of(self, new: fx.Node, want: torch.Tensor) -> fx.Node:
         """A copy whose dimensions follow each other in memory as those of ``want`` do."""

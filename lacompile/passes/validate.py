@@ -6,8 +6,9 @@ import contextlib
 import operator
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from .capture.modes import AUTOCAST, GRAD_MODE, INFERENCE_MODE
-from .effects import NOWHERE, Effects, overlap
+from .effects import NOWHERE
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
+from .schedule import Schedule
 
 Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
 
@@ -43,49 +45,62 @@ class Validation:
 
 
 def validate(
-    gm: fx.GraphModule,
-    match: Match,
-    example_inputs: Sequence[Any],
-    reference: Reference,
-    policy: str,
-    effects: Effects,
+    schedule: Schedule, match: Match, real: Mapping[fx.Node, Any], reference: Reference, policy: str
 ) -> Validation | Refusal:
     """Compares on random inputs of the real shapes.
 
     Args:
+        schedule: of the graph that the match was found in.
+        real: the inputs at hand, by placeholder.
         policy: "off"; "budget" skips a region of more than about a second of work; "always".
     """
     if policy == "off":
         return Validation(skipped="turned off")
-    region = _region(gm, match, effects)
+    region = _region(schedule, match)
     if policy == "budget" and (cost := _cost(region)) is not None:
         return Validation(skipped=f"cost: {cost}")
     start = time.perf_counter()
     try:
-        return _compare(gm, match, region, example_inputs, reference, start)
+        return _compare(schedule.gm, match, region, real, reference, start)
     except Exception as error:
         found = f"the comparison itself failed: {type(error).__name__}: {error}"
         return Refusal("validate", "comparison", match.target, "a region that runs in fp64", found, progress=11)
 
 
-def _region(gm: fx.GraphModule, match: Match, effects: Effects) -> list[fx.Node]:
-    """The nodes that compute the target from the values the replacement reads, in graph order."""
+def _region(schedule: Schedule, match: Match) -> list[fx.Node]:
+    """The nodes that compute the target from the values the replacement reads, in graph order.
+
+    They are found from the last to the first: a node is needed for its result, or for what it writes into memory that
+    a needed node behind it reads.
+    """
+    order, lives = schedule.order, schedule.effects.lives
     inputs = {v.node for v in values_of(match.replacement)}
-    nodes = list(gm.graph.nodes)
-    nodes = nodes[: nodes.index(match.after or match.target) + 1]
-    needed = {match.target} | ({match.after} if match.after else set())
-    memory = effects.lives.get(match.target, NOWHERE)
-    # behind the place of the replacement a value that it reads may be written to, and then be read by the target too
-    later = set(nodes[nodes.index(match.place) + 1 :]) if match.place is not None else set()
-    read = NOWHERE.union(*(effects.lives.get(n, NOWHERE) for n in inputs))
-    for node in reversed(nodes):
-        writes = effects.writes.get(node, NOWHERE)
-        if node in needed or overlap(writes, memory) or (node in later and overlap(writes, read)):
-            needed.add(node)
-            if node not in inputs:
-                needed.update(node.all_input_nodes)
-                memory = memory.union(*(effects.lives.get(n, NOWHERE) for n in node.all_input_nodes if n not in inputs))
-    return [n for n in nodes if n in needed and n not in inputs]
+    end = order[match.after or match.target]
+    needed: set[int] = set()
+    waiting: list[int] = []  # a heap of places, the last first
+
+    def need(nodes: Iterable[fx.Node]) -> None:
+        for n in nodes:
+            if order[n] not in needed:
+                needed.add(order[n])
+                heappush(waiting, -order[n])
+
+    need([match.target, schedule.nodes[end]])
+    need(schedule.writers(lives.get(match.target, NOWHERE), -1, end))
+    if match.place is not None:
+        # behind the place of the replacement a value that it reads may be written to, and then be read by the target
+        read = NOWHERE.union(*(lives.get(n, NOWHERE) for n in inputs))
+        need(schedule.writers(read, order[match.place], end))
+    memory = lives.get(match.target, NOWHERE)
+    while waiting:
+        at = -heappop(waiting)
+        if (node := schedule.nodes[at]) in inputs:
+            continue
+        need(node.all_input_nodes)
+        held = NOWHERE.union(*(lives.get(n, NOWHERE) for n in node.all_input_nodes if n not in inputs))
+        need(schedule.writers(held - memory, -1, at - 1))
+        memory |= held
+    return [n for at in sorted(needed) if (n := schedule.nodes[at]) not in inputs]
 
 
 def _cost(region: Sequence[fx.Node]) -> str | None:
@@ -117,12 +132,10 @@ def _compare(
     gm: fx.GraphModule,
     match: Match,
     region: Sequence[fx.Node],
-    example_inputs: Sequence[Any],
+    real: Mapping[fx.Node, Any],
     reference: Reference,
     start: float,
 ) -> Validation | Refusal:
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    real = dict(zip(placeholders, example_inputs, strict=False))
     by_value = {a.node for f in match.facts for a in f.assumptions if a.kind == "values"}
     decays = {v.node for f in match.facts for v in values_of(f.log_decay)}
     inputs = list(dict.fromkeys(v.node for v in values_of(match.replacement)))
@@ -210,7 +223,7 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def _input(
-    node: fx.Node, real: dict[fx.Node, Any], decays: set[fx.Node], by_value: set[fx.Node], generator: torch.Generator
+    node: fx.Node, real: Mapping[fx.Node, Any], decays: set[fx.Node], by_value: set[fx.Node], generator: torch.Generator
 ) -> Any:
     example = node.meta["example_value"]
     if not isinstance(example, Tensor):
@@ -242,7 +255,7 @@ def _tame_decays(
 
 
 def _run_region(
-    gm: fx.GraphModule, region: Sequence[fx.Node], env: dict[fx.Node, Any], real: dict[fx.Node, Any], match: Match
+    gm: fx.GraphModule, region: Sequence[fx.Node], env: dict[fx.Node, Any], real: Mapping[fx.Node, Any], match: Match
 ) -> Tensor:
     held = dict(env)
     for node in region:

@@ -11,6 +11,7 @@ from torch import fx
 
 from ..facts import Assumption, Attend, Call, Const, DecayedAttention, Expr, values_of
 from ..names import spoken
+from ..schedule import ancestors
 from .affine import ONE, Aff
 from .emit import CannotEmit, Emitter, Piece, cast, size_of
 from .interpret import Interpreter
@@ -62,6 +63,8 @@ class Builder:
             piece = self.emitter.product(p.state)
             assert piece is not None
             state = self.emitter.assemble(cast(piece, torch.float32), [batch, heads, p.key_features, e_group])
+        row_factor, added = self._around(p, residual)
+        read = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
         fact = DecayedAttention(
             q=q,
             k=k,
@@ -76,11 +79,11 @@ class Builder:
             dv=self._length(p, e_group),
             dtype=dtype,
             decay_per_token=bool(p.tokens),
-            formulation=formulation(p, {x.node for e in (q, k, v) for x in values_of(e)}),
+            formulation=formulation(p, {x.node for e in read for x in values_of(e)}),
             decay_source=source,
-            assumptions=tuple(self._assumptions(p, [q, k, v, log_decay, *([] if state is None else [state])])),
+            assumptions=tuple(self._assumptions(p, read)),
         )
-        return fact, self._replacement(p, fact, batch, heads, e_group, residual)
+        return fact, self._replacement(p, fact, batch, heads, e_group, row_factor, added)
 
     def _length(self, p: Proof, roles: Sequence[int]) -> Any:
         total: Any = 1
@@ -178,7 +181,7 @@ class Builder:
         """log(x) in a weight is right only where x > 0; and buffers were read by value."""
         if self.interpreter.statics is not None:
             read = {v.node for e in operands for v in values_of(e)}
-            region = nodes_between(p.fact.node, read)
+            region = ancestors(p.fact.node, read)
             looked_at = p.looked_at.union(*(self.engine.relied.get(at, ()) for at in region))
             inputs = {n for n in region if n.op == "placeholder"}
             yield from self.interpreter.statics.assumptions(sorted(read | inputs), sorted(looked_at))
@@ -223,9 +226,10 @@ class Builder:
         batch: list[int],
         heads: list[int],
         e_group: list[int],
-        residual: list[Term],
+        row_factor: Expr | None,
+        added: Sequence[Expr | float],
     ) -> Expr:
-        """The operator's output in the target's dimensions, times row factors, plus residual terms."""
+        """The operator's output in the target's dimensions, times row factors, plus what is added to it."""
         expr: Expr = Attend(fact, 0)
         order: list[int] = []
         at = 0
@@ -242,37 +246,30 @@ class Builder:
         permutation = [dims.index(d) for d in range(len(dims))]
         if permutation != list(range(len(permutation))):
             expr = Call(torch.permute, (expr, permutation))
-        target_groups = [[r] for r in sorted(p.place, key=lambda r: p.place[r])]
-        factors = [self.emitter.exponential(m, c) for m, c in p.outer_weights]
-        outer = self.emitter.product(p.outer, factors)
-        if outer is not None:
-            expr = Call(torch.mul, (expr, self._in_target(outer, target_groups)))
+        if row_factor is not None:
+            expr = Call(torch.mul, (expr, row_factor))
+        for term in added:
+            expr = Call(torch.add, (expr, term))
+        return expr
+
+    def _around(self, p: Proof, residual: Sequence[Term]) -> tuple[Expr | None, list[Expr | float]]:
+        """In the target's dimensions: the factor of each row, if there is one, and the terms that are added."""
+        groups = [[r] for r in sorted(p.place, key=lambda r: p.place[r])]
+
+        def in_target(piece: Piece) -> Expr:
+            return self.emitter.assemble(piece, groups, shrink=range(len(groups)))
+
+        outer = self.emitter.product(p.outer, [self.emitter.exponential(m, c) for m, c in p.outer_weights])
+        added: list[Expr | float] = []
         for t in residual:
             factors = [self.emitter.exponential(m, float(f.const)) for m, f in t.exp.lin if m]
             coef = t.coef * math.exp(sum(float(f.const) for m, f in t.exp.lin if not m))
             piece = self.emitter.product(t.accs, factors)
-            added: Any = coef
-            if piece is not None:
-                added = self._in_target(piece, target_groups)
-                if coef != 1:
-                    added = Call(torch.mul, (added, coef))
-            expr = Call(torch.add, (expr, added))
-        return expr
-
-    def _in_target(self, piece: Piece, groups: list[list[int]]) -> Expr:
-        return self.emitter.assemble(piece, groups, shrink=range(len(groups)))
-
-
-def nodes_between(node: fx.Node, given: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that a value is computed by, inputs of the graph included, other than through ``given`` values."""
-    seen: set[fx.Node] = set()
-    work = [node]
-    while work:
-        at = work.pop()
-        if at not in seen and at not in given:
-            seen.add(at)
-            work += at.all_input_nodes
-    return seen
+            if piece is None:
+                added.append(coef)
+            else:
+                added.append(in_target(piece) if coef == 1 else Call(torch.mul, (in_target(piece), coef)))
+        return None if outer is None else in_target(outer), added
 
 
 def _all_positive(tensor: torch.Tensor) -> bool:
@@ -282,20 +279,14 @@ def _all_positive(tensor: torch.Tensor) -> bool:
 def formulation(p: Proof, given: set[fx.Node]) -> Literal["parallel", "chunkwise", "recurrent"]:
     """How the program wrote it, between the ``given`` values and the result; for the report only."""
     length = p.roles[N_ROLE]
-    steps, seen, work = 0, set(given), [p.fact.node]
-    square = False
-    while work:
-        node = work.pop()
-        if node in seen or node.op == "placeholder":
-            continue
-        seen.add(node)
+    steps, square = 0, False
+    for node in ancestors(p.fact.node, given):
         example = node.meta.get("example_value")
-        if isinstance(example, torch.Tensor):
+        if isinstance(example, torch.Tensor) and node.op != "placeholder":
             sizes = [s for s in example.shape[-2:] if isinstance(s, int) and length.is_const and s == length.const]
             symbolic = [s for s in example.shape if not isinstance(s, int)]
             square |= len(sizes) >= 2 or len({str(s) for s in symbolic}) < len(symbolic)
             steps += 1
-        work += node.all_input_nodes
     if length == ONE or (length.is_const and steps > 4 * length.const):
         return "recurrent"
     return "parallel" if square else "chunkwise"

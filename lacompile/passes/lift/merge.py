@@ -31,25 +31,36 @@ def merge_sum(
     Raises:
         TooManyTerms: more than ``limit`` terms remain.
     """
-    done: list[Term] = []
+    done: dict[Term, None] = {}  # in order
+    alike: dict[tuple[int, ...], list[Term]] = {}  # the same by their leaves: others do not merge
     for raw in terms:
         new = algebra.normalise(raw, shape)
         while new is not None:
-            for n in range(len(done) - 1, -1, -1):
-                old = done[n]
-                if old.signature != new.signature:
-                    continue
-                merged = _merge(algebra, old, new, shape) or _split(algebra, old, new, shape)
+            candidates = alike.setdefault(new.signature, [])
+            for n in range(len(candidates) - 1, -1, -1):
+                merged = _merged(algebra, candidates[n], new, shape)
                 if merged is not None:
-                    del done[n]
+                    del done[candidates.pop(n)]
                     new = algebra.normalise(merged, shape)
                     break
             else:
-                done.append(new)
+                candidates.append(new)
+                done[new] = None
                 if len(done) > limit:
                     raise TooManyTerms
                 break
     return tuple(done)
+
+
+def _merged(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
+    """One term for two; that there is none is found once for an analysis, as sums grow by a few terms at a time."""
+    known = algebra.unmerged_in(shape)
+    if (a, b) in known:
+        return None
+    merged = _merge(algebra, a, b, shape) or _split(algebra, a, b, shape)
+    if merged is None:
+        known.add((a, b))
+    return merged
 
 
 def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:

@@ -24,6 +24,7 @@ class Algebra(Rates):
     def __init__(self) -> None:
         super().__init__()
         self._normal: dict[tuple[Term, tuple[Aff, ...]], Term | None] = {}
+        self._unmerged: dict[tuple[Aff, ...], set[tuple[Term, Term]]] = {}
 
     # ------------------------------------------------------------------------------------------------- normalisation
 
@@ -35,6 +36,10 @@ class Algebra(Rates):
         if key not in self._normal:
             self._normal[key] = self._normalised(self._unit_coefficient(term), shape)
         return self._normal[key]
+
+    def unmerged_in(self, shape: tuple[Aff, ...]) -> set[tuple[Term, Term]]:
+        """Pairs of terms of tensors of this shape that are known not to merge."""
+        return self._unmerged.setdefault(shape, set())
 
     def _normalised(self, term: Term, shape: tuple[Aff, ...]) -> Term | None:
         if not term.guards and not any(v < 0 for a in term.affs() for v, _ in a.terms):

@@ -33,8 +33,14 @@ def final_states(
     interpreter: Interpreter, states: Sequence[Fact], proofs: Sequence[tuple[Proof, DecayedAttention]]
 ) -> list[Match]:
     out: list[Match] = []
+    by_leaf: dict[int | None, list[tuple[Proof, DecayedAttention]]] = {}
+    for proof, attention in proofs:
+        # the keys and values of an attention are factors of its state, whatever else is one
+        leaf = next((leaf for leaf, _ in (*proof.v, *proof.k)), None)
+        by_leaf.setdefault(leaf, []).append((proof, attention))
     for fact in states:
-        for proof, attention in proofs:
+        held = dict.fromkeys(leaf for c in fact.value.cases for t in c.terms for leaf, _ in t.accs)
+        for proof, attention in (found for leaf in (*held, None) for found in by_leaf.get(leaf, ())):
             expr = final_state(interpreter.engine, fact, proof, attention)
             if expr is not None:
                 out.append(Match(fact.node, expr, (attention,), fact.after))

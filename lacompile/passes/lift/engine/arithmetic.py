@@ -83,10 +83,12 @@ class Arithmetic(Symbols):
             if not (_products(a) and _products(b) and _shares_signature(a, b)):
                 if not (summed(a) or summed(b) or self._updates(a, b) or self._updates(b, a)):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
+                if len(a.terms) + len(b.terms) > MAX_TERMS:  # a residual stream: no layer looks into all before it
+                    return self.pointwise(aten.add.Tensor, [a, b], {}, out)
                 alt = self._alt_of_sum(a, b, out)
                 return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
         left, right = align_weights(self.space, self.leaves, a.terms, b.terms)
-        return self.sum_of(a.shape, (*left, *right))
+        return self.sum_of(a.shape, (*left, *right), limit=MAX_TERMS)
 
     def _like_terms(self, a: Val, b: Val) -> Val | None:
         """x - x is 0 and x + 2 x is 3 x, where each side is a number times one factor; None if they differ."""

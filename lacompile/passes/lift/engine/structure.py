@@ -50,6 +50,9 @@ class Structure(Program):
 
     def structured_term(self, t: Term) -> bool:
         """Worth looking into rather than taking as it is: weighted, guarded, or summed over a part of a dimension."""
+        return t.structured(self._structured_term)
+
+    def _structured_term(self, t: Term) -> bool:
         if t.exp.sums or any(not f.is_const for _, f in t.exp.lin):
             return True
         if any(m for m, _ in t.exp.lin) and any(v < 0 for _, idx in t.accs for a in idx for v, _ in a.terms):

@@ -1,0 +1,79 @@
+"""The order in which the nodes of a graph run, and what happens between two of them: found once for all matches.
+
+Every match asks about its own part of the graph alone, so no question may cost a walk over the whole of it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+
+from torch import fx
+
+from .capture.modes import grad_modes
+from .effects import ANYWHERE, NOWHERE, Effects, Storages
+
+
+class Schedule:
+    """One graph and the effects of its nodes."""
+
+    def __init__(self, gm: fx.GraphModule, effects: Effects):
+        self.gm, self.effects = gm, effects
+        self.nodes: list[fx.Node] = list(gm.graph.nodes)
+        self.order: dict[fx.Node, int] = {n: i for i, n in enumerate(self.nodes)}
+        self.inputs: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in self.nodes if n.op == "placeholder")}
+        self.last_input = max((self.order[n] for n in self.inputs), default=-1)
+        self.records_gradients = grad_modes(gm)
+        self._impure = sorted(self.order[n] for n in effects.impure)
+        self._writing = sorted(self.order[n] for n in effects.writes)
+        self._writers: dict[int, list[int]] = {}  # by storage: where it is written to, in order
+        for at in self._writing:
+            for storage in effects.writes[self.nodes[at]]:
+                self._writers.setdefault(storage, []).append(at)
+        self._living: dict[int, list[fx.Node]] = {}  # by storage
+        for node, storages in effects.lives.items():
+            for storage in storages:
+                self._living.setdefault(storage, []).append(node)
+
+    def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+        """The nodes behind ``start``, up to ``end``."""
+        return self.nodes[self.order[start] + 1 : self.order[end] + 1]
+
+    def impure_between(self, start: int, end: int) -> bool:
+        """Whether an impure node stands behind place ``start``, up to ``end``."""
+        return bisect_right(self._impure, start) < bisect_right(self._impure, end)
+
+    def writers(self, storages: Storages, start: int, end: int) -> Iterator[fx.Node]:
+        """The nodes behind place ``start``, up to ``end``, that may write into one of these storages."""
+        if not storages:
+            return
+        if ANYWHERE in storages:
+            places: Iterable[list[int]] = (self._writing,)
+        else:
+            places = (self._writers.get(s, []) for s in (*storages, ANYWHERE))
+        for found in places:
+            for at in found[bisect_right(found, start) : bisect_right(found, end)]:
+                yield self.nodes[at]
+
+    def sharing(self, node: fx.Node) -> Iterator[fx.Node]:
+        """The nodes, this one among them, whose results may share memory with that of ``node``."""
+        storages = self.effects.lives.get(node, NOWHERE)
+        if not storages:
+            return
+        if ANYWHERE in storages:
+            yield from (n for n, lives in self.effects.lives.items() if lives)
+            return
+        for storage in (*storages, ANYWHERE):
+            yield from self._living.get(storage, ())
+
+
+def ancestors(node: fx.Node, given: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that a value is computed by other than through ``given`` values; itself and inputs of the graph too."""
+    seen: set[fx.Node] = set()
+    work = [node]
+    while work:
+        at = work.pop()
+        if at not in seen and at not in given:
+            seen.add(at)
+            work += at.all_input_nodes
+    return seen

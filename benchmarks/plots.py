@@ -226,7 +226,9 @@ def main() -> None:
         figures = {p: DRAWN[kind](*read_csv(p)) for p in found if (kind := p.name.split("_")[0]) in DRAWN}
         for device in {p.stem.split(LAYER)[1]: p.parent for p in found if LAYER in p.stem}.items():
             at = {name: device[1] / f"{name}{LAYER}{device[0]}.csv" for name in LAYERS}
-            tables = {name: read_csv(path) for name, path in at.items() if path.exists()}
+            if not all(path.exists() for path in at.values()):
+                continue
+            tables = {name: read_csv(path) for name, path in at.items()}
             figures[device[1] / f"layers_{device[0]}.csv"] = layers(tables)
         for path, figure in figures.items():
             figure.savefig(path.with_suffix(".png"))

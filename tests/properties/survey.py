@@ -12,14 +12,15 @@ from .judge import Run, differ, judge, run
 from .program import Program, write
 from .twins import twin
 
-Outcome = Literal["rewritten", "refused", "wrong", "failed"]
+Outcome = Literal["rewritten", "refused", "wrong", "rounding", "failed"]
 SAME = 1e-6  # relative; a twin differs from its original by more, in an output or in a gradient
 TRIES = 40
 
 
 @dataclass(frozen=True)
 class Finding:
-    """``refused`` also means another number of rewrites than is right, of an equivalent program."""
+    """``refused`` also means another number of rewrites than is right, of an equivalent program; ``rounding`` one that
+    computes the program's own values in fp64 and is over the error budget in fp32."""
 
     seed: int
     kind: str
@@ -79,5 +80,7 @@ def _judged(seed: int, program: Program, source: str, exact: Run, rewrites: tupl
         return Finding(seed, program.kind, "failed", f"{type(error).__name__}: {error}", source)
     if verdict.wrong:
         return Finding(seed, program.kind, "wrong", f"{verdict.wrong}\n{verdict.report}", source)
+    if verdict.rounding:
+        return Finding(seed, program.kind, "rounding", f"{verdict.rounding}\n{verdict.report}", source)
     right = verdict.rewrites > 0 if rewrites is None else verdict.rewrites in rewrites
     return Finding(seed, program.kind, "rewritten" if right else "refused", verdict.report, source)

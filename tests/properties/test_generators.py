@@ -9,13 +9,13 @@ from .program import write
 from .survey import equivalents, twins
 
 BLOCK = 15
-MISSED = 0.25  # of the programs of a block
+MISSED = 0.1  # of the programs of a block
 
 
 @pytest.mark.parametrize("start", range(0, 4 * BLOCK, BLOCK))
 def test_equivalent_programs_are_rewritten(start):
     found = list(equivalents(range(start, start + BLOCK)))
-    bad = [f for f in found if f.outcome in ("wrong", "failed")]
+    bad = [f for f in found if f.outcome in ("wrong", "rounding", "failed")]
     assert not bad, "\n\n".join(map(str, bad))
     missed = [f for f in found if f.outcome == "refused"]
     assert len(missed) <= MISSED * BLOCK, "\n\n".join(map(str, missed))
@@ -25,7 +25,7 @@ def test_equivalent_programs_are_rewritten(start):
 def test_near_twins_are_not_taken_for_what_they_are_not(start):
     found = list(twins(range(start, start + BLOCK)))
     assert len(found) > BLOCK / 2
-    bad = [f for f in found if f.outcome in ("wrong", "failed")]
+    bad = [f for f in found if f.outcome in ("wrong", "rounding", "failed")]
     assert not bad, "\n\n".join(map(str, bad))
 
 

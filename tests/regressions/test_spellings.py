@@ -338,3 +338,33 @@ def test_the_rate_of_one_head_is_no_token(other):
         assert_refused(f, *arguments(5), start, options=OFF)
     else:
         assert_rewritten(f, *arguments(5), start, compiled=False, options=OFF)
+
+
+@pytest.mark.parametrize("other", [0, 1])
+def test_heads_apart_of_which_each_is_written_chunk_by_chunk(other):
+    """The decays of three heads lie on a line, as their other factors do; the state of one may be too large."""
+    heads = 3
+    generator = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(B, 6, heads * D, generator=generator).requires_grad_() for _ in range(3))
+    gate = torch.randn(B, heads, 6, generator=generator).requires_grad_()
+
+    def f(q, k, v, gate):
+        gamma, outs = torch.sigmoid(gate), []
+        for h in range(heads):
+            qh, kh, vh = (x.unflatten(-1, (heads, D))[:, :, h] for x in (q, k, v))
+            state, out = q.new_zeros(B, D, D), torch.zeros(B, 6, D)
+            for start in range(0, 6, 4):
+                qc, kc, vc = (x[:, start : start + 4] for x in (qh, kh, vh))
+                run = gamma[:, h, start : start + 4].log().cumsum(-1)
+                weight = (run[:, :, None] - run[:, None, :]).exp().tril()
+                inter = (qc * run.exp()[..., None]) @ state
+                out[:, start : start + 4] = (qc @ kc.mT * weight) @ vc + inter
+                left = (run[:, -1:] - run).exp() * (1 + other * (h == 1))
+                state = state * run[:, -1].exp()[:, None, None] + (kc * left[..., None]).mT @ vc
+            outs.append(out)
+        return torch.stack(outs, 1)
+
+    if other:
+        assert_refused(f, q, k, v, gate, options=OFF)
+    else:
+        assert_rewritten(f, q, k, v, gate, compiled=False, options=OFF)

@@ -191,7 +191,12 @@ def _fit_sums(
         if groups.setdefault(there, ({}, {}, mono))[2] != mono:
             return None
         groups[there][0].setdefault(c, []).append((space.sub(pos, pinned), pos))
+    others = {mono for (mono, _), _ in b}
+    moving = [] if pinned else _moving_rates(algebra, groups.keys() - others, others - groups.keys(), t)
+    named = {y: x for x, y, _ in moving}
+    groups |= {x: (*groups[x][:2], mono) for x, _, mono in moving}
     for (mono, pos), c in b:
+        mono = named.get(mono, mono)
         groups.setdefault(mono, ({}, {}, mono))[1].setdefault(c, []).append((pos, pos))
     out: list[tuple[tuple[Mono, Aff], Number]] = []
     for left, right, mono in groups.values():

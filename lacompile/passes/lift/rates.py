@@ -6,14 +6,26 @@ same access is the rate of head 5 elsewhere. Every reading is exact; which one i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from .affine import FIRST_DIV, FIRST_SYMBOL, INF, TAU, Aff, Number, Range
 from .regions import Regions
 from .term import Access, Exponent, Mono
 
+FREE = 100  # variables below are dimensions of the tensor at hand
+
 Lin = tuple[Mono, Aff]
 Sum = tuple[tuple[Mono, Aff], Number]
+
+
+class Reading(NamedTuple):
+    """A rate as the one at a place along a dimension; of two readings the one of the higher rank is likelier."""
+
+    along: Mono
+    at: Aff
+    rank: Any
 
 
 class Rates(Regions):
@@ -21,15 +33,20 @@ class Rates(Regions):
 
     def telescoped(self, exp: Exponent, accs: Sequence[Access]) -> Exponent:
         """``exp`` with every single token of a long dimension as a difference of prefix sums, and no head as one."""
+        rates = [self._of_base(rate) for rate in exp.lin]
+        readings = [self._readings(mono, accs) if mono and f.is_const else [] for mono, f in rates]
+        walked = Counter(along for found in readings for along in {r.along for r in found})
+        walked.update({along: 2 for (along, _), _ in exp.sums})
         lin: list[Lin] = []
         sums: list[Sum] = list(exp.sums)
-        for mono, f in map(self._of_base, exp.lin):
-            found = self._token_of(mono, accs) if f.is_const else None
-            if found is None:
+        for (mono, f), found in zip(rates, readings, strict=True):
+            # alone, a rate says nothing of what it is read along
+            found = [r for r in found if accs or walked[r.along] > 1]
+            if not found:
                 lin.append((mono, f))
                 continue
-            running, pos = found
-            sums += [((running, pos + 1), f.const), ((running, pos), -f.const)]
+            best = max(found, key=lambda r: (walked[r.along] > 1, r.rank))
+            sums += [((best.along, best.at + 1), f.const), ((best.along, best.at), -f.const)]
         heads, sums = self._of_heads(sums, accs)
         return Exponent.of([*lin, *heads], sums)
 
@@ -45,44 +62,50 @@ class Rates(Regions):
         base, c = self.multiple(mono[0][0])
         return rate if base == mono[0][0] else (((base, mono[0][1]),), f * c)
 
-    def _token_of(self, mono: Mono, accs: Sequence[Access]) -> tuple[Mono, Aff] | None:
-        """The mono along the dimension in which it reads a single token, and that token."""
-        pos: Aff | None = None
-        out: list[Access] = []
-        for leaf, idx in mono:
-            shape = self.leaf_shapes[leaf]
-            fixed = [
-                (self._is_token(shape[d], i, accs), shape[d].const if shape[d].is_const else INF, -d)
-                for d, i in enumerate(idx)
-                if all(FIRST_SYMBOL <= v < FIRST_DIV for v, _ in i.terms)
-                and (not shape[d].is_const or shape[d].const > 1)
-                and not self._is_head(shape[d], i, accs)
-            ]
-            if not fixed:
-                out.append((leaf, idx))
-                continue
-            d = -max(fixed)[2]
-            if pos is None:
-                pos = idx[d]
-            out.append((leaf, (*idx[:d], Aff.var(TAU) + (idx[d] - pos), *idx[d + 1 :])))
-        return None if pos is None else (tuple(sorted(out)), pos)
+    def _readings(self, mono: Mono, accs: Sequence[Access]) -> list[Reading]:
+        """The dimensions along which a rate that is read at numbers may be one of many tokens."""
+        fixed: dict[Aff, list[tuple[Any, int, int]]] = {}
+        for n, (leaf, idx) in enumerate(mono):
+            for d, (i, size) in enumerate(zip(idx, self.leaf_shapes[leaf], strict=True)):
+                if all(FIRST_SYMBOL <= v < FIRST_DIV for v, _ in i.terms) and (not size.is_const or size.const > 1):
+                    if not self._is_head(size, i, accs):
+                        rank = (self._is_token(size, i, accs), size.const if size.is_const else INF, -d)
+                        fixed.setdefault(i, []).append((rank, n, d))
+        out = []
+        for at, places in fixed.items():
+            dims = {n: d for _, n, d in sorted(places)}
+            along = (
+                (leaf, tuple(Aff.var(TAU) if dims.get(n) == d else i for d, i in enumerate(idx)))
+                for n, (leaf, idx) in enumerate(mono)
+            )
+            out.append(Reading(tuple(sorted(along)), at, max(places)[0]))
+        return out
 
     def _read(self, size: Aff, accs: Sequence[Access]) -> list[set[Aff]]:
-        """Where the factors of a term read dimensions of this size: the places of each that has one."""
-        return [
-            {i for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if n == size}
+        """Where the factors of a term read dimensions of this size: the places of each that has one.
+
+        A dimension that the tensor shares, such as a batch of the same size, says nothing.
+        """
+        read = (
+            {i for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if n == size and not self._is_free(i)}
             for leaf, idx in accs
-            if size in self.leaf_shapes[leaf]
-        ]
+        )
+        return [at for at in read if at]
+
+    @staticmethod
+    def _is_free(i: Aff) -> bool:
+        return len(i.terms) == 1 and i.terms[0][1] == 1 and not i.const and 0 <= i.terms[0][0] < FREE
 
     def _is_head(self, size: Aff, place: Aff, accs: Sequence[Access]) -> bool:
         """Whether a place along a dimension of this size is a head, going by the factors that the rate belongs to.
 
-        Several factors have such a dimension, and all are at that place; or several factors have none. Where the place
-        is a token, the keys are at others.
+        All factors, or several, have such a dimension, and all those are at that place; or several factors have none.
+        Where the place is a token, the keys are at others.
         """
         read = self._read(size, accs)
-        return len(accs) > 1 and len(read) != 1 and all(place in at for at in read)
+        if not read:
+            return len(accs) > 1
+        return (len(read) > 1 or len(accs) == 1) and all(place in at for at in read)
 
     def _is_token(self, size: Aff, place: Aff, accs: Sequence[Access]) -> bool:
         """Whether some factor reads such a dimension at another number."""

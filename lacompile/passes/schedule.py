@@ -6,11 +6,14 @@ Every match asks about its own part of the graph alone, so no question may cost 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from functools import cached_property
+from typing import Any
 
 from torch import fx
 
-from .capture.modes import grad_modes
+from .._compat import changes_mode
+from .capture.modes import AUTOCAST, grad_modes
 from .effects import ANYWHERE, NOWHERE, Effects, Storages
 
 
@@ -34,6 +37,41 @@ class Schedule:
         for node, storages in effects.lives.items():
             for storage in storages:
                 self._living.setdefault(storage, []).append(node)
+
+    @cached_property
+    def numbers(self) -> dict[fx.Node, int]:
+        """Nodes with the same number compute the same value from the same inputs, with the same gradients.
+
+        What is impure, or reads memory that is written to anywhere, is like no other.
+        """
+        found: dict[fx.Node, int] = {}
+        known: dict[Hashable, int] = {}
+        era = 0  # operations before and behind a switch of modes differ in their derivatives or their precision
+
+        def same(arg: Any) -> Hashable:
+            if isinstance(arg, fx.Node):
+                return fx.Node, found[arg]
+            if isinstance(arg, list | tuple):
+                return type(arg), tuple(map(same, arg))
+            if isinstance(arg, dict):
+                return dict, tuple((k, same(x)) for k, x in arg.items())
+            if isinstance(arg, slice):
+                return slice, same((arg.start, arg.stop, arg.step))
+            return type(arg), repr(arg)
+
+        for node in self.nodes:
+            era += node.op == "call_function" and (node.target in AUTOCAST or changes_mode(node.target))
+            alone = node.op == "placeholder" or node in self.effects.impure or self._is_rewritten(node)
+            what: Hashable = node if alone else (node.op, node.target, era, same(node.args), same(node.kwargs))
+            found[node] = known.setdefault(what, len(known))
+        return found
+
+    def _is_rewritten(self, node: fx.Node) -> bool:
+        """Whether the memory of a node's result, or of what it reads, is ever written to."""
+        if not self._writing:
+            return False
+        touched = [self.effects.lives.get(n, NOWHERE) for n in (node, *node.all_input_nodes)]
+        return any(next(self.writers(storages, -1, len(self.nodes)), None) is not None for storages in touched)
 
     def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
         """The nodes behind ``start``, up to ``end``."""

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
-from .capture.modes import AUTOCAST, GRAD_MODE, INFERENCE_MODE
-from .effects import NOWHERE
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
+from .region import Region, in_fp64_on_cpu, plain_int, region_of, run
 from .schedule import Schedule
 
 Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
@@ -44,6 +40,28 @@ class Validation:
         return f"fp64 difference {self.forward_error:.1e}, gradients {self.gradient_error:.1e}"
 
 
+@dataclass(frozen=True)
+class _Disagreement:
+    """How far apart the two were, how far they may be, and on which inputs."""
+
+    forward: float
+    gradient: float
+    tolerance: float
+    inputs: Mapping[fx.Node, Any]
+
+    def refusal(self, gm: fx.GraphModule, match: Match) -> Refusal:
+        saved = _save(gm, match, self.inputs)
+        return Refusal(
+            "validate",
+            "agreement",
+            match.target,
+            f"differences up to {self.tolerance:.0e}",
+            f"output {self.forward:.1e}, gradients {self.gradient:.1e}; inputs saved to {saved}",
+            "please report this: the proof was wrong",
+            11,
+        )
+
+
 def validate(
     schedule: Schedule, match: Match, real: Mapping[fx.Node, Any], reference: Reference, policy: str
 ) -> Validation | Refusal:
@@ -56,51 +74,20 @@ def validate(
     """
     if policy == "off":
         return Validation(skipped="turned off")
-    region = _region(schedule, match)
-    if policy == "budget" and (cost := _cost(region)) is not None:
+    region = region_of(schedule, match)
+    if policy == "budget" and (cost := _cost(region.nodes)) is not None:
         return Validation(skipped=f"cost: {cost}")
-    start = time.perf_counter()
     try:
-        return _compare(schedule.gm, match, region, real, reference, start)
+        found = _compare(schedule.gm, match, region, real, reference)
+        if isinstance(found, _Disagreement) and match.place is None:
+            # the inputs were made up one by one, and may be what no program computes
+            region = region_of(schedule, match, independent=True)
+            if region.dependent and _cost(region.nodes) is None:
+                found = _compare(schedule.gm, match, region, real, reference)
     except Exception as error:
-        found = f"the comparison itself failed: {type(error).__name__}: {error}"
-        return Refusal("validate", "comparison", match.target, "a region that runs in fp64", found, progress=11)
-
-
-def _region(schedule: Schedule, match: Match) -> list[fx.Node]:
-    """The nodes that compute the target from the values the replacement reads, in graph order.
-
-    They are found from the last to the first: a node is needed for its result, or for what it writes into memory that
-    a needed node behind it reads.
-    """
-    order, lives = schedule.order, schedule.effects.lives
-    inputs = {v.node for v in values_of(match.replacement)}
-    end = order[match.after or match.target]
-    needed: set[int] = set()
-    waiting: list[int] = []  # a heap of places, the last first
-
-    def need(nodes: Iterable[fx.Node]) -> None:
-        for n in nodes:
-            if order[n] not in needed:
-                needed.add(order[n])
-                heappush(waiting, -order[n])
-
-    need([match.target, schedule.nodes[end]])
-    need(schedule.writers(lives.get(match.target, NOWHERE), -1, end))
-    if match.place is not None:
-        # behind the place of the replacement a value that it reads may be written to, and then be read by the target
-        read = NOWHERE.union(*(lives.get(n, NOWHERE) for n in inputs))
-        need(schedule.writers(read, order[match.place], end))
-    memory = lives.get(match.target, NOWHERE)
-    while waiting:
-        at = -heappop(waiting)
-        if (node := schedule.nodes[at]) in inputs:
-            continue
-        need(node.all_input_nodes)
-        held = NOWHERE.union(*(lives.get(n, NOWHERE) for n in node.all_input_nodes if n not in inputs))
-        need(schedule.writers(held - memory, -1, at - 1))
-        memory |= held
-    return [n for at in sorted(needed) if (n := schedule.nodes[at]) not in inputs]
+        why = f"the comparison itself failed: {type(error).__name__}: {error}"
+        return Refusal("validate", "comparison", match.target, "a region that runs in fp64", why, progress=11)
+    return found.refusal(schedule.gm, match) if isinstance(found, _Disagreement) else found
 
 
 def _cost(region: Sequence[fx.Node]) -> str | None:
@@ -111,18 +98,16 @@ def _cost(region: Sequence[fx.Node]) -> str | None:
             continue
         count = 1.0
         for s in example.shape:
-            count *= _int(s)
+            count *= plain_int(s)
         elements += count
         if getattr(node.target, "__name__", str(node.target)) in ("matmul", "bmm", "einsum", "mm", "baddbmm"):
             inner = [a.meta.get("example_value") for a in node.all_input_nodes]
-            flops += 2 * count * max((_int(x.shape[-1]) for x in inner if isinstance(x, Tensor) and x.dim()), default=1)
+            flops += (
+                2 * count * max((plain_int(x.shape[-1]) for x in inner if isinstance(x, Tensor) and x.dim()), default=1)
+            )
     if elements > BUDGET_ELEMENTS:
         return f"{elements:.1e} elements"
     return f"{flops:.1e} operations" if flops > BUDGET_FLOPS else None
-
-
-def _int(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
 
 
 # ------------------------------------------------------------------------------------------------------- the comparison
@@ -131,26 +116,25 @@ def _int(size: Any) -> int:
 def _compare(
     gm: fx.GraphModule,
     match: Match,
-    region: Sequence[fx.Node],
+    region: Region,
     real: Mapping[fx.Node, Any],
     reference: Reference,
-    start: float,
-) -> Validation | Refusal:
-    by_value = {a.node for f in match.facts for a in f.assumptions if a.kind == "values"}
-    decays = {v.node for f in match.facts for v in values_of(f.log_decay)}
-    inputs = list(dict.fromkeys(v.node for v in values_of(match.replacement)))
+) -> Validation | _Disagreement:
+    start = time.perf_counter()
+    by_value = region.first(a.node for f in match.facts for a in f.assumptions if a.kind == "values")
+    decays = region.first(v.node for f in match.facts for v in values_of(f.log_decay))
     generator = torch.Generator().manual_seed(0)
-    env = {n: _input(n, real, decays, by_value, generator) for n in inputs}
-    _tame_decays(match, env, decays, by_value, reference)
+    env = {n: _input(n, real, decays, by_value, generator) for n in region.inputs}
+    _tame_decays(match, region, env, decays, by_value, reference)
     leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
     # backwards through a state that is overwritten is an error of the program's own, unless what was saved is kept
     kept = torch.autograd.graph.allow_mutation_on_saved_tensors() if match.place else contextlib.nullcontext()
     with _fp64_by_default(), kept:
         results = [
-            _run(run, env, leaves)
-            for run in (
-                lambda e: _run_region(gm, region, e, real, match),
-                lambda e: _Recipe(e, reference)(match.replacement),
+            _with_gradients(compute, env, leaves)
+            for compute in (
+                lambda e: run(gm, region, e, real)[match.target],
+                lambda e: _Recipe(_operands(gm, region, e, real), reference)(match.replacement),
             )
         ]
     (want, want_grads), (got, got_grads) = results
@@ -170,28 +154,23 @@ def _compare(
             if n.meta["example_value"].dtype in LOW_PRECISION
         ]
     )
-    seconds = time.perf_counter() - start
     if not (forward <= tolerance and gradient <= 10 * tolerance):
-        path = _save(gm, match, env)
-        return Refusal(
-            "validate",
-            "agreement",
-            match.target,
-            f"differences up to {tolerance:.0e}",
-            f"output {forward:.1e}, gradients {gradient:.1e}; inputs saved to {path}",
-            "please report this: the proof was wrong",
-            11,
-        )
-    return Validation(forward, gradient, seconds)
+        return _Disagreement(forward, gradient, tolerance, env)
+    return Validation(forward, gradient, time.perf_counter() - start)
 
 
-def _run(
-    run: Callable[[dict[fx.Node, Any]], Tensor], env: dict[fx.Node, Any], leaves: dict[fx.Node, Tensor]
+def _operands(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mapping[fx.Node, Any]) -> Any:
+    """What the replacement reads."""
+    return run(gm, region, env, real) if region.dependent else region.with_copies(env)
+
+
+def _with_gradients(
+    compute: Callable[[dict[fx.Node, Any]], Tensor], env: dict[fx.Node, Any], leaves: dict[fx.Node, Tensor]
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """The output, and the gradients of a random combination of its elements."""
     fresh = {n: t.clone().requires_grad_() for n, t in leaves.items()}
     # a product with one is no leaf of autograd: the region may write into its inputs
-    out = run({**env, **{n: t * 1.0 for n, t in fresh.items()}}).to(torch.float64)
+    out = compute({**env, **{n: t * 1.0 for n, t in fresh.items()}}).to(torch.float64)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads: Sequence[Tensor | None] = [None] * len(fresh)
     if out.requires_grad:
@@ -228,12 +207,12 @@ def _input(
     example = node.meta["example_value"]
     if not isinstance(example, Tensor):
         value = real.get(node, example)
-        return value if isinstance(value, int | float | bool) else _int(value)
+        return value if isinstance(value, int | float | bool) else plain_int(value)
     given = real.get(node)
     if isinstance(given, Tensor) and (node in decays or node in by_value or not given.is_floating_point()):
         given = given.detach().cpu()
         return given.to(torch.float64) if given.is_floating_point() else given
-    shape = [_int(s) for s in example.shape]
+    shape = [plain_int(s) for s in example.shape]
     if example.dtype is torch.bool:
         return torch.rand(shape, generator=generator) > 0.2
     if not example.dtype.is_floating_point:
@@ -244,60 +223,19 @@ def _input(
 
 
 def _tame_decays(
-    match: Match, env: dict[fx.Node, Any], decays: set[fx.Node], by_value: set[fx.Node], reference: Reference
+    match: Match,
+    region: Region,
+    env: dict[fx.Node, Any],
+    decays: set[fx.Node],
+    by_value: set[fx.Node],
+    reference: Reference,
 ) -> None:
     """Made-up decay inputs take the sign that makes the log-decay negative, so that nothing overflows."""
     made_up = [n for n in decays if n.op != "placeholder" and n not in by_value and env[n].is_floating_point()]
     for fact in match.facts:
-        if made_up and bool((_Recipe(env, reference)(fact.log_decay) > 0).any()):
+        if made_up and bool((_Recipe(region.with_copies(env), reference)(fact.log_decay) > 0).any()):
             for n in made_up:
                 env[n] = -env[n]
-
-
-def _run_region(
-    gm: fx.GraphModule, region: Sequence[fx.Node], env: dict[fx.Node, Any], real: Mapping[fx.Node, Any], match: Match
-) -> Tensor:
-    held = dict(env)
-    for node in region:
-        if node.op == "placeholder":
-            held[node] = _in_fp64(real[node]) if not isinstance(real[node], torch.SymInt) else _int(real[node])
-        elif node.op == "get_attr":
-            held[node] = _in_fp64(operator.attrgetter(str(node.target))(gm))
-        elif node.op == "call_function" and node.target in (*GRAD_MODE, *INFERENCE_MODE, *AUTOCAST):
-            held[node] = None
-        else:
-            args, kwargs = map_arg((node.args, node.kwargs), held.__getitem__)
-            args, kwargs = _plain(args), _plain(kwargs)
-            if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
-                held[node] = args[0].to(torch.float64)
-            elif node.op == "call_method":
-                held[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                held[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            held[node] = _in_fp64(held[node])
-    return held[match.target]
-
-
-def _in_fp64(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        x = x.cpu() if x.device.type != "cpu" else x
-        return x.to(torch.float64) if x.is_floating_point() and x.dtype != torch.float64 else x
-    return x
-
-
-def _plain(arg: Any) -> Any:
-    """Arguments that name a low precision or another device, made fp64 on CPU."""
-    if isinstance(arg, torch.dtype):
-        return torch.float64 if arg.is_floating_point else arg
-    if isinstance(arg, torch.SymInt):
-        return _int(arg)
-    if isinstance(arg, torch.device):
-        return torch.device("cpu")
-    if isinstance(arg, dict):
-        return {k: ("cpu" if k == "device" else _plain(v)) for k, v in arg.items()}
-    if isinstance(arg, list | tuple) and not isinstance(arg, torch.Size):
-        return type(arg)(_plain(a) for a in arg)
-    return arg
 
 
 class _Recipe:
@@ -322,7 +260,7 @@ class _Recipe:
         if isinstance(expr, Attend):
             return self._attend(expr.fact)[expr.index]
         assert isinstance(expr, Call)
-        return expr.op(*_plain(self._arguments(expr.args)), **_plain(self._arguments(expr.kwargs)))
+        return expr.op(*in_fp64_on_cpu(self._arguments(expr.args)), **in_fp64_on_cpu(self._arguments(expr.kwargs)))
 
     def _arguments(self, arg: Any) -> Any:
         if isinstance(arg, Value | Const | Size | Call | Attend):
@@ -340,7 +278,7 @@ class _Recipe:
         return self.made[id(fact)]
 
 
-def _save(gm: fx.GraphModule, match: Match, env: dict[fx.Node, Any]) -> Path:
+def _save(gm: fx.GraphModule, match: Match, env: Mapping[fx.Node, Any]) -> Path:
     """The graph and the inputs of a disagreement, for a bug report."""
     path = Path(tempfile.mkdtemp(prefix="lacompile-mismatch-"))
     (path / "graph.py").write_text(f"# target: {match.target.name}\n{gm.code}")

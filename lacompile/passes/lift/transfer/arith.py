@@ -90,6 +90,20 @@ def _divisor(op: Op, b: Val) -> Val:
     return value(b.shape, [b.own])
 
 
+@rule(aten.addcmul)
+def addcmul(op: Op) -> Val:
+    product = op.engine.multiply(operand(op, 1), operand(op, 2))
+    return added(op, operand(op, 0), product, float(op.kwargs.get("value", 1)))
+
+
+@rule(aten.lerp)
+def lerp(op: Op) -> Val:
+    """``start + weight (end - start)``, each of them once: a state that is mixed with something new stays one."""
+    start, end, weight = (operand(op, n) for n in range(3))
+    rest = added(op, constant(op.shape, 1.0), weight, -1.0)
+    return added(op, op.engine.multiply(start, rest), op.engine.multiply(end, weight))
+
+
 @rule(aten.floor_divide)
 def floor_divide(op: Op) -> Val:
     return floor_divided(op, operand(op, 0), number(operand(op, 1)), "floor")

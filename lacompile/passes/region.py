@@ -1,0 +1,150 @@
+"""The part of a graph that a match replaces: found, and run in fp64 on inputs of one's own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from .capture.modes import AUTOCAST, GRAD_MODE, INFERENCE_MODE
+from .effects import NOWHERE
+from .facts import Match, values_of
+from .schedule import Schedule, ancestors
+
+
+@dataclass(frozen=True)
+class Region:
+    """The nodes that compute a match's target, in graph order, from the inputs of its replacement.
+
+    ``copies`` are the nodes that compute the value of an input once more, by that input: both must be one value.
+    ``dependent`` are those inputs that are computed from others, if they are: they are no inputs of the region then.
+    """
+
+    nodes: list[fx.Node]
+    inputs: list[fx.Node]
+    copies: dict[fx.Node, fx.Node]
+    dependent: list[fx.Node]
+
+    def first(self, nodes: Iterable[fx.Node]) -> set[fx.Node]:
+        """The inputs that these are, or are copies of."""
+        return {self.copies.get(n, n) for n in nodes}
+
+    def with_copies(self, env: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+        return {**env, **{copy: env[given] for copy, given in self.copies.items()}}
+
+
+def region_of(schedule: Schedule, match: Match, *, independent: bool = False) -> Region:
+    """What to run for the target.
+
+    With ``independent``, an input that is computed from another, as a gate and its logarithm's argument may be, belongs
+    to the region with all that it is computed by.
+
+    The nodes are found from the last to the first: a node is needed for its result, or for what it writes into memory
+    that a needed node behind it reads.
+    """
+    order, lives = schedule.order, schedule.effects.lives
+    inputs = list(dict.fromkeys(v.node for v in values_of(match.replacement)))
+    dependent = [n for n in inputs if independent and not ancestors(n, set()).isdisjoint({*inputs} - {n})]
+    inputs = [n for n in inputs if n not in dependent]
+    numbers = schedule.numbers
+    by_number: dict[int, fx.Node] = {}
+    copies = {n: first for n in inputs if (first := by_number.setdefault(numbers[n], n)) is not n}
+    end = order[match.after or match.target]
+    needed: set[int] = set()
+    waiting: list[int] = []  # a heap of places, the last first
+
+    def need(nodes: Iterable[fx.Node]) -> None:
+        for n in nodes:
+            if order[n] not in needed:
+                needed.add(order[n])
+                heappush(waiting, -order[n])
+
+    need([match.target, schedule.nodes[end], *dependent])
+    need(schedule.writers(lives.get(match.target, NOWHERE), -1, end))
+    if match.place is not None:
+        # behind the place of the replacement a value that it reads may be written to, and then be read by the target
+        read = NOWHERE.union(*(lives.get(n, NOWHERE) for n in inputs))
+        need(schedule.writers(read, order[match.place], end))
+    memory = lives.get(match.target, NOWHERE)
+    while waiting:
+        at = -heappop(waiting)
+        node = schedule.nodes[at]
+        if (given := by_number.get(numbers[node])) is not None:
+            if node is not given:
+                copies[node] = given
+            continue
+        need(node.all_input_nodes)
+        held = NOWHERE.union(*(lives.get(n, NOWHERE) for n in node.all_input_nodes if n not in inputs))
+        need(schedule.writers(held - memory, -1, at - 1))
+        memory |= held
+    nodes = [n for at in sorted(needed) if numbers[n := schedule.nodes[at]] not in by_number]
+    return Region(nodes, list(by_number.values()), copies, dependent)
+
+
+def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """The values of all nodes.
+
+    Args:
+        env: the region's inputs.
+        real: the inputs at hand of those placeholders that are none of the region's inputs.
+    """
+    held = region.with_copies(env)
+    for node in region.nodes:
+        if node.op == "placeholder":
+            held[node] = _in_fp64(real[node]) if not isinstance(real[node], torch.SymInt) else plain_int(real[node])
+        elif node.op == "get_attr":
+            held[node] = _in_fp64(operator.attrgetter(str(node.target))(gm))
+        elif node.op == "call_function" and node.target in (*GRAD_MODE, *INFERENCE_MODE, *AUTOCAST):
+            held[node] = None
+        else:
+            args, kwargs = map_arg((node.args, node.kwargs), held.__getitem__)
+            args, kwargs = in_fp64_on_cpu(args), in_fp64_on_cpu(kwargs)
+            if node.op == "call_method" and node.target in ("float", "half", "bfloat16"):
+                held[node] = args[0].to(torch.float64)
+            elif node.op == "call_method":
+                held[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            else:
+                held[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if not node.all_input_nodes:
+                held[node] = _in_own_precision(node, held[node])
+            held[node] = _in_fp64(held[node])
+    return held
+
+
+def _in_own_precision(node: fx.Node, x: Any) -> Any:
+    """What a program makes from nothing is a constant: one written down as 0.9 in fp32 is not 0.9."""
+    example = node.meta.get("example_value")
+    return x.to(example.dtype) if isinstance(x, Tensor) and isinstance(example, Tensor) else x
+
+
+def _in_fp64(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        x = x.cpu() if x.device.type != "cpu" else x
+        return x.to(torch.float64) if x.is_floating_point() and x.dtype != torch.float64 else x
+    return x
+
+
+def in_fp64_on_cpu(arg: Any) -> Any:
+    """Arguments that name a low precision or another device, made fp64 on CPU."""
+    if isinstance(arg, torch.dtype):
+        return torch.float64 if arg.is_floating_point else arg
+    if isinstance(arg, torch.SymInt):
+        return plain_int(arg)
+    if isinstance(arg, torch.device):
+        return torch.device("cpu")
+    if isinstance(arg, dict):
+        return {k: ("cpu" if k == "device" else in_fp64_on_cpu(v)) for k, v in arg.items()}
+    if isinstance(arg, list | tuple) and not isinstance(arg, torch.Size):
+        return type(arg)(in_fp64_on_cpu(a) for a in arg)
+    return arg
+
+
+def plain_int(size: Any) -> int:
+    """A size as the inputs at hand have it."""
+    return size if isinstance(size, int) else int(size.node.hint)

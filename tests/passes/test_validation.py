@@ -1,0 +1,81 @@
+"""Right rewrites that a comparison on made-up inputs must not take for wrong ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lacompile.testing import assert_rewritten
+
+B, H, N, D = 2, 3, 20, 4
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("lacompile._compat.cpu_compiler_error", lambda: "not needed for this")
+    torch._dynamo.reset()
+
+
+def inputs(*more):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(*s, generator=generator, requires_grad=True) for s in [(B, H, N, D)] * 3 + list(more)]
+
+
+def features_computed_twice(q, k, v):
+    """The normaliser and the sum each compute their features: two nodes, one value."""
+    kv = torch.einsum("bhnd,bhne->bhnde", F.elu(k) + 1, v).cumsum(2)
+    z = 1 / (torch.einsum("bhnd,bhnd->bhn", F.elu(q) + 1, (F.elu(k) + 1).cumsum(2)) + 1e-6)
+    return torch.einsum("bhnd,bhnde,bhn->bhne", F.elu(q) + 1, kv, z)
+
+
+def decays_written_down(q, k, v):
+    """0.9 in fp32 is not 0.9."""
+    i = torch.arange(N)
+    decay = torch.tensor([0.9, 0.95, 0.99]).view(H, 1, 1).pow((i[:, None] - i).float()).tril()
+    return (q @ k.mT * decay) @ v
+
+
+def moving_average(q, k, v, gate):
+    """The weight of the new and the decay of the old are two inputs of the operator, and one is made of the other."""
+    decay, state, out = torch.sigmoid(gate).view(1, H, 1, 1), k.new_zeros(B, H, D, D), []
+    for t in range(8):
+        new = k[:, :, t, :, None] * v[:, :, t, None, :]
+        state = torch.lerp(new, state, decay.expand_as(state))
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, 2)
+
+
+def fused_update(q, k, v):
+    state, out = k.new_zeros(B, H, D, D), []
+    for t in range(8):
+        state = torch.addcmul(0.9 * state, k[:, :, t, :, None], v[:, :, t, None, :], value=0.5)
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, 2)
+
+
+PROGRAMS = [
+    (features_computed_twice, (), 2),
+    (decays_written_down, (), 1),
+    (moving_average, ((H,),), 1),
+    (fused_update, (), 1),
+]
+
+
+@pytest.mark.parametrize(("f", "more", "rewrites"), PROGRAMS, ids=[f.__name__ for f, _, _ in PROGRAMS])
+def test_accepted(f, more, rewrites):
+    assert_rewritten(f, *inputs(*more), count=rewrites)
+
+
+def test_a_copy_without_gradients_is_no_copy():
+    def f(q, k, v):
+        with torch.no_grad():
+            detached = F.elu(k) + 1
+        return (q @ (F.elu(k) + 1).mT).tril() @ v + (q @ detached.mT).tril() @ v
+
+    found = []
+    for run in (f, torch.compile(f, backend="lightning")):
+        args = inputs()
+        run(*args).square().sum().backward()
+        found.append(args[1].grad)
+    torch.testing.assert_close(*found)

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-TURNS = 50
+TURNS = 250
 TITLES = {"equivalents": "Equivalent programs", "twins": "Near twins"}
 
 

@@ -56,6 +56,8 @@ class Builder:
         e_group = [E_ROLE] if E_ROLE in p.roles else []
         q = self._operand(p.q, p.q_weights, groups_q, dtype, p)
         k = self._operand(p.k, p.k_weights, groups_q, dtype, p)
+        if p.key_scale != 1:
+            k = Call(torch.mul, (k, p.key_scale))
         v = self._operand(p.v, [], [batch, heads, [N_ROLE], e_group], dtype, p)
         log_decay, source = self._log_decay(p, batch, heads)
         state = None

@@ -131,9 +131,10 @@ class Interpreter:
         try:
             with outside_modes():
                 real = op.func(*op.args, **{k: v for k, v in op.kwargs.items() if k != "device"})
+                whole = _whole(real)
             made = self._numbers(op.out, real)
             # another device may round the same formula in another way
-            return made if _whole(real) else replace(made, precision=Precision.ROUNDED)
+            return made if whole else replace(made, precision=Precision.ROUNDED)
         except Exception:  # a factory that cannot run here stays unknown
             return None
 

@@ -42,6 +42,8 @@ class Proof:
     fixed: list[tuple[Mono, float]] = field(default_factory=list)
     tokens: list[tuple[Mono, float]] = field(default_factory=list)
     scale: float = 1.0
+    key_scale: float = 1.0
+    """What the keys are multiplied by, where an initial state is not: k / sqrt(D) v is added to S as it is."""
     state: list[Access] | None = None
     residual: list[Term] = field(default_factory=list)
     shapes: dict[int, tuple[Aff, ...]] = field(default_factory=dict)

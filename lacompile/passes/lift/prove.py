@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from .affine import ONE, Aff
 from .engine import Engine
 from .interpret import Fact
-from .leaves import Opaque, Table
+from .leaves import NINE_DIGITS, Opaque, Table
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused, at_position
 from .step import prove_step
 from .term import Access, Exponent, Mono, Term, sub_access
@@ -366,10 +366,11 @@ class _Prover:
         return "a term that only some positions have" if t.guards else "a term whose weight changes with the position"
 
     def _is_state_term(self, t: Term) -> bool:
-        """exp(G_i) q_i S_init: the weight is the main one at j = -1, the query the same."""
+        """exp(G_i) q_i S_init: the weight is the main one at j = -1 times a number, the query the same."""
         wanted = self.main.exp.sub(self.space, {self.j: Aff.lit(-1)})
         expected = self._without_keys(wanted)
-        if self.proof.state is not None or t.exp != expected or t.coef != self.main.coef or not t.poly.is_const:
+        apart = (t.exp - expected).number
+        if self.proof.state is not None or apart is None or not t.poly.is_const:
             return False
         bound = t.bound(self.space)
         queries = [a for a in t.accs if any(self._same_query(a, b, bound) for b in self._main_queries())]
@@ -387,6 +388,10 @@ class _Prover:
         if self._extra_guards(t, mapping):
             return False
         self.proof.state = renamed
+        ratio = t.coef / self.main.coef * math.exp(apart)
+        if abs(ratio - 1) > NINE_DIGITS:
+            self.proof.scale *= ratio
+            self.proof.key_scale = 1 / ratio
         return True
 
     def _without_keys(self, exp: Exponent) -> Exponent:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .affine import FIRST_DIV, FIRST_SYMBOL, INF, TAU, Aff, Number, Range
+from .affine import FIRST_DIV, FIRST_SYMBOL, INF, ONE, TAU, ZERO, Aff, Number, Range
 from .regions import Regions
 from .term import Access, Exponent, Mono
 
@@ -32,7 +32,10 @@ class Rates(Regions):
     """Exponents whose rates are read at single tokens."""
 
     def telescoped(self, exp: Exponent, accs: Sequence[Access]) -> Exponent:
-        """``exp`` with every single token of a long dimension as a difference of prefix sums, and no head as one."""
+        """``exp`` with every single token of a long dimension as a difference of prefix sums, no head as one.
+
+        Nor is a factor of every position one: ``P(j + 1) - P(j)``, which the tokens of a loop merge into, is ``g[j]``.
+        """
         rates = [self._of_base(rate) for rate in exp.lin]
         readings = [self._readings(mono, accs) if mono and f.is_const else [] for mono, f in rates]
         walked = Counter(along for found in readings for along in {r.along for r in found})
@@ -47,8 +50,8 @@ class Rates(Regions):
                 continue
             best = max(found, key=lambda r: (walked[r.along] > 1, r.rank))
             sums += [((best.along, best.at + 1), f.const), ((best.along, best.at), -f.const)]
-        heads, sums = self._of_heads(sums, accs)
-        return Exponent.of([*lin, *heads], sums)
+        single, sums = self._of_single_places(sums, accs)
+        return Exponent.of([*lin, *single], sums)
 
     def multiple(self, leaf: int) -> tuple[int, float]:
         """A leaf, and the number that all its entries times are those of this one."""
@@ -111,39 +114,45 @@ class Rates(Regions):
         """Whether some factor reads such a dimension at another number."""
         return any(i != place and i.is_const for at in self._read(size, accs) for i in at)
 
-    def _of_heads(self, sums: Sequence[Sum], accs: Sequence[Access]) -> tuple[list[Lin], list[Sum]]:
-        """``c P(p + 1) - c P(p)`` of a head p as ``c`` times its rate, and the other prefix sums."""
+    def _of_single_places(self, sums: Sequence[Sum], accs: Sequence[Access]) -> tuple[list[Lin], list[Sum]]:
+        """``c P(p + 1) - c P(p)``, p a head or no number, as ``c`` times the rate at p; and the other prefix sums."""
         lin: list[Lin] = []
         left: list[Sum] = []
         groups: dict[Mono, list[tuple[Aff, Number]]] = {}
         for (mono, pos), c in sums:
             groups.setdefault(mono, []).append((pos, c))
         for mono, ends in groups.items():
-            found = self._head_of(mono, ends, accs)
-            if found is None:
+            found = self._single_place(ends) if accs else None
+            stays = found is not None and all(FIRST_SYMBOL <= v < FIRST_DIV for v, _ in found[0].terms)
+            if found is None or (stays and not self._heads_at(mono, found[0], accs)):
                 left += [((mono, pos), c) for pos, c in ends]
-            else:
-                lin.append(found)
+                continue
+            place, c = found
+            rate = tuple(sorted((leaf, tuple(self.space.sub(i, {TAU: place}) for i in idx)) for leaf, idx in mono))
+            lin.append((rate, Aff.lit(c)))
         return lin, left
 
-    def _head_of(self, mono: Mono, ends: Sequence[tuple[Aff, Number]], accs: Sequence[Access]) -> Lin | None:
-        if not accs or any(pos.terms for pos, _ in ends):
-            return None
-        at = {pos.const: c for pos, c in ends}
-        if len(at) == 1:
-            at[0] = -sum(at.values())  # P(0) was dropped
+    @staticmethod
+    def _single_place(ends: Sequence[tuple[Aff, Number]]) -> tuple[Aff, Number] | None:
+        """``(p, c)`` where these prefix sums are ``c P(p + 1) - c P(p)``."""
+        at = dict(ends)
+        if len(at) == 1 and all(pos.is_const for pos in at):
+            at[ZERO] = -sum(at.values())  # P(0) was dropped
         if len(at) != 2:
             return None
-        (first, below), (second, above) = sorted(at.items())
-        if second != first + 1 or above != -below:
-            return None
-        place = Aff.lit(first)
-        for leaf, idx in mono:
-            for i, size in zip(idx, self.leaf_shapes[leaf], strict=True):
-                if i.coef(TAU) and not self._is_head(size, self.space.sub(i, {TAU: place}), accs):
-                    return None
-        rate = tuple(sorted((leaf, tuple(self.space.sub(i, {TAU: place}) for i in idx)) for leaf, idx in mono))
-        return rate, Aff.lit(above)
+        (p, below), (q, above) = at.items()
+        if q - p == -ONE:
+            (p, below), (q, above) = (q, above), (p, below)
+        return (p, above) if q - p == ONE and above == -below else None
+
+    def _heads_at(self, mono: Mono, place: Aff, accs: Sequence[Access]) -> bool:
+        """Whether the running position of a rate is a head, at this place."""
+        return all(
+            self._is_head(size, self.space.sub(i, {TAU: place}), accs)
+            for leaf, idx in mono
+            for i, size in zip(idx, self.leaf_shapes[leaf], strict=True)
+            if i.coef(TAU)
+        )
 
     # --------------------------------------------------------------------------------------------- at most one step
 

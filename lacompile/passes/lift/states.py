@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,10 +12,11 @@ from .affine import ONE, TAU, ZERO, Aff
 from .emit import CannotEmit, size_of
 from .engine import Engine
 from .interpret import Fact, Interpreter
+from .leaves import NINE_DIGITS
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 from .prove import sequence_index
 from .step import prove_step
-from .term import Exponent, sub_access
+from .term import Exponent, Term, sub_access
 from .weights import as_update
 
 
@@ -73,49 +75,60 @@ def final_state(engine: Engine, fact: Fact, p: Proof, attention: DecayedAttentio
                 if shape[e] != p.roles[E_ROLE]:
                     continue
                 rename[e] = Aff.var(E_ROLE)
-            if _is_state(engine, fact, p, rename, last):
+            times = _multiple_of_state(engine, fact, p, rename, last)
+            if times is not None:
                 heads, rest = p.head_roles(engine.space)
                 place = dict(zip(want, have, strict=True))
-                return _state_expr(engine, attention, shape, [place[r] for r in (*rest, *heads) if r in place], d, e)
+                order = [place[r] for r in (*rest, *heads) if r in place]
+                expr = _state_expr(engine, attention, shape, order, d, e)
+                return expr if expr is None or abs(times - 1) <= NINE_DIGITS else Call(torch.mul, (expr, times))
     return None
 
 
-def _is_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, Aff], last: Aff) -> bool:
+def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, Aff], last: Aff) -> float | None:
+    """The number times the operator's final state that ``fact`` is; None if it is none."""
     space = engine.space
-    seen_sum = seen_start = False
+    sums: list[float] = []  # what the sum over positions is multiplied by; at most one
+    starts: list[float] = []  # what the initial state is multiplied by
+
+    def multiple(t: Term, weight: Exponent, mapping: dict[int, Aff]) -> float | None:
+        apart = (t.exp.sub(space, mapping) - weight).number
+        return None if apart is None else t.coef * math.exp(apart)
+
     terms = fact.value.terms
     for t in as_update(space, engine.leaves, terms) if p.roles[N_ROLE] == ONE else terms:
         bound = t.bound(space)
-        if not bound and p.state is not None and not seen_start:
-            accs = sorted(sub_access(space, a, rename) for a in t.accs)
-            weight = _decay_over(p, last + 1, ZERO)
-            if accs == sorted(p.state) and t.exp.sub(space, rename) == weight and not t.guards and t.coef == 1:
-                seen_start = True
-                continue
-            if p.roles[N_ROLE] != ONE:
-                return False
-        if p.roles[N_ROLE] == ONE and not bound:
-            accs = sorted(sub_access(space, a, rename) for a in t.accs)
-            if seen_sum or t.coef != 1 or t.exp or t.guards or accs != sorted([*p.k, *p.v]):
-                return False
-            seen_sum = True
-            continue
-        if len(bound) != 1 or seen_sum or t.coef != 1:
-            return False
-        (j,) = bound
-        if t.guards != {Aff.var(j), last - Aff.var(j)}:
-            return False
-        rename_j = {**rename, j: Aff.var(N_ROLE)}
-        accs = sorted(sub_access(space, a, rename_j) for a in t.accs)
-        if accs != sorted([*p.k, *p.v]):
-            return False
-        weight = _decay_over(p, last + 1, Aff.var(N_ROLE) + 1)
-        for mono, c in p.k_weights:
-            weight = weight + Exponent.of([(mono, Aff.lit(c))], ())
-        if t.exp.sub(space, rename_j) != weight:
-            return False
-        seen_sum = True
-    return seen_sum and seen_start == (p.state is not None)
+        if not t.poly.is_const:
+            return None
+        accs = sorted(sub_access(space, a, rename) for a in t.accs)
+        if not bound:
+            if t.guards:
+                return None
+            if p.state is not None and not starts and accs == sorted(p.state):
+                found, into = multiple(t, _decay_over(p, last + 1, ZERO), rename), starts
+            elif p.roles[N_ROLE] == ONE and not sums and accs == sorted([*p.k, *p.v]):
+                found, into = multiple(t, Exponent(), rename), sums
+            else:
+                return None
+        else:
+            if len(bound) != 1 or sums:
+                return None
+            (j,) = bound
+            rename_j = {**rename, j: Aff.var(N_ROLE)}
+            accs = sorted(sub_access(space, a, rename_j) for a in t.accs)
+            if t.guards != {Aff.var(j), last - Aff.var(j)} or accs != sorted([*p.k, *p.v]):
+                return None
+            weight = _decay_over(p, last + 1, Aff.var(N_ROLE) + 1)
+            for mono, c in p.k_weights:
+                weight = weight + Exponent.of([(mono, Aff.lit(c))], ())
+            found, into = multiple(t, weight, rename_j), sums
+        if found is None:
+            return None
+        into.append(found)
+    if not sums or bool(starts) != (p.state is not None):
+        return None
+    of_sum = sums[0] / p.key_scale
+    return of_sum if all(abs(x - of_sum) <= NINE_DIGITS * abs(of_sum) for x in starts) else None
 
 
 def _decay_over(p: Proof, end: Aff, start: Aff) -> Exponent:

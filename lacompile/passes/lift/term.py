@@ -79,6 +79,13 @@ class Exponent:
     def __sub__(self, other: Exponent) -> Exponent:
         return self + other * -1
 
+    @property
+    def number(self) -> float | None:
+        """The number that this is everywhere; None if it is not one."""
+        if self.sums or any(m or f.terms for m, f in self.lin):
+            return None
+        return float(sum(f.const for _, f in self.lin))
+
     def sub(self, space: Space, mapping: Mapping[int, Aff]) -> Exponent:
         if not self:
             return self

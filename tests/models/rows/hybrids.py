@@ -162,7 +162,6 @@ ROWS = [
     ),
     row("OlmoHybrid", 0, "single-term", formulation="delta rule", **ATTENTION, **GATED_DELTA),
     row("Mamba", 0, formulation="decay per feature", length=8, state_size=8, num_hidden_layers=1),
-    row("FalconMamba", 0, formulation="decay per feature", length=8, state_size=8, num_hidden_layers=1),
     row(
         "Jamba",
         0,
@@ -175,18 +174,6 @@ ROWS = [
         use_mamba_kernels=False,
         num_experts=1,
         intermediate_size=32,
-        **ATTENTION,
-    ),
-    row(
-        "Zamba",
-        0,
-        formulation="decay per feature",
-        length=8,
-        num_hidden_layers=1,
-        layers_block_type=["mamba"],
-        use_mamba_kernels=False,
-        intermediate_size=32,
-        mamba_d_state=8,
         **ATTENTION,
     ),
     row(

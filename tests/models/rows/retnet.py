@@ -99,7 +99,7 @@ ROWS = [
         0,
         "separable",
     ),
-    Row(YET_ANOTHER, "`MultiScaleRetention.forward_parallel`", "parallel", parallel, 40, 0, "decay", before=48),
-    Row(YET_ANOTHER, "`retention_recurrent` over tokens, state in and out", "recurrent", by_tokens, 8, 0),
-    Row(YET_ANOTHER, "`retention_chunkwise` over chunks", "chunkwise", by_chunks, 24, 0, "single-term"),
+    Row(YET_ANOTHER, "`MultiScaleRetention.forward_parallel`", "parallel", parallel, 40, before=48),
+    Row(YET_ANOTHER, "`retention_recurrent` over tokens, state in and out", "recurrent", by_tokens, 8),
+    Row(YET_ANOTHER, "`retention_chunkwise` over chunks", "chunkwise", by_chunks, 24),
 ]

@@ -27,6 +27,7 @@ class Arithmetic(Symbols):
 
     def multiply(self, a: Val, b: Val) -> Val:
         """The product of two values of one shape."""
+        a, b = self._known_sum(a), self._known_sum(b)
         for x, y in ((a, b), (b, a)):
             t = x.one
             if t is not None and not t.accs and not t.exp and not t.guards and t.poly.is_const:
@@ -51,6 +52,15 @@ class Arithmetic(Symbols):
         if a.single and b.single:
             return self.sum_of(a.shape, times([a.terms, b.terms]))
         return self.zip_cases([a, b], times)
+
+    def _known_sum(self, v: Val) -> Val:
+        """1 - exp(g) of known numbers as the numbers it is: one factor, whose powers are powers of one rate."""
+        if not v.single or len(v.terms) < 2 or v.alt is not None or not self.index_only(v) or not self.plain(v):
+            return v
+        try:
+            return value(v.shape, [Term(accs=(self.tabulate(v),))], precision=v.precision)
+        except GiveUp:
+            return v
 
     def _infinite(self, x: Term, y: Term) -> Term | None:
         """inf times something of known sign."""
@@ -121,18 +131,20 @@ def _moves(v: Val) -> bool:
     return any(not t.poly.is_const for t in v.terms)
 
 
+def _factors(t: Term) -> Counter[int]:
+    """The leaves that a term is a product of; exp of plain data, as of a feature map, is a factor like any other."""
+    return Counter([leaf for leaf, _ in (*t.accs, *(a for m, f in t.exp.lin if f.is_const for a in m))])
+
+
 def _products(v: Val) -> bool:
     """Whether some term is a product of data, which a sum may look into."""
-    return any(len(t.accs) >= 2 for t in v.terms)
+    return any(_factors(t).total() >= 2 for t in v.terms)
 
 
 def _shares_signature(a: Val, b: Val) -> bool:
     """Some term of one side is a product that a term of the other contains: k v, and s k v."""
-    return any(
-        not Counter(x) - Counter(y) or not Counter(y) - Counter(x)
-        for x in {t.signature for t in a.terms if len(t.accs) >= 2}
-        for y in {t.signature for t in b.terms if len(t.accs) >= 2}
-    )
+    left, right = ([f for t in v.terms if (f := _factors(t)).total() >= 2] for v in (a, b))
+    return any(not x - y or not y - x for x in left for y in right)
 
 
 def _add_infinite(a: tuple[Term, ...], b: tuple[Term, ...]) -> tuple[Term, ...]:

@@ -2,8 +2,8 @@
 
     python benchmarks/plots.py [benchmarks/results/paper_h200.csv ...]
 
-Each table is drawn by what its name begins with, paper, kernels or model; the tables of the layers on one device share
-a picture. Needs the extra ``bench``.
+Each table is drawn by what its name begins with, paper, kernels, model or analysis_time; the tables of the layers on
+one device share a picture. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -213,7 +213,53 @@ def layers(tables: dict[str, tuple[dict[str, str], Table]]) -> Figure:
     return figure
 
 
-DRAWN: dict[str, Callable[[dict[str, str], Table], Figure]] = {"paper": paper, "kernels": kernels, "model": model}
+STAGES = {
+    "capture": "#7a8594", "lift": "#0b6e4f", "match": "#2b7bba", "validate": "#8f6bb3", "rewrite": "#d9822b",
+    "rest": "#c4cad0",
+}  # fmt: skip
+
+
+def analysis_time(about: dict[str, str], table: Table) -> Figure:
+    """Milliseconds of the analysis for a node of the graph, against its nodes: stages piled up, the target a line."""
+    families = list(dict.fromkeys(r["family"] for r in table))
+    columns = 3
+    rows = -(-len(families) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(11, 2.9 * rows), sharex=True, sharey=True, squeeze=False,
+        gridspec_kw={"wspace": 0.08, "hspace": 0.32},
+    )  # fmt: skip
+    target = float(about["target_ms"])
+    for ax, family in zip(axes.flat, families, strict=False):
+        timed = sorted((r for r in table if r["family"] == family and r.get("nodes")), key=lambda r: int(r["nodes"]))
+        nodes = [int(r["nodes"]) for r in timed]
+        piles = [[1e3 * max(0.0, float(r[f"{s}_s"])) / int(r["nodes"]) for r in timed] for s in STAGES]
+        ax.stackplot(nodes, *piles, colors=list(STAGES.values()), labels=list(STAGES), lw=0)
+        ax.plot(nodes, [float(r["ms_per_node"]) for r in timed], color="#1f2933", lw=1.2, marker="o", ms=3)
+        ax.axhline(target, color="#b3261e", lw=1, ls=(0, (4, 2)))
+        ax.set_title(family)
+        ax.set_xscale("log")
+        ax.set_ylim(0, 1.25 * max(target, *(float(r["ms_per_node"]) for r in table if r.get("ms_per_node"))))
+    ticks = [500, 2000, 8000, 40000]
+    for ax in axes[-1]:
+        ax.set_xticks(ticks, [plain(n) for n in ticks])
+        ax.xaxis.minorticks_off()
+        ax.set_xlabel("nodes of the graph")
+    for row in axes:
+        row[0].set_ylabel("milliseconds for a node")
+    for ax in axes.flat[len(families) :]:
+        ax.set_visible(False)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(0.91, 0.5), frameon=False)
+    footer(
+        figure, about,
+        f"Seconds {about['seconds']}, Dynamo's own not counted; dashed: the target of {target:g} ms, capture included.",
+    )  # fmt: skip
+    return figure
+
+
+DRAWN: dict[str, Callable[[dict[str, str], Table], Figure]] = {
+    "paper": paper, "kernels": kernels, "model": model, "analysis_time": analysis_time,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -223,7 +269,9 @@ def main() -> None:
     args = parser.parse_args()
     found = args.tables or sorted(RESULTS.glob("*.csv"))
     with matplotlib.rc_context(STYLE):
-        figures = {p: DRAWN[kind](*read_csv(p)) for p in found if (kind := p.name.split("_")[0]) in DRAWN}
+        figures = {
+            p: draw(*read_csv(p)) for p in found for kind, draw in DRAWN.items() if p.name.startswith(f"{kind}_")
+        }
         for device in {p.stem.split(LAYER)[1]: p.parent for p in found if LAYER in p.stem}.items():
             at = {name: device[1] / f"{name}{LAYER}{device[0]}.csv" for name in LAYERS}
             if not all(path.exists() for path in at.values()):

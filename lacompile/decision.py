@@ -55,12 +55,12 @@ def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     if _compat.functorch_active() or _compat.functorch_inside(gm):
         return Decision(None, Report(notes=("left alone: a functorch transform or forward-mode AD is active",)))
     # what is asked of symbolic sizes must not specialise the compiled program
-    with _compat.suppressed_guards(fake_mode_of(gm)), _no_collection():
+    with _compat.suppressed_guards(fake_mode_of(gm)), no_collection():
         return _decide(gm, example_inputs, options)
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Cycles are collected later: one look at all that PyTorch and Dynamo hold costs as much as hundreds of nodes."""
     collects = gc.isenabled()
     gc.disable()

@@ -482,6 +482,26 @@ def _aliased(k, flat, q, v):
     return (q @ (keys + k).mT).tril() @ v
 
 
+def keys_that_were_data_before(q, k, v):
+    """Section 7: the first value that holds the keys was computed without gradients; the keys are computed again."""
+    with torch.no_grad():
+        shown = k.cos().sum()
+    return attention(q, k.cos(), v, causal()), shown
+
+
+def keys_that_are_data_now(q, k, v):
+    shown = k.cos().sum()
+    with torch.no_grad():
+        keys = k.cos()
+    return attention(q, keys, v, causal()), shown
+
+
+@pytest.mark.parametrize("f", [keys_that_were_data_before, keys_that_are_data_now])
+def test_a_function_computed_twice_keeps_the_gradients_of_the_one_that_is_used(f):
+    args = [x.requires_grad_() for x in inputs()]
+    lacompile.testing.assert_rewritten(f, *args, options={"validate": "off"}, compiled=False)
+
+
 class _Doubled(torch.autograd.Function):
     """Causal attention whose derivative is not its own."""
 

@@ -42,6 +42,9 @@ class Capture:
     def records_gradients(self) -> bool:
         return self.node is None or self._grad_modes[self.node]
 
+    def records_gradients_at(self, node: fx.Node) -> bool:
+        return self._grad_modes[node]
+
     def run(self, example_inputs: Sequence[Any]) -> None:
         """Interprets the whole graph. A node that cannot run on fakes yields unknown tensors, nothing worse."""
         fake_mode = fake_mode_of(self.gm)

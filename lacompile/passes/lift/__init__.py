@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from ..facts import Analysis, Refusal
+from .holders import holders
 from .interpret import Interpreter
 from .match import search
 
@@ -26,11 +27,11 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str =
         interpreter = Interpreter(read_buffers=buffers != "never")
         interpreter.run(gm, example_inputs)
         lifted = time.perf_counter()
-        matches, refusals = search(interpreter)
+        matches, refusals = search(interpreter, holders(interpreter))
         if refusals and interpreter.statics is not None and interpreter.statics.ambiguous:
             other = Interpreter(reading=1)
             other.run(gm, example_inputs)
-            found, left = search(other)
+            found, left = search(other, holders(other))
             if len(left) < len(refusals):
                 matches, refusals = found, left
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was

@@ -14,6 +14,7 @@ from ..names import spoken
 from ..schedule import ancestors
 from .affine import ONE, Aff
 from .emit import CannotEmit, Emitter, Piece, cast, size_of
+from .holders import Holders
 from .interpret import Interpreter
 from .leaves import Argument, Extended, Opaque, Symbol
 from .proof import E_ROLE, N_ROLE, Proof, Refused
@@ -25,7 +26,7 @@ aten = torch.ops.aten
 class Builder:
     """Turns a proof into the recipe that replaces its target."""
 
-    def __init__(self, interpreter: Interpreter, held: dict[int, tuple[fx.Node, tuple[Aff, ...]]]):
+    def __init__(self, interpreter: Interpreter, held: Holders):
         self.interpreter, self.engine, self.held = interpreter, interpreter.engine, held
 
     def build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
@@ -49,7 +50,9 @@ class Builder:
             everything += t.accs
             everything += [a for mono, _ in t.exp.lin for a in mono]
         like = self._some_node([*p.q, *(a for m, _ in p.q_weights for a in m), *p.k, *p.v])
-        self.emitter = Emitter(self.engine, p.roles, everything, self.held, like)
+        assert self.interpreter.capture is not None
+        held = self.held.readable(self.interpreter.capture.records_gradients_at(p.fact.node))
+        self.emitter = Emitter(self.engine, p.roles, everything, held, like)
         heads, batch = p.head_roles(self.engine.space)
         dtype = p.fact.compute
         groups_q = [batch, heads, [N_ROLE], p.key_features]

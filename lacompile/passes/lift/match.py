@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from ..facts import DecayedAttention, Expr, Match, Refusal
-from .affine import FIRST_DIV, ONE, Aff
 from .build import Builder
+from .holders import Holders
 from .interpret import Fact, Interpreter
-from .leaves import Symbol
 from .proof import Proof, Refused
 from .prove import explain_missing, prove
 from .states import final_states, looks_like_state
@@ -18,34 +17,9 @@ MAX_STEPS_BACK = 24
 EXPLAINED = 1  # progress of a refusal that names a tensor of the program, and not what became of the normal form
 
 
-def held_symbols(interpreter: Interpreter) -> dict[int, tuple[fx.Node, tuple[Aff, ...]]]:
-    """Graph nodes that hold a symbol leaf as it is, so that a rewrite refers to them instead of computing it again."""
-    out: dict[int, tuple[fx.Node, tuple[Aff, ...]]] = {}
-    for node, fact in interpreter.facts.items():
-        t = fact.value.one
-        if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or not t.poly.is_const:
-            continue
-        leaf, idx = t.accs[0]
-        if leaf in out or not isinstance(interpreter.engine.leaves[leaf].kind, Symbol):
-            continue
-        covered: set[int] = set()
-        whole = True
-        for n, a in enumerate(idx):
-            if a.is_const:
-                whole &= interpreter.engine.leaf_shapes[leaf][n] == ONE
-            elif len(a.terms) == 1 and a.terms[0][1] == 1 and not a.const and a.terms[0][0] < FIRST_DIV:
-                covered.add(a.terms[0][0])
-                whole &= interpreter.engine.leaf_shapes[leaf][n] == fact.value.shape[a.terms[0][0]]
-            else:
-                whole = False
-        if whole:
-            out[leaf] = (node, idx)
-    return out
-
-
-def search(interpreter: Interpreter) -> tuple[list[Match], list[Refusal]]:
+def search(interpreter: Interpreter, held: Holders) -> tuple[list[Match], list[Refusal]]:
     """Every decayed attention among the values that something opaque consumes, and the reasons for the others."""
-    builder = Builder(interpreter, held_symbols(interpreter))
+    builder = Builder(interpreter, held)
     matches: list[Match] = []
     refusals: list[Refusal] = []
     proofs: list[tuple[Proof, DecayedAttention]] = []

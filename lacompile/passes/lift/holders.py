@@ -1,0 +1,65 @@
+"""Graph nodes that hold a function symbol as it is, so that a recipe refers to them instead of computing it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from .affine import FIRST_DIV, ONE, Aff
+from .engine import Engine
+from .interpret import Fact, Interpreter
+from .leaves import Symbol
+
+Place = tuple[fx.Node, tuple[Aff, ...]]
+"""A node, and the index of the leaf over the node's dimensions."""
+
+
+@dataclass
+class Holders:
+    """By leaf the first node that holds it: of all, and of those that recorded gradients.
+
+    For autograd a value computed without gradients is data: a target that records them must not read it in place of
+    the function that it was computed by.
+    """
+
+    all: dict[int, Place] = field(default_factory=dict)
+    with_gradients: dict[int, Place] = field(default_factory=dict)
+
+    def readable(self, with_gradients: bool) -> Mapping[int, Place]:
+        return self.with_gradients if with_gradients else self.all
+
+
+def holders(interpreter: Interpreter) -> Holders:
+    capture = interpreter.capture
+    assert capture is not None
+    found = Holders()
+    for node, fact in interpreter.facts.items():
+        held = _held(interpreter.engine, fact)
+        if held is None:
+            continue
+        leaf, idx = held
+        found.all.setdefault(leaf, (node, idx))
+        if capture.records_gradients_at(node):
+            found.with_gradients.setdefault(leaf, (node, idx))
+    return found
+
+
+def _held(engine: Engine, fact: Fact) -> tuple[int, tuple[Aff, ...]] | None:
+    """The symbol that a value is, every entry once, and its index; None if it is something else."""
+    t = fact.value.one
+    if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or not t.poly.is_const:
+        return None
+    leaf, idx = t.accs[0]
+    if not isinstance(engine.leaves[leaf].kind, Symbol):
+        return None
+    for size, a in zip(engine.leaf_shapes[leaf], idx, strict=True):
+        if a.is_const:
+            whole = size == ONE
+        else:
+            alone = len(a.terms) == 1 and a.terms[0][1] == 1 and not a.const and a.terms[0][0] < FIRST_DIV
+            whole = alone and size == fact.value.shape[a.terms[0][0]]
+        if not whole:
+            return None
+    return leaf, idx

@@ -14,7 +14,7 @@ from ..names import spoken
 from ..schedule import ancestors
 from .affine import ONE, Aff
 from .emit import CannotEmit, Emitter, Piece, cast, size_of
-from .holders import Holders
+from .holders import Holders, Place
 from .interpret import Interpreter
 from .leaves import Argument, Extended, Opaque, Symbol
 from .proof import E_ROLE, N_ROLE, Proof, Refused
@@ -49,9 +49,9 @@ class Builder:
         for t in residual:
             everything += t.accs
             everything += [a for mono, _ in t.exp.lin for a in mono]
-        like = self._some_node([*p.q, *(a for m, _ in p.q_weights for a in m), *p.k, *p.v])
         assert self.interpreter.capture is not None
         held = self.held.readable(self.interpreter.capture.records_gradients_at(p.fact.node))
+        like = self._some_node([*p.q, *(a for m, _ in p.q_weights for a in m), *p.k, *p.v], held)
         self.emitter = Emitter(self.engine, p.roles, everything, held, like)
         heads, batch = p.head_roles(self.engine.space)
         dtype = p.fact.compute
@@ -104,8 +104,11 @@ class Builder:
                 raise CannotEmit("known sizes", f"a symbolic length {size} that no tensor has")
         return total
 
-    def _some_node(self, accesses: Sequence[Access]) -> fx.Node:
+    def _some_node(self, accesses: Sequence[Access], held: Mapping[int, Place]) -> fx.Node:
+        """A value of the graph that is some factor, or that one is computed from."""
         for leaf, _ in accesses:
+            if leaf in held:
+                return held[leaf][0]
             kind = self.engine.leaves[leaf].kind
             if isinstance(kind, Opaque) and kind.node is not None:
                 return kind.node
@@ -116,7 +119,7 @@ class Builder:
                 inner = [(kind.of, ())]
             for access in inner:
                 try:
-                    return self._some_node([access])
+                    return self._some_node([access], held)
                 except CannotEmit:
                     continue
         raise CannotEmit("a value of the traced graph", "queries made of constants")

@@ -19,6 +19,7 @@ from lacompile.passes.lift.evaluate import Evaluator
 from lacompile.passes.lift.leaves import Opaque
 from lacompile.passes.lift.merge import merge_sum
 from lacompile.passes.lift.term import Term
+from lacompile.testing import assert_rewritten
 
 B, H, N, D, E = 2, 3, 24, 8, 6
 
@@ -499,7 +500,7 @@ def keys_that_are_data_now(q, k, v):
 @pytest.mark.parametrize("f", [keys_that_were_data_before, keys_that_are_data_now])
 def test_a_function_computed_twice_keeps_the_gradients_of_the_one_that_is_used(f):
     args = [x.requires_grad_() for x in inputs()]
-    lacompile.testing.assert_rewritten(f, *args, options={"validate": "off"}, compiled=False)
+    assert_rewritten(f, *args, options={"validate": "off"}, compiled=False)
 
 
 class _Doubled(torch.autograd.Function):

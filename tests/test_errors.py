@@ -96,6 +96,6 @@ def test_strict_mode_raises_on_a_near_miss_and_shows_it(monkeypatch):
     from lacompile.passes.facts import Refusal
 
     refusal = Refusal("legality", "unchanged", None, "a tensor left alone", "add_ writes into it")
-    monkeypatch.setattr(decision, "settled", lambda gm, match, effects: refusal)
+    monkeypatch.setattr(decision, "settled", lambda schedule, match: refusal)
     with pytest.raises(Exception, match=r"legality/unchanged: expected a tensor left alone, found add_ writes into it"):
         strictly(undecayed)

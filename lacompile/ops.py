@@ -213,8 +213,10 @@ def _vector_jacobian(
 derivative(decayed_attention_backward_op, _double_backward, setup_context=_setup_backward_context)
 
 
-CACHE_TAG = "lacompile-" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-"""What compiled code relies on: schema, shapes and strides as this file promises them."""
+PROMISED_IN = ("ops.py", "arguments.py", "registration.py")
+_promised = b"".join(Path(__file__).with_name(name).read_bytes() for name in PROMISED_IN)
+CACHE_TAG = "lacompile-" + hashlib.sha256(_promised).hexdigest()[:16]
+"""What compiled code relies on: schema, shapes, dtypes and strides as these files promise them."""
 
 
 def decayed_attention(

@@ -54,6 +54,52 @@ def tril_scores(q, k, v, slope):
 
 
 @register(PARALLEL)
+def looked_up_mask(q, k, v, slope):
+    n = q.shape[2]
+    table = torch.exp(-slope[:, None] * torch.arange(n))
+    return (q @ k.mT * table[:, distance(n).clamp(min=0)].tril()) @ v
+
+
+@register(PARALLEL)
+def looked_up_by_head_and_distance(q, k, v, slope):
+    n = q.shape[2]
+    table = torch.exp(-slope) ** torch.arange(n)[:, None]
+    heads = torch.arange(slope.shape[0])[:, None, None]
+    return (q @ k.mT * table[distance(n).clamp(min=0), heads] * (distance(n) >= 0)) @ v
+
+
+@register(PARALLEL)
+def looked_up_bias(q, k, v, slope):
+    n = q.shape[2]
+    table = -slope[:, None] * torch.arange(1 - n, n)
+    bias = table.index_select(1, (distance(n) + n - 1).flatten()).view(-1, n, n)
+    return (q @ k.mT * bias.masked_fill(distance(n) < 0, float("-inf")).exp()) @ v
+
+
+@register(PARALLEL)
+def gathered_mask(q, k, v, slope):
+    n, heads = q.shape[2], slope.shape[0]
+    table = torch.exp(-slope[:, None] * torch.arange(n))
+    at = distance(n).clamp(min=0).reshape(1, -1).expand(heads, -1)
+    return (q @ k.mT * table.gather(1, at).view(heads, n, n).tril()) @ v
+
+
+@register(PARALLEL)
+def embedded_mask(q, k, v, slope):
+    n = q.shape[2]
+    table = torch.exp(-torch.arange(n)[:, None] * slope)
+    return (q @ k.mT * F.embedding(distance(n).relu(), table).permute(2, 0, 1).tril()) @ v
+
+
+@register(PARALLEL)
+def sums_over_later_tokens(q, k, v, slope):
+    rate = F.logsigmoid(k[..., 0] + slope[:, None])
+    later = rate.flip(-1).cumsum(-1).flip(-1) - rate
+    exponent = later[..., None, :] - later[..., :, None]
+    return (q @ k.mT * exponent.masked_fill(distance(q.shape[2]) < 0, float("-inf")).exp()) @ v
+
+
+@register(PARALLEL)
 def masked_fill_then_exp(q, k, v, slope):
     d = distance(q.shape[2])
     return (q @ k.mT * (-slope[:, None, None] * d).masked_fill(d < 0, float("-inf")).exp()) @ v

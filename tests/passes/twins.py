@@ -156,3 +156,46 @@ def stabilised_input_gate(q, k, v, slope):
     total = total.masked_fill(distance(q.shape[2]) < 0, float("-inf"))
     weight = (total - total.amax(-1, keepdim=True)).exp()
     return (q @ k.mT * weight) @ v
+
+
+@register(TWINS, None)
+def looked_up_from_the_end(q, k, v, slope):
+    n = q.shape[2]
+    table = torch.exp(-slope[:, None] * torch.arange(n))
+    return (q @ k.mT * table[:, distance(n)]) @ v
+
+
+@register(TWINS, None)
+def looked_up_squares(q, k, v, slope):
+    n = q.shape[2]
+    table = torch.exp(-slope[:, None] * torch.arange(n) ** 2)
+    return (q @ k.mT * table[:, distance(n).clamp(min=0)].tril()) @ v
+
+
+@register(TWINS, None)
+def looked_up_in_a_changed_table(q, k, v, slope):
+    n = q.shape[2]
+    table = torch.tensor([0.9, 0.8, 0.7])[:, None] ** torch.arange(n)
+    table[:, 5] = 0.5
+    return (q @ k.mT * table[:, distance(n).clamp(min=0)].tril()) @ v * slope.sum()
+
+
+@register(TWINS, None)
+def looked_up_no_further_than_eight(q, k, v, slope):
+    n = q.shape[2]
+    table = torch.exp(-slope[:, None] * torch.arange(n))
+    return (q @ k.mT * table[:, distance(n).clamp(0, 8)].tril()) @ v
+
+
+@register(TWINS, None)
+def sums_over_later_tokens_and_its_own(q, k, v, slope):
+    rate = F.logsigmoid(k[..., 0] + slope[:, None])
+    state, out = torch.zeros(q.shape[0], q.shape[1], q.shape[3], v.shape[3]), []
+    for start in range(0, q.shape[2], 8):
+        qc, kc, vc, rc = (x[:, :, start : start + 8] for x in (q, k, v, rate))
+        upto = rc.cumsum(-1)
+        mask = (upto[..., :, None] - upto[..., None, :]).exp().tril()
+        out.append((qc @ kc.mT * mask) @ vc + (qc * upto.exp()[..., None]) @ state)
+        later = rc.flip(-1).cumsum(-1).flip(-1)
+        state = state * rc.sum(-1).exp()[..., None, None] + (kc * later.exp()[..., None]).mT @ vc
+    return torch.cat(out, 2)

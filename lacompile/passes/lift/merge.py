@@ -7,11 +7,11 @@ size does not depend on the number of chunks. The index may be bound (a sum that
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 
-from .affine import Aff, Number
-from .lines import free_line, line, own_guards, points, staircase
+from .affine import Aff
+from .ends import all_ends, extend, same, shorten
+from .lines import free_line, line, own_guards, staircase
 from .normal import Algebra
 from .term import Term
 
@@ -68,15 +68,17 @@ def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term |
         return a.but(coef=a.coef + b.coef)
     if a.guards == b.guards and a.body[1:] == b.body[1:] and not math.isinf(a.coef + b.coef):
         return a.but(coef=1.0, poly=a.poly * a.coef + b.poly * b.coef)
-    if a.body == b.body and abs(a.coef + b.coef) <= 1e-9 * abs(a.coef):
+    if a.body == b.body and same(a.coef, -b.coef):
         return _difference(algebra, a, b, shape) or _difference(algebra, b, a, shape)
-    if a.coef != b.coef and abs(a.coef - b.coef) > 1e-9 * abs(a.coef):
+    if same(a.coef, -b.coef):
+        return shorten(algebra, a, b, shape) or shorten(algebra, b, a, shape)
+    if not same(a.coef, b.coef):
         return None
     if a.body == b.body and (out := _adjacent(algebra, a, b, shape)) is not None:
         return out
     return (
-        _extend(algebra, a, b, shape)
-        or _extend(algebra, b, a, shape)
+        extend(algebra, a, b, shape)
+        or extend(algebra, b, a, shape)
         or line(algebra, a, b)
         or staircase(algebra, a, b, shape)
         or staircase(algebra, b, a, shape)
@@ -123,32 +125,11 @@ def _cuts(algebra: Algebra, whole: Term, part: Term, shape: tuple[Aff, ...]) -> 
     return cuts if len(cuts) == 1 else []
 
 
-Ends = tuple[Aff, Aff]
-
-
-def _ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> Ends | None:
-    """The range of ``var`` in this term, if it has one lower and one upper end."""
-    found = _all_ends(algebra, term, var, shape)
-    return found[0] if len(found) == 1 else None
-
-
-def _all_ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> list[Ends]:
-    """Every pair of ends; a free dimension without guards has its whole extent."""
-    bounds = algebra.bounds(var, term.guards)
-    low, high = bounds.low, bounds.high
-    if var >= 0:
-        size = shape[var]
-        simple_low = [x for x in low if not x.terms or all(v >= 100 for v, _ in x.terms)]
-        simple_high = [x for x in high if not x.terms or all(v >= 100 for v, _ in x.terms)]
-        low, high = simple_low or [Aff.lit(0)], simple_high or [size - 1]
-    return [(lo, hi) for lo in low for hi in high]
-
-
 def _adjacent(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
     """Equal bodies on ranges [l1, u1] and [u1 + 1, u2] of one index."""
     differ = {v for g in a.guards ^ b.guards for v, _ in g.terms if v < 100}
     for var in sorted(differ):
-        ends_a, ends_b = _all_ends(algebra, a, var, shape), _all_ends(algebra, b, var, shape)
+        ends_a, ends_b = all_ends(algebra, a, var, shape), all_ends(algebra, b, var, shape)
         if len(ends_a) * len(ends_b) > MAX_ENDS:
             continue
         for first, ends_1, second, ends_2 in ((a, ends_a, b, ends_b), (b, ends_b, a, ends_a)):
@@ -185,40 +166,3 @@ def _join(
     if not all(algebra.implied(hi - lo + 1, elsewhere, ranges) for lo, hi in (r1, r2)):
         return None
     return first.but(guards=guards)
-
-
-def _extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) -> Term | None:
-    """A ranged term and a point next to the range, equal to what the ranged term is there."""
-    space = algebra.space
-    fixed = points(algebra, point, shape)
-    for var in sorted({v for g in ranged.guards for v, _ in g.terms if v < 100}):
-        ends = _ends(algebra, ranged, var, shape)
-        if ends is None or (var >= 0 and (var not in fixed or not all(v >= 100 for e in ends for v, _ in e.terms))):
-            continue
-        x = Aff.var(var)
-        for at, stretched in ((ends[1] + 1, (ends[0], ends[1] + 1)), (ends[0] - 1, (ends[0] - 1, ends[1]))):
-            if var in fixed and fixed[var] != at:
-                continue
-            drop = {space.guard(x - ends[0]), space.guard(ends[1] - x)}
-            rest = ranged.but(guards=ranged.guards - drop)
-            moved = rest.sub(space, {var: at})
-            if not _constants(moved) <= _constants(point):
-                continue
-            if var >= 0:
-                moved = moved.but(guards=moved.guards | {x - at, at - x})
-            there = algebra.normalise(moved, shape)
-            if there is None or there.body != point.body or abs(there.coef - point.coef) > 1e-9 * abs(point.coef):
-                continue
-            if there.guards != point.guards and (
-                own_guards(algebra, there, point, shape) or own_guards(algebra, point, there, shape)
-            ):
-                continue
-            if algebra.space.lower(ends[1] - ends[0] + 1, algebra.ranges(shape, point.guards)) < 0:
-                continue
-            return rest.but(guards=rest.guards | {space.guard(x - stretched[0]), space.guard(stretched[1] - x)})
-    return None
-
-
-def _constants(term: Term) -> Counter[tuple[int, int, Number]]:
-    """Where the accesses read a constant place: (leaf, dimension, place), which normalisation adds to and keeps."""
-    return Counter((leaf, n, i.const) for leaf, idx in term.accs for n, i in enumerate(idx) if not i.terms)

@@ -99,6 +99,7 @@ from . import (  # noqa: E402, F401  (they register their rules)
     factories,
     joining,
     logarithms,
+    lookups,
     piecewise,
     reshaping,
     scatter,

@@ -85,6 +85,14 @@ def gathered_mask(q, k, v, slope):
 
 
 @register(PARALLEL)
+def gathered_from_the_first_head(q, k, v, slope):
+    n = q.shape[2]
+    table = torch.exp(-slope[:, None] * torch.arange(n))
+    at = distance(n).clamp(min=0).reshape(1, -1)
+    return (q @ k.mT * table.gather(1, at).view(1, n, n).tril()) @ v
+
+
+@register(PARALLEL)
 def embedded_mask(q, k, v, slope):
     n = q.shape[2]
     table = torch.exp(-torch.arange(n)[:, None] * slope)

@@ -54,7 +54,9 @@ def gather(op: Op) -> Val:
     source, positions = op.args[0], op.args[2]
     d = op.dim(op.args[1], len(source.shape))
     places = _places(op, positions, source.shape[d])
-    return _looked_up(op, source, {n: Aff.var(n) for n in range(len(source.shape)) if n != d}, {d: places})
+    # Positions may be fewer than the source is long: where there is one, it reads the first.
+    kept = {n: ZERO if op.shape[n] == ONE else Aff.var(n) for n in range(len(source.shape)) if n != d}
+    return _looked_up(op, source, kept, {d: places})
 
 
 @rule(aten.embedding)

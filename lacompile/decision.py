@@ -20,9 +20,9 @@ from .options import Options
 from .passes.batch import batched
 from .passes.capture import fake_mode_of
 from .passes.effects import NOWHERE, Effects, overlap
-from .passes.facts import Analysis, Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
+from .passes.facts import Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
 from .passes.legality import settled
-from .passes.lift import analyse
+from .passes.lift import Analysis, analyse
 from .passes.rewrite import rewrite
 from .passes.schedule import Schedule
 from .passes.validate import Validation, validate
@@ -76,7 +76,7 @@ def _decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     found = analyse(gm, example_inputs, buffers=options.buffers)
     try:
         own = _own(gm, example_inputs, options, found, start)
-        return _with_bodies(gm, own, _bodies(gm, example_inputs, options, found.effects))
+        return _with_bodies(gm, own, _bodies(gm, example_inputs, options, found.schedule.effects))
     except LacompileError:
         raise
     except Exception as error:
@@ -90,7 +90,7 @@ def _own(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, found: Analysis, start: float
 ) -> Decision:
     """The decision about the graph itself, without those that its operators call."""
-    schedule = Schedule(gm, found.effects)
+    schedule = found.schedule
     real = {n: example_inputs[i] for n, i in schedule.inputs.items() if i < len(example_inputs)}
     refusals = list(found.refusals)
     kept: list[Match] = []

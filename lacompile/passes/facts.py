@@ -2,7 +2,7 @@
 
 A match *proves* a :class:`DecayedAttention`; a kernel *computes* one. Everything a rewrite puts into
 a graph is described by an :data:`Expr`, a recipe over values that already exist in the Dynamo graph.
-This module imports neither Triton nor anything of the package but ``effects``.
+This module imports neither Triton nor anything of the package.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any, Literal
 
 import torch
 from torch import fx
-
-from .effects import Effects
 
 # ----------------------------------------------------------------------------------------------------------- recipes
 
@@ -198,13 +196,3 @@ class Refusal:
     found: str
     hint: str = ""
     progress: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class Analysis:
-    """What the lift and the match found in one Dynamo graph."""
-
-    matches: tuple[Match, ...]
-    refusals: tuple[Refusal, ...]
-    seconds: dict[str, float]
-    effects: Effects = field(default_factory=Effects)

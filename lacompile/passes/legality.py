@@ -9,7 +9,7 @@ from torch import fx
 
 from .effects import NOWHERE
 from .facts import Match, Refusal, values_of
-from .schedule import Schedule, ancestors
+from .schedule import Schedule
 
 
 def settled(schedule: Schedule, match: Match) -> Match | Refusal:
@@ -38,7 +38,7 @@ def settled(schedule: Schedule, match: Match) -> Match | Refusal:
         if node is not match.target and order[node] <= at and used_later and effects.alias(node, match.target):
             return _refusal(match, "unaliased", f"{node.name} shares its memory and is used later")
     modes = schedule.records_gradients
-    for node in ancestors(match.target, read):
+    for node in schedule.ancestors(match.target, read):
         if not modes[node] and modes[match.target] and node.all_input_nodes and _is_float(node):
             return _refusal(match, "one-grad-mode", f"{node.name} is computed without gradients inside the region")
     return match

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from .capture.modes import AUTOCAST, GRAD_MODE, INFERENCE_MODE
 from .effects import NOWHERE
 from .facts import Match, values_of
-from .schedule import Schedule, ancestors
+from .schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def region_of(schedule: Schedule, match: Match, *, independent: bool = False) ->
     """
     order, lives = schedule.order, schedule.effects.lives
     inputs = list(dict.fromkeys(v.node for v in values_of(match.replacement)))
-    dependent = [n for n in inputs if independent and not ancestors(n, set()).isdisjoint({*inputs} - {n})]
+    dependent = [n for n in inputs if independent and schedule.computed_from(n, {*inputs} - {n})]
     inputs = [n for n in inputs if n not in dependent]
     numbers = schedule.numbers
     by_number: dict[int, fx.Node] = {}

@@ -6,7 +6,7 @@ Every match asks about its own part of the graph alone, so no question may cost 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -104,14 +104,52 @@ class Schedule:
         for storage in (*storages, ANYWHERE):
             yield from self._living.get(storage, ())
 
+    def ancestors(
+        self,
+        node: fx.Node,
+        given: Collection[fx.Node],
+        alike: Callable[[fx.Node, fx.Node], bool] = lambda copy, original: True,
+    ) -> set[fx.Node]:
+        """The nodes that a value is computed by other than through ``given`` values; itself and graph inputs too.
 
-def ancestors(node: fx.Node, given: set[fx.Node]) -> set[fx.Node]:
-    """The nodes that a value is computed by other than through ``given`` values; itself and inputs of the graph too."""
-    seen: set[fx.Node] = set()
-    work = [node]
-    while work:
-        at = work.pop()
-        if at not in seen and at not in given:
+        A value that the program computes once more is a given one as well where ``alike`` finds the two so: else the
+        region of a match would be open to all that stands before it.
+        """
+        by_number = {self.numbers[g]: g for g in given}
+        seen: set[fx.Node] = set()
+        work = [node]
+        while work:
+            at = work.pop()
+            original = by_number.get(self.numbers[at])
+            if at in seen or at in given or (original is not None and alike(at, original)):
+                continue
             seen.add(at)
             work += at.all_input_nodes
-    return seen
+        return seen
+
+    @cached_property
+    def _reads(self) -> dict[fx.Node, int]:
+        """The inputs of the graph that a node is computed from: a bit for each."""
+        found: dict[fx.Node, int] = {}
+        for node in self.nodes:
+            found[node] = 1 << self.inputs[node] if node in self.inputs else 0
+            for arg in node.all_input_nodes:
+                found[node] |= found[arg]
+        return found
+
+    def computed_from(self, node: fx.Node, others: Collection[fx.Node]) -> bool:
+        """Whether a node is computed from one of the others, by way of values and not of memory."""
+        if any(self._reads[node] >> self.inputs[n] & 1 for n in others if n in self.inputs):
+            return True
+        made = {n for n in others if n not in self.inputs}
+        first = min((self.order[n] for n in made), default=len(self.nodes))
+        seen: set[fx.Node] = set()
+        work = list(node.all_input_nodes)
+        while work:
+            at = work.pop()
+            if at in made:
+                return True
+            if at not in seen and self.order[at] > first:
+                seen.add(at)
+                work += at.all_input_nodes
+        return False

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from ..facts import Analysis, Refusal
+from ..effects import Effects
+from ..facts import Match, Refusal
+from ..schedule import Schedule
 from .holders import holders
 from .interpret import Interpreter
 from .match import search
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What the lift and the match found in one Dynamo graph, and the order and the effects of its nodes."""
+
+    matches: tuple[Match, ...]
+    refusals: tuple[Refusal, ...]
+    seconds: dict[str, float]
+    schedule: Schedule
 
 
 def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str = "check") -> Analysis:
@@ -27,21 +40,22 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str =
         interpreter = Interpreter(read_buffers=buffers != "never")
         interpreter.run(gm, example_inputs)
         lifted = time.perf_counter()
-        matches, refusals = search(interpreter, holders(interpreter))
+        assert interpreter.capture is not None
+        schedule = Schedule(gm, interpreter.capture.effects)
+        matches, refusals = search(schedule, interpreter, holders(interpreter))
         if refusals and interpreter.statics is not None and interpreter.statics.ambiguous:
             other = Interpreter(reading=1)
             other.run(gm, example_inputs)
-            found, left = search(other, holders(other))
+            found, left = search(schedule, other, holders(other))
             if len(left) < len(refusals):
                 matches, refusals = found, left
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal(
             "lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}"
         )
-        return Analysis((), (refusal,), {"analysis": time.perf_counter() - start})
+        return Analysis((), (refusal,), {"analysis": time.perf_counter() - start}, Schedule(gm, Effects()))
     seconds = {"lift": lifted - start, "match": time.perf_counter() - lifted}
-    assert interpreter.capture is not None
-    return Analysis(tuple(matches), tuple(refusals), seconds, interpreter.capture.effects)
+    return Analysis(tuple(matches), tuple(refusals), seconds, schedule)
 
 
-__all__ = ["analyse"]
+__all__ = ["Analysis", "analyse"]

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..facts import Assumption, Attend, Call, Const, DecayedAttention, Expr, values_of
 from ..names import spoken
-from ..schedule import ancestors
+from ..schedule import Schedule
 from .affine import ONE, Aff
 from .emit import CannotEmit, Emitter, Piece, cast, size_of
 from .holders import Holders, Place
@@ -26,8 +26,8 @@ aten = torch.ops.aten
 class Builder:
     """Turns a proof into the recipe that replaces its target."""
 
-    def __init__(self, interpreter: Interpreter, held: Holders):
-        self.interpreter, self.engine, self.held = interpreter, interpreter.engine, held
+    def __init__(self, schedule: Schedule, interpreter: Interpreter, held: Holders):
+        self.schedule, self.interpreter, self.engine, self.held = schedule, interpreter, interpreter.engine, held
 
     def build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
         """The fact and the replacement.
@@ -49,8 +49,7 @@ class Builder:
         for t in residual:
             everything += t.accs
             everything += [a for mono, _ in t.exp.lin for a in mono]
-        assert self.interpreter.capture is not None
-        held = self.held.readable(self.interpreter.capture.records_gradients_at(p.fact.node))
+        held = self.held.readable(self.schedule.records_gradients[p.fact.node])
         like = self._some_node([*p.q, *(a for m, _ in p.q_weights for a in m), *p.k, *p.v], held)
         self.emitter = Emitter(self.engine, p.roles, everything, held, like)
         heads, batch = p.head_roles(self.engine.space)
@@ -69,7 +68,9 @@ class Builder:
             assert piece is not None
             state = self.emitter.assemble(cast(piece, torch.float32), [batch, heads, p.key_features, e_group])
         row_factor, added = self._around(p, residual)
-        read = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
+        recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
+        read = {v.node for e in recipes for v in values_of(e)}
+        region = self.schedule.ancestors(p.fact.node, read, self._same_form)
         fact = DecayedAttention(
             q=q,
             k=k,
@@ -84,9 +85,9 @@ class Builder:
             dv=self._length(p, e_group),
             dtype=dtype,
             decay_per_token=bool(p.tokens),
-            formulation=formulation(p, {x.node for e in read for x in values_of(e)}),
+            formulation=formulation(p, region),
             decay_source=source,
-            assumptions=tuple(self._assumptions(p, read)),
+            assumptions=tuple(self._assumptions(p, read, region)),
         )
         return fact, self._replacement(p, fact, batch, heads, e_group, row_factor, added)
 
@@ -185,11 +186,14 @@ class Builder:
         factors = " * ".join(name(leaf) for leaf, _ in mono)
         return factors if c == 1 else f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"
 
-    def _assumptions(self, p: Proof, operands: Sequence[Expr]) -> Iterable[Assumption]:
+    def _same_form(self, copy: fx.Node, original: fx.Node) -> bool:
+        """Whether a proof that went through the copy rests on nothing but what one through the original does."""
+        facts = self.interpreter.facts
+        return copy in facts and original in facts and facts[copy].value == facts[original].value
+
+    def _assumptions(self, p: Proof, read: set[fx.Node], region: set[fx.Node]) -> Iterable[Assumption]:
         """log(x) in a weight is right only where x > 0; and buffers were read by value."""
         if self.interpreter.statics is not None:
-            read = {v.node for e in operands for v in values_of(e)}
-            region = ancestors(p.fact.node, read)
             looked_at = p.looked_at.union(*(self.engine.relied.get(at, ()) for at in region))
             inputs = {n for n in region if n.op == "placeholder"}
             yield from self.interpreter.statics.assumptions(sorted(read | inputs), sorted(looked_at))
@@ -284,11 +288,11 @@ def _all_positive(tensor: torch.Tensor) -> bool:
     return bool((tensor > 0).all())
 
 
-def formulation(p: Proof, given: set[fx.Node]) -> Literal["parallel", "chunkwise", "recurrent"]:
-    """How the program wrote it, between the ``given`` values and the result; for the report only."""
+def formulation(p: Proof, region: set[fx.Node]) -> Literal["parallel", "chunkwise", "recurrent"]:
+    """How the program wrote it, in the nodes between what is read and the result; for the report only."""
     length = p.roles[N_ROLE]
     steps, square = 0, False
-    for node in ancestors(p.fact.node, given):
+    for node in region:
         example = node.meta.get("example_value")
         if isinstance(example, torch.Tensor) and node.op != "placeholder":
             sizes = [s for s in example.shape[-2:] if isinstance(s, int) and length.is_const and s == length.const]

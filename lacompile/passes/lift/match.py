@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from ..facts import DecayedAttention, Expr, Match, Refusal
+from ..schedule import Schedule
 from .build import Builder
 from .holders import Holders
 from .interpret import Fact, Interpreter
@@ -17,9 +18,9 @@ MAX_STEPS_BACK = 24
 EXPLAINED = 1  # progress of a refusal that names a tensor of the program, and not what became of the normal form
 
 
-def search(interpreter: Interpreter, held: Holders) -> tuple[list[Match], list[Refusal]]:
+def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple[list[Match], list[Refusal]]:
     """Every decayed attention among the values that something opaque consumes, and the reasons for the others."""
-    builder = Builder(interpreter, held)
+    builder = Builder(schedule, interpreter, held)
     matches: list[Match] = []
     refusals: list[Refusal] = []
     proofs: list[tuple[Proof, DecayedAttention]] = []

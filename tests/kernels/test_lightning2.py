@@ -317,19 +317,43 @@ class TestPlan:
     def tiles(self):
         return lightning2.launch.portable(128, 128, torch.bfloat16)
 
-    def test_one_segment_when_the_device_is_full(self, tiles):
-        assert lightning2.launch.plan(4096, 256, 132, tiles).count == 1
+    @pytest.fixture
+    def hardware(self):
+        return lightning2.launch.Hardware()
+
+    def test_one_segment_when_the_device_is_full(self, hardware, tiles):
+        assert lightning2.launch.plan(4096, 256, hardware, tiles).count == 1
 
     @pytest.mark.parametrize("length", [32768, 131072, 40001])
     @pytest.mark.parametrize("uses", [1, 3])
-    def test_segments_when_it_is_not(self, length, uses, tiles):
-        split = lightning2.launch.plan(length, 32, 132, tiles, uses)
+    def test_segments_when_it_is_not(self, length, uses, hardware, tiles):
+        split = lightning2.launch.plan(length, 32, hardware, tiles, uses)
         assert split.count > 2 and split.tokens % lightning2.launch.GRANULE == 0
         assert (split.count - 1) * split.tokens < length <= split.count * split.tokens
 
+    def test_faster_memory_takes_more_programs(self, hardware, tiles):
+        narrow = dataclasses.replace(tiles, saturating=1.1)
+        counts = [
+            lightning2.launch.plan(32768, 32, dataclasses.replace(hardware, bandwidth=share), narrow).count
+            for share in (0.7, 1.0, 1.44)
+        ]
+        assert counts == sorted(counts) and counts[0] < counts[2]
+
+    def test_a_device_is_known_by_its_memory(self, monkeypatch):
+        class H200:
+            multi_processor_count, memory_clock_rate, memory_bus_width = 132, 3201000, 6016
+
+        launch = lightning2.launch
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
+        launch.hardware.cache_clear()
+        found = launch.hardware(torch.device("cuda", 0))
+        launch.hardware.cache_clear()
+        assert found.processors == 132 and 1.4 < found.bandwidth < 1.5
+        assert launch.hardware(torch.device("cpu")) == launch.Hardware()
+
     @pytest.mark.parametrize("length", [0, 1, 511, 512])
-    def test_short_sequences_stay_whole(self, length, tiles):
-        assert lightning2.launch.plan(length, 1, 132, tiles).count == 1
+    def test_short_sequences_stay_whole(self, length, hardware, tiles):
+        assert lightning2.launch.plan(length, 1, hardware, tiles).count == 1
 
     @pytest.mark.parametrize("tokens", [64, 128, 512, 1536, 5120])
     def test_pieces_make_up_a_segment(self, tokens):

@@ -120,22 +120,43 @@ PIECES = 8
 PREPASS_LATENCY, SCAN_STEP, PREPASS_RESIDENT = 640, 64, 3
 
 
+@dataclass(frozen=True)
+class Hardware:
+    """How many multiprocessors a device has, and a multiprocessor's share of its memory's bandwidth, an H100's being 1.
+
+    The default is an H100, which ``tiles.saturating`` and the constants above are fitted to.
+    """
+
+    processors: int = 132
+    bandwidth: float = 1.0
+
+
+H100_BANDWIDTH = 2 * 2.619e9 * 5120 / 8 / 132
+"""Bytes per second and multiprocessor: two transfers in a cycle of its memory, on a bus of so many bits."""
+
+
 @cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a device; an H200's for tensors that are not on a GPU (Triton's interpreter)."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+def hardware(device: torch.device) -> Hardware:
+    """What a device is; an H100 for tensors that are not on a GPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return Hardware()
+    found = torch.cuda.get_device_properties(device)
+    total = 2 * 1e3 * found.memory_clock_rate * found.memory_bus_width / 8  # the clock is in kHz
+    share = total / found.multi_processor_count / H100_BANDWIDTH
+    return Hardware(found.multi_processor_count, share or 1.0)  # a driver that does not know says 0
 
 
 @lru_cache(maxsize=4096)
-def plan(length: int, programs: int, processors: int, tiles: Config, uses: int = 1) -> Segments:
+def plan(length: int, programs: int, hardware: Hardware, tiles: Config, uses: int = 1) -> Segments:
     """How to split ``length`` tokens when one segment would make ``programs`` programs, of so many ``uses``.
 
     Segments are multiples of GRANULE tokens. The model, in units of one token of one program: waves of programs, each
     as long as its segment, but no less than memory takes for all of them; and a pre-pass for each direction of time.
-    Its constants are fitted to times on an H100 (docs/kernel-notes.md).
+    Its constants are fitted to times on an H100 (docs/kernel-notes.md); faster memory takes more programs to saturate.
     """
-    slots, passes = processors * tiles.resident, min(uses, 2)
-    memory = programs * length / (processors * tiles.saturating)
+    processors, passes = hardware.processors, min(uses, 2)
+    slots = processors * tiles.resident
+    memory = programs * length / (processors * tiles.saturating * hardware.bandwidth)
     best, cost = Segments(max(length, 1), 1), max(-(-programs // slots) * length, memory)
     for count in range(2, min(MAX_SEGMENTS, -(-length // GRANULE)) + 1):
         tokens = -(-length // (count * GRANULE)) * GRANULE

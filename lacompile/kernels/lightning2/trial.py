@@ -18,7 +18,7 @@ from torch import Tensor
 from ..tuning.space import Kind
 from . import launch, selfcheck
 
-REGIMES = ((4, 64, 2048), (1, 64, 2048), (1, 8, 32768))
+REGIMES = ((8, 16, 4096), (1, 64, 2048), (1, 16, 32768))
 """Batch, heads and length."""
 MEASURED_MS, FEWEST, MOST = 15.0, 5, 50
 CALLS = 3

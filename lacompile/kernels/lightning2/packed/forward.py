@@ -91,7 +91,7 @@ def packed_forward_kernel(
 def cut_for(q: Tensor, v: Tensor, heads: int, cu_seqlens: Tensor) -> Pieces:
     """The pieces of a call."""
     tiles = launch.portable(q.shape[3], v.shape[3], q.dtype)
-    slots = launch.processors(q.device) * tiles.resident
+    slots = launch.hardware(q.device).processors * tiles.resident
     programs = heads * launch.blocks(v.shape[3], tiles.bv)
     return cut(cu_seqlens, q.shape[2], tokens_of_a_piece(q.shape[2], programs, slots))
 

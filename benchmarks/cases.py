@@ -14,7 +14,7 @@ from peers import Peer
 from torch import Tensor
 
 from lacompile.kernels import cpu
-from lacompile.testing import head_log_decay, qkv, token_log_decay
+from lacompile.testing import head_log_decay, token_log_decay
 
 DTYPE = torch.bfloat16
 
@@ -57,14 +57,19 @@ class Inputs:
 
     @classmethod
     def of(cls, case: Case, *, heads_first: bool = False) -> Inputs:
-        sizes = (case.batch, case.heads, case.length, case.dim)
-        layout = {"tokens_first": not heads_first, "dtype": DTYPE, "device": DEVICE}
-        made = qkv(*sizes, **layout)
+        generator = torch.Generator(DEVICE).manual_seed(0)  # a million tokens take minutes on the host
+
+        def drawn(scale: float = 1.0) -> Tensor:
+            sizes = (case.batch, case.length, case.heads, case.dim)
+            x = scale * torch.randn(sizes, generator=generator, device=DEVICE, dtype=DTYPE)
+            return x.transpose(1, 2).contiguous() if heads_first else x.transpose(1, 2)
+
+        q, k, v, do = drawn(), drawn(case.dim**-0.5), drawn(), drawn()
         if case.per_token:
-            decay = token_log_decay(*sizes[:3], device=DEVICE)
+            decay = token_log_decay(case.batch, case.heads, case.length, device=DEVICE)
         else:
             decay = head_log_decay(case.heads, device=DEVICE)
-        return cls(*made, decay, qkv(*sizes, **layout, seed=7)[2])
+        return cls(q, k, v, decay, do)
 
     def leaves(self) -> list[Tensor]:
         found = [self.q, self.k, self.v]

@@ -63,7 +63,16 @@ def name_ends(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     lowest = 0.0
     for x, y, name, colour in sorted(ends, key=lambda e: e[1]):
         at = max(y, lowest)
-        ax.annotate(name, (x, at), xytext=(7, 0), textcoords="offset points", color=colour, va="center", fontsize=9)
+        ax.annotate(
+            name,
+            (x, at),
+            xytext=(7, 0),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9,
+            bbox={"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.85},
+        )
         bottom, top = ax.get_ylim()
         lowest = at * (top / bottom) ** 0.055
 
@@ -164,7 +173,7 @@ def model(about: dict[str, str], table: Table) -> Figure:
             x, y, color=COLOURS[style], lw=2.4 if ours else 1.5, marker="o", ms=4, ls="-" if ours else (0, (4, 2))
         )  # fmt: skip
         name = f"{style}, {'lightning' if ours else 'Inductor'}"
-        lost = [r for r in rows if r.get("failed") == "out of memory"]
+        lost = [r for r in rows if r.get("failed") == "out of memory" and int(r["N"]) > x[-1]]
         ends.append((x[-1], y[-1], name + (f" (out of memory at {tokens(int(lost[0]['N']))})" if lost else ""),
                      COLOURS[style]))  # fmt: skip
     logarithmic(ax)

@@ -68,3 +68,16 @@ def test_the_analysis_is_timed_stage_by_stage(tmp_path):
     (row,) = harness.read_csv(out)[1]
     assert int(row["rewrites"]) == 1 and 50 < int(row["nodes"]) < 80
     assert float(row["capture_s"]) > 0 and float(row["total_s"]) > float(row["match_s"]) > 0
+
+
+def test_a_first_call_is_split_into_its_parts(tmp_path):
+    out = tmp_path / "compile.csv"
+    command = [sys.executable, str(BENCHMARKS / "compile_time.py"), "--lengths", "512", "--backends", "lightning"]
+    done = subprocess.run(
+        [*command, "--hidden", "32", "--heads", "2", "--out", str(out)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = harness.read_csv(out)[1]
+    assert int(row["rewrites"]) == 1 and int(row["nodes_handed_over"]) < int(row["nodes"])
+    parts = [float(row[f"{part}_s"]) for part in ("dynamo", "analysis", "inductor", "run")]
+    assert all(part > 0 for part in parts) and abs(sum(parts) - float(row["first_s"])) < 0.01

@@ -116,3 +116,18 @@ def test_a_state_scaled_apart_from_its_keys():
     state, g = torch.randn(1, 2, D, D, requires_grad=True), torch.tensor([-0.5, -0.1], requires_grad=True)
     report = assert_rewritten(run, *heads(), state, g, compiled=False)
     assert not report.rewrites[0].final_state
+
+
+def test_no_step_in_the_middle_of_a_delta_rule():
+    """Where sums grow out of hand the state becomes a tensor like any other: one token against it is no decoding."""
+
+    def run(q, k, v, beta):
+        state, out = torch.zeros(1, 2, D, D), []
+        for t in range(q.shape[2]):
+            error = v[:, :, t] - read(k, state, t)
+            state = state + k[:, :, t, :, None] * (beta[:, :, t, None] * error)[..., None, :]
+            out.append(read(q, state, t))
+        return torch.stack(out, 2)
+
+    for n in (6, 16, 24):
+        assert_refused(run, *heads(n), torch.rand(1, 2, n), obligation="causal-range")

@@ -368,3 +368,48 @@ def test_heads_apart_of_which_each_is_written_chunk_by_chunk(other):
         assert_refused(f, q, k, v, gate, options=OFF)
     else:
         assert_rewritten(f, q, k, v, gate, compiled=False, options=OFF)
+
+
+def leaves(length, dtype=torch.float32):
+    return [torch.randn(1, 2, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+
+class TestPositionsGiven:
+    """Whole numbers that come in as a buffer are read by value."""
+
+    @staticmethod
+    def attend(q, k, v, i):
+        d = i[:, None] - i[None, :]
+        return (q @ k.mT * torch.where(d >= 0, 0.9 ** d.clamp(min=0), 0.0)) @ v
+
+    def test_in_a_buffer(self):
+        class Layer(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.register_buffer("i", torch.arange(40))
+
+            def forward(self, q, k, v):
+                return TestPositionsGiven.attend(q, k, v, self.i)
+
+        assert_rewritten(Layer(), *leaves(40), compiled=False)
+
+    def test_that_stand_still(self):
+        i = torch.arange(40) // 2
+        assert_refused(lambda q, k, v: self.attend(q, k, v, i), *leaves(40))
+
+
+@pytest.mark.parametrize("decay", ["given", "a number"])
+def test_fp64_stays_fp64(decay):
+    """States and log-decays too: in fp32 they would cost half of the digits."""
+
+    def run(q, k, v, state, g):
+        out = []
+        for t in range(q.shape[2]):
+            factor = torch.exp(g)[:, None, None] if decay == "given" else 0.9
+            state = state * factor + k[:, :, t, :, None] * v[:, :, t, None, :]
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(out, 2)
+
+    state = torch.randn(1, 2, 8, 8, dtype=torch.float64, requires_grad=True)
+    g = torch.tensor([-0.3, -0.1], dtype=torch.float64, requires_grad=decay == "given")
+    assert_rewritten(run, *leaves(12, torch.float64), state, g, compiled=False)

@@ -66,7 +66,7 @@ class Builder:
         if p.state is not None:
             piece = self.emitter.product(p.state)
             assert piece is not None
-            state = self.emitter.assemble(cast(piece, torch.float32), [batch, heads, p.key_features, e_group])
+            state = self.emitter.assemble(cast(piece, _exact(dtype)), [batch, heads, p.key_features, e_group])
         row_factor, added = self._around(p, residual)
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
         read = {v.node for e in recipes for v in values_of(e)}
@@ -144,30 +144,31 @@ class Builder:
         return self.emitter.assemble(cast(piece, dtype), groups, shrink=(1,))
 
     def _log_decay(self, p: Proof, batch: list[int], heads: list[int]) -> tuple[Expr, str]:
+        exact = _exact(p.fact.compute)
         total: Piece | None = None
         sources = []
         for mono, c in (*p.fixed, *p.tokens):
             piece = self.emitter.product(mono)
             if piece is None:
-                expr: Expr = Const(c, self.emitter.like)
+                expr: Expr = Const(c, self.emitter.like, exact)
                 for _ in self.emitter.order:
                     expr = Call(torch.unsqueeze, (expr, 0))
-                piece = Piece(expr, frozenset(), torch.float32)
+                piece = Piece(expr, frozenset(), exact)
                 sources.append(f"the constant {math.exp(c):.6g}")
             else:
-                piece = cast(piece, torch.float32)
+                piece = cast(piece, exact)
                 if c != 1:
                     piece = Piece(Call(torch.mul, (piece.expr, c)), piece.present, piece.dtype)
                 sources.append(self._named(mono, c))
             if total is None:
                 total = piece
             else:
-                total = Piece(Call(torch.add, (total.expr, piece.expr)), total.present | piece.present, torch.float32)
+                total = Piece(Call(torch.add, (total.expr, piece.expr)), total.present | piece.present, exact)
         if total is None:
-            expr = Const(0.0, self.emitter.like)
+            expr = Const(0.0, self.emitter.like, exact)
             for _ in self.emitter.order:
                 expr = Call(torch.unsqueeze, (expr, 0))
-            total = Piece(expr, frozenset(), torch.float32)
+            total = Piece(expr, frozenset(), exact)
             sources.append("none (un-decayed)")
         groups = [batch, heads, [N_ROLE]] if p.tokens else [heads]
         return self.emitter.assemble(total, groups), " + ".join(sources)
@@ -282,6 +283,11 @@ class Builder:
             else:
                 added.append(in_target(piece) if coef == 1 else Call(torch.mul, (in_target(piece), coef)))
         return None if outer is None else in_target(outer), added
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and log-decays beside q, k and v of this one."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _all_positive(tensor: torch.Tensor) -> bool:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..._compat import outside_modes
 from ..capture import Capture, Memory, ViewStep
-from .engine import Engine, GiveUp
+from .engine import Engine, GiveUp, Unmerged
 from .leaves import Opaque
 from .statics import Statics
 from .term import Precision, Val
@@ -102,12 +102,12 @@ class Interpreter:
         try:
             return transfer(op)
         except GiveUp as reason:
-            return self._give_up(op, str(reason))
+            return self._give_up(op, str(reason), isinstance(reason, Unmerged))
         except Exception as broken:  # a rule at fault costs this value, and nothing else of the program
             log.debug("%s could not be lifted", func, exc_info=True)
             return self._give_up(op, f"internal error: {type(broken).__name__}: {broken}")
 
-    def _give_up(self, op: Op, reason: str) -> Any:
+    def _give_up(self, op: Op, reason: str, unmerged: bool = False) -> Any:
         vals = [v for v in tree_leaves((op.args, op.kwargs)) if isinstance(v, Val)]
         if isinstance(op.out, torch.Tensor) and not vals and torch.Tag.nondeterministic_seeded not in op.func.tags:
             folded = self._run_factory(op)
@@ -120,7 +120,7 @@ class Interpreter:
         def fresh(t: Any) -> Any:
             if not isinstance(t, torch.Tensor):
                 return None
-            return self.engine.leaf(t, Opaque(None, op.func.overloadpacket.__name__, inputs))
+            return self.engine.leaf(t, Opaque(None, op.func.overloadpacket.__name__, inputs, unmerged))
 
         return fresh(op.out) if isinstance(op.out, torch.Tensor) else [fresh(t) for t in op.out or ()]
 

@@ -32,6 +32,8 @@ class Opaque:
     label: str
     of: tuple[int, ...] = ()
     """The leaves this value was computed from, for naming a culprit in a refusal."""
+    unmerged: bool = False
+    """Whether it is a sum that was given up because its terms do not merge."""
 
 
 @dataclass(frozen=True)

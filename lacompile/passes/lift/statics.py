@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..._compat import outside_modes
 from ..facts import Assumption, unchanged
 from ..names import source_name, spoken
 from .affine import ONE, Aff
@@ -69,8 +70,10 @@ class Statics:
             return None
         if not 1 < real.numel() <= MAX_VECTOR:
             return None
+        with outside_modes():
+            numbers = real.to("cpu", torch.float64).numpy()
         try:
-            line = self.engine.table_value(real.to("cpu", torch.float64).numpy(), self.engine.shape(tensor))
+            line = self.engine.table_value(numbers, self.engine.shape(tensor))
         except GiveUp:
             return None
         if any(t.accs for t in line.terms):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from .affine import ONE, Aff
 from .engine import Engine
 from .interpret import Fact
+from .leaves import Opaque
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 from .term import Access, Term, sub_access
 from .weights import as_update
@@ -100,8 +101,11 @@ def _aligned(engine: Engine, new: Term, old: Term) -> Split | None:
     values = [a for a in rest if not _holds(engine, a, d)]
     if not queries or not keys or not values or len(states) != 1 or not _holds(engine, states[0], d):
         return None
-    if engine.leaves[states[0][0]].parameter:  # a matrix of the model and a product of rank one that adapts it
+    state = engine.leaves[states[0][0]]
+    if state.parameter:  # a matrix of the model and a product of rank one that adapts it
         return None
+    if isinstance(state.kind, Opaque) and state.kind.unmerged:
+        return None  # one token in the middle of another recurrence, such as a delta rule, which stays as it is
     return ((d,), (size,)), queries, states, (keys, values, outer)
 
 

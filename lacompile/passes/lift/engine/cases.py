@@ -10,7 +10,7 @@ from itertools import product as cartesian
 from ..affine import ONE, Aff
 from ..merge import MAX_UNMERGED, TooManyTerms, merge_sum
 from ..term import NO_GUARDS, Case, Guards, Term, Val, value
-from .limits import MAX_CASES, GiveUp
+from .limits import MAX_CASES, GiveUp, Unmerged
 from .structure import Structure
 
 
@@ -48,7 +48,7 @@ class Cases(Structure):
         try:
             return merge_sum(self, terms, shape)
         except TooManyTerms:
-            raise GiveUp("a sum that does not merge") from None
+            raise Unmerged("a sum that does not merge") from None
 
     def sum_of(
         self, shape: tuple[Aff, ...], terms: Iterable[Term], alt: Term | None = None, limit: int = MAX_UNMERGED
@@ -56,7 +56,7 @@ class Cases(Structure):
         try:
             return value(shape, merge_sum(self, terms, shape, limit), alt)
         except TooManyTerms:
-            raise GiveUp("a sum that does not merge") from None
+            raise Unmerged("a sum that does not merge") from None
 
     # -------------------------------------------------------------------------------------------------------- cases
 

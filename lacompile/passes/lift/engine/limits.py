@@ -10,3 +10,7 @@ MAX_TABLE = 4096  # numbers
 
 class GiveUp(Exception):
     """This operation cannot be looked into; its result becomes an opaque leaf. Never leaves the lift."""
+
+
+class Unmerged(GiveUp):
+    """A sum of too many terms that do not merge, as in a recurrence of another kind."""

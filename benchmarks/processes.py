@@ -21,10 +21,10 @@ SHARD = "--shard"
 """The argument of a process that only compiles: which part of how many, as in 2/8."""
 
 
-def compile_side_by_side(script: str, processes: int, **environment: str) -> None:
+def compile_side_by_side(script: str, processes: int, *arguments: str, **environment: str) -> None:
     """Fills Triton's cache on disk, which the processes share: each runs ``script`` with a SHARD of its own."""
     variables = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, script, SHARD]
+    command = [sys.executable, script, *arguments, SHARD]
     running = [subprocess.Popen([*command, f"{n}/{processes}"], env=variables) for n in range(processes)]
     for process in running:
         process.wait()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import processes
 import torch
 
 from lacompile.kernels.lightning2.compiler import identity
+from lacompile.kernels.lightning2.launch import mark_dtype
 from lacompile.kernels.lightning2.trial import milliseconds
 from lacompile.kernels.tuning import table
 from lacompile.kernels.tuning.search import search
@@ -28,13 +29,13 @@ USES = (("forward", False), ("backward", False), ("backward", True))
 DTYPE = torch.bfloat16
 
 
-def choices(descriptors: bool) -> Iterator[tuple[Kind, list[Config]]]:
+def choices(sizes: Sequence[int], descriptors: bool) -> Iterator[tuple[Kind, list[Config]]]:
     """Every kind on square heads, with what there is to choose from."""
-    for size in SIZES:
+    for size in sizes:
         for use, gradient in USES:
             for per_token in (False, True):
-                rounded_marks = gradient and not per_token  # see space.candidates
-                found = candidates(size, size, DTYPE, descriptors, rounded_marks)
+                marks = mark_dtype(DTYPE, per_token) if gradient else None
+                found = candidates(size, size, DTYPE, descriptors, per_token, marks)
                 yield Kind.of(use, size, size, DTYPE, per_token, gradient, descriptors), found
 
 
@@ -42,21 +43,22 @@ def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=table.SHIPPED, help="a folder")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="heads; what the file has of others stays")
     parser.add_argument("--processes", type=int, default=0, help="compile in so many first")
     parser.add_argument(processes.SHARD, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = torch.device("cuda", 0)
-    every = list(choices(torch.cuda.get_device_capability(device)[0] == 9))
+    every = list(choices(args.sizes, torch.cuda.get_device_capability(device)[0] == 9))
     if args.shard is not None:
         shard, shards = map(int, args.shard.split("/"))
         for kind, n in [(kind, n) for kind, found in every for n in range(len(found))][shard::shards]:
             milliseconds(kind, DTYPE, device, n)
         return
     if args.processes:
-        processes.compile_side_by_side(__file__, args.processes)
+        processes.compile_side_by_side(__file__, args.processes, "--sizes", *map(str, args.sizes))
     about, command = identity(device), "python " + " ".join(sys.argv)
     path = args.out / table.shipped_path(about.gpu).name
-    winners: table.Table = {}
+    winners: table.Table = table.read(path) if path.exists() else {}
     for kind, found in every:
         best = search(len(found), lambda n, kind=kind: milliseconds(kind, DTYPE, device, n), float("inf"))
         taken = [ms and round(ms, 4) for ms in best.milliseconds]

@@ -6,6 +6,7 @@ bf16 is not here: the interpreter multiplies its bits as integers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from unittest import mock
 
 import pytest
@@ -62,13 +63,13 @@ def descriptors(monkeypatch):
 
 @pytest.fixture
 def short_segments():
-    """Segments of two chunks and marks at every chunk, so that short sequences have many of both."""
+    """Segments of three chunks and marks at every two, so that short sequences have many of both."""
     launch = lightning2.launch
 
     def plan(length, *_, **__):
-        return launch.Segments(2 * C, -(-length // (2 * C)))
+        return launch.Segments(3 * C, -(-length // (3 * C)))
 
-    with mock.patch.multiple(launch, plan=plan, SPAN_PER_TOKEN=C, SPAN_FIXED=C):
+    with mock.patch.multiple(launch, plan=plan, SPAN_PER_TOKEN=2 * C, SPAN_FIXED=2 * C):
         yield
 
 
@@ -221,6 +222,19 @@ class TestDecays:
         assert (got[3] == 0).all() and want[3].any()
         assert all(torch.equal(a, b) for n, (a, b) in enumerate(zip(got, want, strict=True)) if n != 3)
 
+    def test_factors_of_chunks(self):
+        """What Hopper's body reads: of a ragged last chunk the sum stays at its last value."""
+        from lacompile.kernels.lightning2 import factors
+
+        g = token_log_decay(2, 3, 2 * C + 20).transpose(1, 2).contiguous().transpose(1, 2)
+        g[0, 1, 70] = float("-inf")
+        found = factors.token_factors(g, C)(g)
+        padded = torch.nn.functional.pad(g.double(), (0, C - 20)) / math.log(2)
+        sums = padded.clamp(min=-160).unflatten(2, (3, C)).cumsum(3)
+        last = sums[..., -1:].expand_as(sums)
+        want = torch.stack([sums, sums.exp2(), (last - sums).exp2(), last.exp2()], 3)
+        torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5)
+
 
 @interpreted
 class TestLayouts:
@@ -361,7 +375,7 @@ class TestPlan:
         piece = launch.Segments(tokens, 3).piece
         assert piece % launch.CHUNK == 0 and launch.PIECES * piece >= tokens
 
-    def test_segments_end_at_marks_and_chunks(self):
+    def test_segments_and_spans_are_made_of_chunks(self):
         launch = lightning2.launch
-        assert launch.GRANULE % launch.SPAN_PER_TOKEN == launch.GRANULE % launch.SPAN_FIXED == 0
+        assert launch.GRANULE % launch.CHUNK == 0
         assert launch.SPAN_FIXED % launch.CHUNK == launch.SPAN_PER_TOKEN % launch.CHUNK == 0

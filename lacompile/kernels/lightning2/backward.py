@@ -49,8 +49,8 @@ def backward_kernel(
     k_rows_ptr,  # the same of k * dk
     start_ptr,  # [rows, slots, DK, DV] fp32: states before each segment
     d_start_ptr,  # [rows, slots, DK, DV] fp32: gradients of the states; the last slots are those after each segment
-    marks_ptr,  # [rows, spans + 1, DK, DV]: states before token 0, span, ..., and after the last token
-    d_marks_ptr,  # their gradients
+    marks_ptr,  # [rows, spans, DK, DV]: states after each span of tokens
+    d_marks_ptr,  # the same: gradients of the states before each span
     d_end_ptr,  # [rows, DK, DV] fp32: gradient of the initial state
     q_b,
     q_h,
@@ -126,7 +126,7 @@ def backward_kernel(
     stop = tl.minimum(begin + segment, length)
     start_at = start_ptr + (row * slots + part) * (DK * DV)
     d_start_at = d_start_ptr + (row * slots + tl.minimum(part + 1, slots - 1)) * (DK * DV)
-    marks = row * (tl.cdiv(length, span) + 1) * (DK * DV)
+    marks = row * tl.cdiv(length, span) * (DK * DV)
     if use < k_blocks:
         attend(
             of_head(do_full, b, h, do_b, do_h, UNIT, TMA), of_head(v_full, b, v_from, v_b, v_h, UNIT, TMA),
@@ -135,7 +135,7 @@ def backward_kernel(
             q_rows_ptr + (use * rows + row) * length, marks_ptr + marks, g_at, start_at, d_end_ptr,
             b, h, v_from, k_from, h, q_from,
             do_t * UNIT, v_t * UNIT, k_t * UNIT, dq_t * UNIT, q_t * UNIT, g_t, g_head, scale,
-            begin, stop, span, False, use,
+            begin, stop, length, span, False, use,
             DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN,
             HAS_START=HAS_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, TMA=TMA, PRECISION=PRECISION,
         )  # fmt: skip
@@ -147,7 +147,7 @@ def backward_kernel(
             k_rows_ptr + ((use - k_blocks) * rows + row) * length, d_marks_ptr + marks, g_at, d_start_at, d_end_ptr,
             b, v_from, h, q_from, h, k_from,
             v_t * UNIT, do_t * UNIT, q_t * UNIT, dk_t * UNIT, k_t * UNIT, g_t, g_head, scale,
-            begin, stop, span, False, use - k_blocks,
+            begin, stop, length, span, False, use - k_blocks,
             DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN,
             HAS_START=HAS_D_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, TMA=TMA, PRECISION=PRECISION,
         )  # fmt: skip
@@ -158,7 +158,7 @@ def backward_kernel(
             q_rows_ptr, marks_ptr, g_at, d_start_at, d_end_ptr + row * (DK * DV),
             b, k_from, q_from, h, h, h,
             k_t * UNIT, q_t * UNIT, do_t * UNIT, dv_t * UNIT, do_t * UNIT, g_t, g_head, scale,
-            begin, stop, span, part == 0, use - 2 * k_blocks,
+            begin, stop, length, span, part == 0, use - 2 * k_blocks,
             DK=DK, DV=DV, BK=K_FULL, BV=V_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN,
             HAS_START=HAS_D_START, STORE_END=STORE_D_END, TRANSPOSED=False, AUDIT=False, TMA=TMA, PRECISION=PRECISION,
         )  # fmt: skip
@@ -244,8 +244,14 @@ def _prepare(
         states = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
         d_states = segment_states(q, do, log_decay, scale, d_state, split, reverse=True)
         slots = split.count + 1
+    decay_strides = launch.decay_strides(log_decay)
+
+    def decays(log_decay: Tensor) -> Tensor:
+        """What the kernel reads them from."""
+        return log_decay
+
     numbers = [
-        *launch.decay_strides(log_decay), scale, rows, heads, *(heads // n for n in own_heads), length,
+        scale, rows, heads, *(heads // n for n in own_heads), length,
         split.tokens, split.count, span, slots,
     ]  # fmt: skip
     constants = {
@@ -256,35 +262,40 @@ def _prepare(
     columns = [(q, for_v.bk), (k, for_v.bk), (v, for_k.bk), (do, for_k.bk)]
     columns += [(q, for_k.bv), (k, for_k.bv), (do, for_v.bv), (dq, for_k.bv), (dk_, for_k.bv), (dv_, for_v.bv)]
     if for_v.body == "hopper":
+        from .factors import token_factors
         from .hopper.backward import backward_kernel as kernel
         from .hopper.layouts import SWIZZLED
 
+        numbers = [decay_strides[1], *numbers]
         constants |= {"BK": for_v.bk, "BV": for_v.bv, "STAGES": for_v.stages, "WARPS": for_v.warps}
         boxes, options = [Box(x, chunk, n, SWIZZLED) for x, n in columns], {"num_warps": for_v.warps}
+        if per_token:
+            decays = token_factors(log_decay, chunk)
     else:
         tensors = q, k, v, do, dq, dk_, dv_
         kernel, unit = backward_kernel, launch.unit(*tensors)
-        numbers = [s for x in tensors for s in launch.strides(x, unit)] + numbers
+        numbers = [*[s for x in tensors for s in launch.strides(x, unit)], *decay_strides, *numbers]
         constants |= {"K_FULL": for_v.bk, "V_FULL": for_k.bk, "K_PART": for_k.bv, "V_PART": for_v.bv, "UNIT": unit}
         constants |= {"TMA": tma, "PRECISION": launch.precision(q.dtype)}
         boxes = [Box(x, chunk, n) if tma else None for x, n in columns]
         options = {"num_warps": max(for_k.warps, for_v.warps), "num_stages": min(for_k.stages, for_v.stages)}
     run = Launch(kernel, programs * split.count, [*boxes, *[None] * 8], numbers, constants, options)
     rows_shape = (k_blocks, rows, length) if want_decay else (0,)
-    marks_shape = (rows, launch.blocks(length, span) + 1, dk, dv) if want_decay else (0,)
+    marks_shape = (rows, launch.blocks(length, span), dk, dv) if want_decay else (0,)
 
     def call(
         do: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None
     ) -> Gradients:
-        dq, dk, dv, d_initial = gradients(q, k, v)
+        # Their scratch is free again before the gradients are.
         start = initial if states is None else states(k, v, log_decay, initial)
         d_start = d_end if d_states is None else d_states(q, do, log_decay, d_end)
+        dq, dk, dv, d_initial = gradients(q, k, v)
         q_rows = torch.empty(rows_shape, dtype=torch.float32, device=q.device)
         k_rows = torch.empty_like(q_rows) if want_decay else q_rows
         marks = torch.empty(marks_shape, dtype=mark_dtype, device=q.device) if want_decay else q_rows
         d_marks = torch.empty_like(marks) if want_decay else q_rows
         run(
-            q, k, v, do, q, k, do, dq, dk, dv, log_decay, q_rows, k_rows, q_rows if start is None else start,
+            q, k, v, do, q, k, do, dq, dk, dv, decays(log_decay), q_rows, k_rows, q_rows if start is None else start,
             q_rows if d_start is None else d_start, marks, d_marks, d_initial,
         )  # fmt: skip
         d_decay = None

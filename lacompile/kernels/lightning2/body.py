@@ -36,7 +36,7 @@ def attend(
     y_target,  # [N, DV] output
     x_source,  # [N, DV] factor of y in the row sums, if AUDIT
     rows_ptr,  # [N] fp32 output: sum over this block's columns of x * y, if AUDIT
-    marks_ptr,  # output: states before token 0, span, 2 span, ..., and after the last token, if AUDIT
+    marks_ptr,  # output if AUDIT: states after each span, or backwards before it
     g_ptr,  # [N] log-decays if PER_TOKEN
     start_ptr,  # fp32 state to begin with, if HAS_START
     end_ptr,  # fp32 state at the end, if STORE_END
@@ -56,6 +56,7 @@ def attend(
     scale,
     begin,
     stop,
+    length,
     span,
     store_end,  # whether this segment is the last one in this direction of time
     block,
@@ -77,7 +78,8 @@ def attend(
 
     Forwards the state is that of the operator, ``S = sum b c`` up to the token, and the output carries ``scale``;
     backwards it is the state's gradient, which carries ``scale`` itself. Strides are those of tokens; the last one is
-    1. States are ``[DK, DV]``, or ``[DV, DK]`` if TRANSPOSED. ``span`` is a multiple of CHUNK and divides ``begin``.
+    1. States are ``[DK, DV]``, or ``[DV, DK]`` if TRANSPOSED. ``begin`` and ``span`` are
+    multiples of CHUNK.
     """
     column = block * BV
     at_state, in_state = state_offsets(block, DK, DV, TRANSPOSED, BK, BV)
@@ -116,8 +118,8 @@ def attend(
             t = tl.arange(0, CHUNK)
             tl.store(rows_ptr + at.to(tl.int64) + t, tl.sum(x.to(tl.float32) * y, 1), mask=t < stop - at)
             border = at if REVERSE else at + CHUNK
-            if (border % span == 0) | (border >= stop):
-                mark = tl.cdiv(border, span).to(tl.int64) * (DK * DV)
+            if (border % span == 0) | (border >= length):
+                mark = (tl.cdiv(border, span) - (0 if REVERSE else 1)).to(tl.int64) * (DK * DV)
                 tl.store(marks_ptr + mark + at_state, state.to(marks_ptr.dtype.element_ty), mask=in_state)
 
     if STORE_END:

@@ -41,7 +41,8 @@ def span_gradient(
 ):
     """``[SPAN]`` gradients of ``count`` tokens' log-decays, then zeros.
 
-    The first half is summed from the span's start, the rest from its end.
+    Sums from the span's start, less what they miss at its end in proportion to the tokens: rounding adds up like a
+    random walk, and of such a walk with both ends known that is the best estimate.
     """
     t = tl.arange(0, SPAN)
     here = t < count
@@ -49,19 +50,18 @@ def span_gradient(
     for block in tl.static_range(BLOCKS):
         difference += tl.load(q_rows_ptr + block * to_next + t, mask=here, other=0.0)
         difference -= tl.load(k_rows_ptr + block * to_next + t, mask=here, other=0.0)
-    first = t < count // 2
-    done = tl.cumsum(tl.where(first, difference, 0.0), 0) - difference
-    to_come = tl.cumsum(tl.where(first, 0.0, difference), 0, reverse=True)
-    return tl.where(here, tl.where(first, before - done, after + to_come), 0.0)
+    so_far = tl.cumsum(difference, 0) - difference
+    missed = after - (before - tl.sum(difference, 0))
+    return tl.where(here, before - so_far + missed * (t.to(tl.float32) / count), 0.0)
 
 
 @triton.jit(do_not_specialize=["length", "rows", "spans"])
 def decay_grad_kernel(
     q_rows_ptr,  # [blocks, rows, N] fp32: partial sums of q * dq
     k_rows_ptr,  # the same of k * dk
-    marks_ptr,  # [rows, spans + 1, DK, DV]: state before token 0, SPAN, 2 SPAN, ..., and after the last token
-    d_marks_ptr,  # gradients of those states; the last one is not set
-    start_ptr,  # [rows, DK, DV]: the state before token 0, if HAS_START; its mark is not set
+    marks_ptr,  # [rows, spans, DK, DV]: states after each span
+    d_marks_ptr,  # the same: gradients of the states before each span
+    start_ptr,  # [rows, DK, DV]: the state before token 0, if HAS_START
     d_end_ptr,  # [rows, DK, DV]: gradient of the state after the last token, if HAS_D_END
     out_ptr,  # fp32: [rows, N] per token, or [rows, spans] sums over a span
     length,
@@ -78,17 +78,17 @@ def decay_grad_kernel(
     pid = tl.program_id(0)
     row = (pid // spans).to(tl.int64)
     span = pid % spans
-    slot = (row * (spans + 1) + span) * DKV
+    slot = (row * spans + span) * DKV
     before = 0.0
     after = 0.0
     if span > 0:
-        before = inner(marks_ptr + slot, d_marks_ptr + slot, DKV)
+        before = inner(marks_ptr + slot - DKV, d_marks_ptr + slot, DKV)
     elif HAS_START:
         before = inner(start_ptr + row * DKV, d_marks_ptr + slot, DKV)
     if span < spans - 1:
-        after = inner(marks_ptr + slot + DKV, d_marks_ptr + slot + DKV, DKV)
+        after = inner(marks_ptr + slot, d_marks_ptr + slot + DKV, DKV)
     elif HAS_D_END:
-        after = inner(marks_ptr + slot + DKV, d_end_ptr + row * DKV, DKV)
+        after = inner(marks_ptr + slot, d_end_ptr + row * DKV, DKV)
 
     count = tl.minimum(length - span * SPAN, SPAN)
     at = row * length + span.to(tl.int64) * SPAN
@@ -114,7 +114,7 @@ def decay_grad(
 ) -> Tensor:
     """Gradient of ``log_decay`` ``[H]`` or ``[B,H,N]``, fp32, from what the backward kernel wrote down."""
     blocks, rows, length = q_rows.shape
-    spans = marks.shape[1] - 1
+    spans = marks.shape[1]
     per_token = log_decay.dim() == 3
     heads = log_decay.shape[1 if per_token else 0]
     shape = log_decay.shape if per_token else (rows // heads, heads, spans)

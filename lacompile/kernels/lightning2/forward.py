@@ -98,7 +98,7 @@ def forward_kernel(
         start_ptr + (row * start_slots + part) * (DK * DV), end_ptr + row * (DK * DV),
         b, h // q_group, h // k_group, h // v_group, h, h,
         q_t * UNIT, k_t * UNIT, v_t * UNIT, o_t * UNIT, q_t * UNIT, g_t, g_head, scale,
-        begin, stop, segment, part == segments - 1, block,
+        begin, stop, length, segment, part == segments - 1, block,
         DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN,
         HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False, TMA=TMA, PRECISION=PRECISION,
     )  # fmt: skip
@@ -153,8 +153,14 @@ def _prepare(
     states, slots = None, 1
     if split.count > 1:
         states, slots = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False), split.count + 1
+    decay_strides = launch.decay_strides(log_decay)
+
+    def decays(log_decay: Tensor) -> Tensor:
+        """What the kernel reads them from."""
+        return log_decay
+
     numbers = [
-        *launch.decay_strides(log_decay), scale, heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
+        scale, heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
         length, split.tokens, split.count, slots,
     ]  # fmt: skip
     constants = {
@@ -163,23 +169,27 @@ def _prepare(
     }  # fmt: skip
     columns = ((q, tiles.bk), (k, tiles.bk), (v, tiles.bv), (o, tiles.bv))
     if tiles.body == "hopper":
+        from .factors import token_factors
         from .hopper.forward import forward_kernel as kernel
         from .hopper.layouts import SWIZZLED
 
+        numbers = [decay_strides[1], *numbers]
         constants |= {"STAGES": tiles.stages, "WARPS": tiles.warps}
         boxes, options = [Box(x, tiles.chunk, n, SWIZZLED) for x, n in columns], {"num_warps": tiles.warps}
+        if per_token:
+            decays = token_factors(log_decay, tiles.chunk)
     else:
         kernel, unit = forward_kernel, launch.unit(q, k, v, o)
-        numbers = [s for x in (q, k, v, o) for s in launch.strides(x, unit)] + numbers
+        numbers = [*[s for x in (q, k, v, o) for s in launch.strides(x, unit)], *decay_strides, *numbers]
         constants |= {"UNIT": unit, "TMA": tma, "PRECISION": launch.precision(q.dtype)}
         boxes = [Box(x, tiles.chunk, n) if tma else None for x, n in columns]
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     run = Launch(kernel, programs * split.count, [*boxes, None, None, None], numbers, constants, options)
 
     def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
+        start = initial if states is None else states(k, v, log_decay, initial)  # its scratch is free again before o is
         o, state = outputs(q)
-        start = initial if states is None else states(k, v, log_decay, initial)
-        run(q, k, v, o, log_decay, state if start is None else start, state)
+        run(q, k, v, o, decays(log_decay), state if start is None else start, state)
         return o, state
 
     def computes_integers() -> bool:

@@ -17,12 +17,13 @@ from .compiler import identity
 
 TMA = True  # read and write by tensor descriptors where that is possible
 HOPPER = True  # use the body in hopper/ where that is possible
-# Tokens between two states that are written down when the decay's gradient is wanted (see decay_grad.py); powers of
-# two and multiples of every chunk. Between them rounding accumulates. A fixed decay sums its gradient over all tokens,
-# which amplifies that, so it gets a mark at every chunk; per token, marks add 7 % to the bytes of the backward pass.
-SPAN_PER_TOKEN = 512
+# Tokens between two states that are written down when the decay's gradient is wanted (see decay_grad.py): powers of two
+# and multiples of every chunk. Between them rounding accumulates, as the root of their number. A fixed decay sums its
+# gradient over all tokens, which amplifies that, so it gets a mark at every chunk; per token, marks take half of the
+# memory of q, and 3 % of the bytes that the backward pass moves.
+SPAN_PER_TOKEN = 1024
 SPAN_FIXED = 64
-# Segments are multiples of this many tokens; a multiple of the spans.
+# Segments are multiples of this many tokens; a multiple of every chunk.
 GRANULE = 512
 forced: tuple[Kind, int] | None = None
 """The candidate that is being tried for a kind of kernel (see trial.py)."""
@@ -48,8 +49,8 @@ def config(
     ``descriptors``: every tensor can be read by one. ``decay_gradient``: the backward kernel is to find that too.
     """
     hopper = descriptors and HOPPER and has_warp_group_products(device)
-    rounded_marks = decay_gradient and mark_dtype(dtype, per_token) != torch.float32
-    found, turned = (candidates(*sizes, dtype, hopper, rounded_marks) for sizes in ((dk, dv), (dv, dk)))
+    marks = mark_dtype(dtype, per_token) if decay_gradient else None
+    found, turned = (candidates(*sizes, dtype, hopper, per_token, marks) for sizes in ((dk, dv), (dv, dk)))
     kind = Kind.of(use, dk, dv, dtype, per_token, decay_gradient, hopper)
     if forced is not None and forced[0] == kind:
         at = forced[1]

@@ -7,12 +7,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..factors import FACTORS
 from .body import attend, log2_of
 
 
 @gluon.jit(
     do_not_specialize=[
-        "g_b", "g_h", "g_t", "scale", "rows", "heads", "q_group", "k_group", "v_group", "length", "segment",
+        "g_h", "scale", "rows", "heads", "q_group", "k_group", "v_group", "length", "segment",
         "segments", "span", "slots",
     ]
 )  # fmt: skip
@@ -27,17 +28,15 @@ def backward_kernel(
     dq_part,
     dk_part,
     dv_part,
-    g_ptr,
+    decays_ptr,  # those of factors.py if PER_TOKEN, else a log-decay for each head
     q_rows_ptr,  # [blocks, rows, N] fp32: sums of q * dq over a block's columns
     k_rows_ptr,  # the same of k * dk
     start_ptr,  # [rows, slots, DK, DV] fp32: states before each segment
     d_start_ptr,  # [rows, slots, DK, DV] fp32: gradients of the states; the last slots are those after each segment
-    marks_ptr,  # [rows, spans + 1, DK, DV]: states before token 0, span, ..., and after the last token
-    d_marks_ptr,  # their gradients
+    marks_ptr,  # [rows, spans, DK, DV]: states after each span of tokens
+    d_marks_ptr,  # the same: gradients of the states before each span
     d_end_ptr,  # [rows, DK, DV] fp32: gradient of the initial state
-    g_b,
     g_h,
-    g_t,
     scale,
     rows,
     heads,
@@ -82,35 +81,35 @@ def backward_kernel(
     q_from = h // q_group
     k_from = h // k_group
     v_from = h // v_group
-    g_at = g_ptr + b.to(gl.int64) * g_b + h.to(gl.int64) * g_h
-    g_head = 0.0 if PER_TOKEN else log2_of(gl.load(g_at).to(gl.float32))
+    g_head = 0.0 if PER_TOKEN else log2_of(gl.load(decays_ptr + h.to(gl.int64) * g_h).to(gl.float32))
+    factors_ptr = decays_ptr + row * (gl.cdiv(length, CHUNK) * CHUNK * FACTORS)
     begin = part * segment
     stop = gl.minimum(begin + segment, length)
     start_at = start_ptr + (row * slots + part) * (DK * DV)
     d_start_at = d_start_ptr + (row * slots + gl.minimum(part + 1, slots - 1)) * (DK * DV)
-    marks = row * (gl.cdiv(length, span) + 1) * (DK * DV)
+    marks = row * gl.cdiv(length, span) * (DK * DV)
     if use < k_blocks:
         attend(
-            v_full, do_full, q_part, dk_part, k_part,
-            k_rows_ptr + (use * rows + row) * length, d_marks_ptr + marks, g_at, d_start_at, d_end_ptr,
-            b, v_from, h, q_from, h, k_from, g_t, g_head, scale, begin, stop, span, False, use,
+            v_full, do_full, q_part, dk_part, k_part, factors_ptr,
+            k_rows_ptr + (use * rows + row) * length, d_marks_ptr + marks, d_start_at, d_end_ptr,
+            b, v_from, h, q_from, h, k_from, g_head, scale, begin, stop, length, span, False, use,
             DK=DV, DV=DK, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, WARPS=WARPS, REVERSE=True, PER_TOKEN=PER_TOKEN,
             HAS_START=HAS_D_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
         )  # fmt: skip
     elif use < k_blocks + v_blocks:
         attend(
-            k_full, q_full, do_part, dv_part, do_part,
-            q_rows_ptr, marks_ptr, g_at, d_start_at, d_end_ptr + row * (DK * DV),
-            b, k_from, q_from, h, h, h, g_t, g_head, scale, begin, stop, span, part == 0, use - k_blocks,
+            k_full, q_full, do_part, dv_part, do_part, factors_ptr,
+            q_rows_ptr, marks_ptr, d_start_at, d_end_ptr + row * (DK * DV),
+            b, k_from, q_from, h, h, h, g_head, scale, begin, stop, length, span, part == 0, use - k_blocks,
             DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, WARPS=WARPS, REVERSE=True, PER_TOKEN=PER_TOKEN,
             HAS_START=HAS_D_START, STORE_END=STORE_D_END, TRANSPOSED=False, AUDIT=False,
         )  # fmt: skip
     else:
         block = use - k_blocks - v_blocks
         attend(
-            do_full, v_full, k_part, dq_part, q_part,
-            q_rows_ptr + (block * rows + row) * length, marks_ptr + marks, g_at, start_at, d_end_ptr,
-            b, h, v_from, k_from, h, q_from, g_t, g_head, scale, begin, stop, span, False, block,
+            do_full, v_full, k_part, dq_part, q_part, factors_ptr,
+            q_rows_ptr + (block * rows + row) * length, marks_ptr + marks, start_at, d_end_ptr,
+            b, h, v_from, k_from, h, q_from, g_head, scale, begin, stop, length, span, False, block,
             DK=DV, DV=DK, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, WARPS=WARPS, REVERSE=False, PER_TOKEN=PER_TOKEN,
             HAS_START=HAS_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
         )  # fmt: skip

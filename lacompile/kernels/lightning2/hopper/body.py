@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..decay import MIN_LOG2
+from ..factors import FACTORS
 
 
 @gluon.constexpr_function
@@ -30,29 +31,31 @@ def accumulator(warps_m, warps_n, columns):
 
 
 @gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def token_sums(g, CHUNK: gl.constexpr):
-    """(inclusive sums ``[CHUNK]`` of log-decays in base 2, the last of them)."""
-    sums = gl.associative_scan(g, 0, _add)
-    return sums, gl.sum(g, 0)
-
-
-@gluon.jit
-def load_decays(g_ptr, g_stride, at, stop, layout: gl.constexpr, CHUNK: gl.constexpr):
-    """Log-decays ``[CHUNK]`` from token ``at`` on, 0 from ``stop`` on."""
-    t = at + gl.arange(0, CHUNK, layout=layout)
-    return gl.load(g_ptr + t.to(gl.int64) * g_stride, mask=t < stop, other=0.0).to(gl.float32)
-
-
-@gluon.jit
 def log2_of(g):
     """Natural to base-2 logarithm, clamped to [-160, inf); NaN stays NaN."""
     g = g * 1.4426950408889634
     return gl.where(g < MIN_LOG2, MIN_LOG2, g)
+
+
+@gluon.jit
+def read_factors(factors_ptr, at, wanted, layout: gl.constexpr, CHUNK: gl.constexpr):
+    """The rows of decay factors (see factors.py) of the chunk at token ``at``."""
+    row = gl.arange(0, FACTORS, layout=gl.SliceLayout(1, layout))[:, None]
+    t = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, layout))[None, :]
+    return gl.load(factors_ptr + at.to(gl.int64) * FACTORS + row * CHUNK + t, mask=wanted, other=0.0)
+
+
+@gluon.jit
+def write_factors(tile, count, g_head, CHUNK: gl.constexpr, WARPS: gl.constexpr):
+    """Writes those rows for a decay per head and ``count`` tokens."""
+    line: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, WARPS], [1, 0])
+    t = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, line))[None, :]
+    sums = gl.minimum(t + 1, count).to(gl.float32) * g_head
+    last = count.to(gl.float32) * g_head
+    tile.slice(0, 1).store(sums)
+    tile.slice(1, 1).store(gl.exp2(sums))
+    tile.slice(2, 1).store(gl.exp2(last - sums))
+    tile.slice(3, 1).store(gl.exp2(last + gl.zeros_like(sums)))
 
 
 @gluon.jit
@@ -91,15 +94,30 @@ def fetch(
 
 
 @gluon.jit
+def scores_of(a_tile, b_tile, layout: gl.constexpr, CHUNK: gl.constexpr):
+    """Starts ``a b'`` of one chunk."""
+    scores = gl.zeros([CHUNK, CHUNK], gl.float32, layout=layout)
+    return warpgroup_mma(a_tile, b_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def token_weight(factors, inside, scale, layout: gl.constexpr, REVERSE: gl.constexpr):
+    """``[CHUNK, CHUNK]`` decays between the tokens of one chunk, times the scale."""
+    sums = factors.slice(0, 1)
+    gap = sums.permute([1, 0]).load(layout) - sums.load(layout)
+    return gl.exp2(gl.where(inside, -gap if REVERSE else gap, float("-inf"))) * scale
+
+
+@gluon.jit
 def attend(
     a_source,
     b_source,
     c_source,
     y_target,
     x_source,
+    factors_ptr,
     rows_ptr,
     marks_ptr,
-    g_ptr,
     start_ptr,
     end_ptr,
     batch,
@@ -108,11 +126,11 @@ def attend(
     c_head,
     y_head,
     x_head,
-    g_stride,
     g_head,
     scale,
     begin,
     stop,
+    length,
     span,
     store_end,
     block,
@@ -138,7 +156,10 @@ def attend(
     of_scores: gl.constexpr = accumulator(4, WARPS // 4, CHUNK * 4 // WARPS)
     operand: gl.constexpr = gl.DotOperandLayout(0, of_y, 2)
     state_operand: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
-    line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    lines: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, WARPS // 4], [1, 0])
+    by_column: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
+    AHEAD: gl.constexpr = STAGES > 2
 
     a_tiles = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, BK], shared)
     b_tiles = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, BK], shared)
@@ -146,7 +167,8 @@ def attend(
     x_tiles = c_tiles
     if AUDIT:
         x_tiles = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, BV], shared)
-    scores_tile = gl.allocate_shared_memory(dtype, [CHUNK, CHUNK], shared)
+    f_tiles = gl.allocate_shared_memory(gl.float32, [STAGES if PER_TOKEN else 2, FACTORS, CHUNK], plain)
+    scores_tiles = gl.allocate_shared_memory(dtype, [2 if AHEAD else 1, CHUNK, CHUNK], shared)
     y_tile = gl.allocate_shared_memory(dtype, [CHUNK, BV], shared)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -175,74 +197,101 @@ def attend(
     row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, of_scores))
     col = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, of_scores))
     inside = row[:, None] <= col[None, :] if REVERSE else row[:, None] >= col[None, :]
-    t = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, of_y))
+    if AUDIT:
+        rows_tile = gl.allocate_shared_memory(gl.float32, [WARPS, CHUNK], plain)
+        t = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, by_column))
     if PER_TOKEN:
-        first = begin + (chunks - 1 if REVERSE else 0) * CHUNK
-        coming = load_decays(g_ptr, g_stride, first, stop, line, CHUNK)
+        weight = gl.zeros([CHUNK, CHUNK], gl.float32, layout=of_scores)
+        for s in gl.static_range(STAGES):
+            first = begin + (chunks - 1 - s if REVERSE else s) * CHUNK
+            f_tiles.index(s).store(read_factors(factors_ptr, first, s < chunks, lines, CHUNK))
     else:
         gap = (row[:, None] - col[None, :]).to(gl.float32) * g_head
         weight = gl.exp2(gl.where(inside, -gap if REVERSE else gap, float("-inf"))) * scale
+        write_factors(f_tiles.index(0), gl.to_tensor(CHUNK), g_head, CHUNK, WARPS)
+        write_factors(f_tiles.index(1), stop - begin - (chunks - 1) * CHUNK, g_head, CHUNK, WARPS)
+    if AHEAD:
+        mbarrier.wait(arrived.index(0), 0)
+        scores = scores_of(a_tiles.index(0), b_tiles.index(0), of_scores, CHUNK)
+        if PER_TOKEN:
+            weight = token_weight(f_tiles.index(0), inside, scale, of_scores, REVERSE)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        scores_tiles.index(0).store((scores * weight).to(dtype))
+        fence_async_shared()
 
     for step in range(chunks):
         slot = step % STAGES
         at = begin + (chunks - 1 - step if REVERSE else step) * CHUNK
-        if PER_TOKEN:
-            sums, last = token_sums(log2_of(coming), CHUNK)
-            after = begin + (chunks - 2 - step if REVERSE else step + 1) * CHUNK
-            coming = load_decays(g_ptr, g_stride, after, gl.where(step + 1 < chunks, stop, after), line, CHUNK)
-            of_row = gl.convert_layout(sums, gl.SliceLayout(1, of_scores))
-            of_col = gl.convert_layout(sums, gl.SliceLayout(0, of_scores))
-            sums = gl.convert_layout(sums, gl.SliceLayout(0, of_y))
-            gap = of_row[:, None] - of_col[None, :]
-            weight = gl.exp2(gl.where(inside, -gap if REVERSE else gap, float("-inf"))) * scale
-        else:
-            count = gl.minimum(stop - at, CHUNK)
-            sums = gl.minimum(t + 1, count).to(gl.float32) * g_head
-            last = count.to(gl.float32) * g_head
-        if REVERSE:
-            from_state = gl.exp2(last - sums)
-            to_state = gl.exp2(sums) * scale
-        else:
-            from_state = gl.exp2(sums) * scale
-            to_state = gl.exp2(last - sums)
-
         a_tile, b_tile, c_tile = a_tiles.index(slot), b_tiles.index(slot), c_tiles.index(slot)
-        mbarrier.wait(arrived.index(slot), (step // STAGES) & 1)
-        scores = gl.zeros([CHUNK, CHUNK], gl.float32, layout=of_scores)
-        scores = warpgroup_mma(a_tile, b_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+        ahead = step + STAGES
+        at_ahead = begin + (chunks - 1 - ahead if REVERSE else ahead) * CHUNK
+        if PER_TOKEN:
+            factors_ahead = read_factors(factors_ptr, at_ahead, ahead < chunks, lines, CHUNK)
+        factors = f_tiles.index(slot if PER_TOKEN else (at + CHUNK > stop).to(gl.int32))
+        from_state = factors.slice(2 if REVERSE else 1, 1).load(of_y)
+        to_state = factors.slice(1 if REVERSE else 2, 1).load(of_y)
+        whole = factors.slice(3, 1).slice(0, 1, 1).load(of_state)
+        if REVERSE:
+            to_state *= scale
+        else:
+            from_state *= scale
+        if not AHEAD:
+            mbarrier.wait(arrived.index(slot), (step // STAGES) & 1)
+            scores = scores_of(a_tile, b_tile, of_scores, CHUNK)
         rounded = gl.convert_layout(state.to(dtype), operand)
         y = gl.zeros([BV, CHUNK], gl.float32, layout=of_y)
         y = warpgroup_mma(rounded, a_tile.permute([1, 0]), y, use_acc=False, is_async=True)
         c = c_tile.permute([1, 0]).load(of_y)
-        weighted = gl.convert_layout((c.to(gl.float32) * to_state[None, :]).to(dtype), state_operand)
-        state = warpgroup_mma(weighted, b_tile, state * gl.exp2(last), is_async=True)
-        scores = warpgroup_mma_wait(2, deps=[scores])
-        scores_tile.store((scores * weight).to(dtype))
-        fence_async_shared()
-        y = warpgroup_mma_wait(1, deps=[y])
-        y = y * from_state[None, :]
-        y = warpgroup_mma(gl.convert_layout(c, operand), scores_tile.permute([1, 0]), y, is_async=True)
-        state = warpgroup_mma_wait(1, deps=[state])
-        y = warpgroup_mma_wait(0, deps=[y])
+        weighted = gl.convert_layout((c.to(gl.float32) * to_state).to(dtype), state_operand)
+        state = warpgroup_mma(weighted, b_tile, state * whole, is_async=True)
+        if AHEAD:
+            # The scores of the next chunk, which depend on no state, while this one's products are on their way.
+            coming = (step + 1) % STAGES
+            mbarrier.wait(arrived.index(coming), ((step + 1) // STAGES) & 1, pred=step + 1 < chunks)
+            scores = scores_of(a_tiles.index(coming), b_tiles.index(coming), of_scores, CHUNK)
+            if PER_TOKEN:
+                weight = token_weight(f_tiles.index(coming), inside, scale, of_scores, REVERSE)
+            y = warpgroup_mma_wait(2, deps=[y])
+            y = y * from_state
+            given = scores_tiles.index(step & 1).permute([1, 0])
+            y = warpgroup_mma(gl.convert_layout(c, operand), given, y, is_async=True)
+            state, scores = warpgroup_mma_wait(1, deps=[state, scores])
+            scores_tiles.index((step + 1) & 1).store((scores * weight).to(dtype))
+            fence_async_shared()
+            y = warpgroup_mma_wait(0, deps=[y])
+        else:
+            if PER_TOKEN:
+                weight = token_weight(factors, inside, scale, of_scores, REVERSE)
+            scores = warpgroup_mma_wait(2, deps=[scores])
+            scores_tiles.index(0).store((scores * weight).to(dtype))
+            fence_async_shared()
+            y = warpgroup_mma_wait(1, deps=[y])
+            y = y * from_state
+            y = warpgroup_mma(gl.convert_layout(c, operand), scores_tiles.index(0).permute([1, 0]), y, is_async=True)
+            state = warpgroup_mma_wait(1, deps=[state])
+            y = warpgroup_mma_wait(0, deps=[y])
 
         tma.store_wait(0)
         y_tile.permute([1, 0]).store(y.to(dtype))
         # Between the stores and the first barrier after them: what the copy engine reads must be fenced before that.
         fence_async_shared()
+        if PER_TOKEN:
+            f_tiles.index(slot).store(factors_ahead)
         if AUDIT:
+            # Each warp sums its own rows; the barrier that publishes y publishes those sums.
             x = x_tiles.index(slot).permute([1, 0]).load(of_y)
-            sums_of_x = gl.sum(x.to(gl.float32) * y, 0)
-            gl.store(rows_ptr + at.to(gl.int64) + t, sums_of_x, mask=t < stop - at)
+            sums_of_x = gl.sum((x.to(gl.float32) * y).reshape([WARPS, BV // WARPS, CHUNK]), 1)
+            rows_tile.store(sums_of_x)
             border = at if REVERSE else at + CHUNK
-            if (border % span == 0) | (border >= stop):
-                mark = gl.cdiv(border, span).to(gl.int64) * (DK * DV)
+            if (border % span == 0) | (border >= length):
+                mark = (gl.cdiv(border, span) - (0 if REVERSE else 1)).to(gl.int64) * (DK * DV)
                 gl.store(marks_ptr + mark + at_state, state.to(marks_ptr.dtype.element_ty), mask=in_state)
         tma.async_copy_shared_to_global(y_target, [batch, y_head, at, column], y_tile)
-        ahead = step + STAGES
+        if AUDIT:
+            gl.store(rows_ptr + at.to(gl.int64) + t, gl.sum(rows_tile.load(by_column), 0), mask=t < stop - at)
         fetch(
             a_source, b_source, c_source, x_source, a_tiles, b_tiles, c_tiles, x_tiles, arrived, slot,
-            batch, a_head, b_head, c_head, x_head, begin + (chunks - 1 - ahead if REVERSE else ahead) * CHUNK, column,
-            ahead < chunks, BYTES, AUDIT,
+            batch, a_head, b_head, c_head, x_head, at_ahead, column, ahead < chunks, BYTES, AUDIT,
         )  # fmt: skip
 
     tma.store_wait(0)

@@ -7,12 +7,13 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ..factors import FACTORS
 from .body import attend, log2_of
 
 
 @gluon.jit(
     do_not_specialize=[
-        "g_b", "g_h", "g_t", "scale", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments",
+        "g_h", "scale", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments",
         "start_slots",
     ]
 )  # fmt: skip
@@ -21,12 +22,10 @@ def forward_kernel(
     k_source,
     v_source,
     o_target,
-    g_ptr,
+    decays_ptr,  # those of factors.py if PER_TOKEN, else a log-decay for each head
     start_ptr,
     end_ptr,
-    g_b,
     g_h,
-    g_t,
     scale,
     heads,
     q_group,
@@ -56,15 +55,15 @@ def forward_kernel(
     b = row // heads
     h = row % heads
     row = row.to(gl.int64)
-    g_at = g_ptr + b.to(gl.int64) * g_b + h.to(gl.int64) * g_h
-    g_head = 0.0 if PER_TOKEN else log2_of(gl.load(g_at).to(gl.float32))
+    g_head = 0.0 if PER_TOKEN else log2_of(gl.load(decays_ptr + h.to(gl.int64) * g_h).to(gl.float32))
+    factors_ptr = decays_ptr + row * (gl.cdiv(length, CHUNK) * CHUNK * FACTORS)
     begin = part * segment
     stop = gl.minimum(begin + segment, length)
     attend(
-        q_source, k_source, v_source, o_target, q_source, end_ptr, end_ptr, g_at,
+        q_source, k_source, v_source, o_target, q_source, factors_ptr, end_ptr, end_ptr,
         start_ptr + (row * start_slots + part) * (DK * DV), end_ptr + row * (DK * DV),
-        b, h // q_group, h // k_group, h // v_group, h, h, g_t, g_head, scale,
-        begin, stop, segment, part == segments - 1, block,
+        b, h // q_group, h // k_group, h // v_group, h, h, g_head, scale,
+        begin, stop, length, segment, part == segments - 1, block,
         DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, WARPS=WARPS, REVERSE=False, PER_TOKEN=PER_TOKEN,
         HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False,
     )  # fmt: skip

@@ -41,8 +41,8 @@ def packed_backward_kernel(
     k_rows_ptr,  # the same of k * dk
     states_ptr,  # [pieces, H, DK, DV] fp32: states before the pieces
     d_states_ptr,  # [pieces, H, DK, DV] fp32: gradients of the states after the pieces
-    marks_ptr,  # [pieces, H, spans + 1, DK, DV]: states at a piece's tokens 0, span, ..., and after its last one
-    d_marks_ptr,  # their gradients
+    marks_ptr,  # [pieces, H, spans, DK, DV]: states after each span of a piece
+    d_marks_ptr,  # the same: gradients of the states before each span
     d_initial_ptr,  # [S, H, DK, DV] fp32: gradients of the states before the sequences
     q_h,
     q_t,
@@ -104,14 +104,14 @@ def packed_backward_kernel(
         state = states_ptr + slot * (DK * DV)
         d_state = d_states_ptr + slot * (DK * DV)
         d_initial = d_initial_ptr + (sequence * heads + h).to(tl.int64) * (DK * DV)
-        marks = slot * (spans + 1) * (DK * DV)
+        marks = slot * spans * (DK * DV)
         tokens = row * length + begin
         if use < k_blocks:
             attend(
                 do, v, k, dq_ptr + (row * dq_h + begin * dq_t) * UNIT, q,
                 q_rows_ptr + use.to(tl.int64) * heads * length + tokens, marks_ptr + marks, g, state, d_initial,
                 0, 0, 0, 0, 0, 0, do_t * UNIT, v_t * UNIT, k_t * UNIT, dq_t * UNIT, q_t * UNIT, g_t, g_head, scale,
-                size - size, size, span, False, use,
+                size - size, size, size, span, False, use,
                 DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN, HAS_START=True,
                 STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, TMA=False, PRECISION=PRECISION,
             )  # fmt: skip
@@ -121,7 +121,7 @@ def packed_backward_kernel(
                 k_rows_ptr + (use - k_blocks).to(tl.int64) * heads * length + tokens, d_marks_ptr + marks, g, d_state,
                 d_initial,
                 0, 0, 0, 0, 0, 0, v_t * UNIT, do_t * UNIT, q_t * UNIT, dk_t * UNIT, k_t * UNIT, g_t, g_head, scale,
-                size - size, size, span, False, use - k_blocks,
+                size - size, size, size, span, False, use - k_blocks,
                 DK=DV, DV=DK, BK=V_FULL, BV=K_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN, HAS_START=True,
                 STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD, TMA=False, PRECISION=PRECISION,
             )  # fmt: skip
@@ -129,7 +129,7 @@ def packed_backward_kernel(
             attend(
                 k, q, do, dv_ptr + (row * dv_h + begin * dv_t) * UNIT, do, q_rows_ptr, marks_ptr, g, d_state, d_initial,
                 0, 0, 0, 0, 0, 0, k_t * UNIT, q_t * UNIT, do_t * UNIT, dv_t * UNIT, do_t * UNIT, g_t, g_head, scale,
-                size - size, size, span, is_first, use - 2 * k_blocks,
+                size - size, size, size, span, is_first, use - 2 * k_blocks,
                 DK=DK, DV=DV, BK=K_FULL, BV=V_PART, CHUNK=CHUNK, REVERSE=True, PER_TOKEN=PER_TOKEN, HAS_START=True,
                 STORE_END=True, TRANSPOSED=False, AUDIT=False, TMA=False, PRECISION=PRECISION,
             )  # fmt: skip
@@ -169,7 +169,7 @@ def backward(
         spans = launch.blocks(pieces.tokens, span)
         q_rows = torch.empty((k_blocks, heads, length) if want_decay else (0,), **fp32)
         k_rows = torch.empty_like(q_rows)
-        marks_shape = (pieces.count, heads, spans + 1, dk, dv) if want_decay else (0,)
+        marks_shape = (pieces.count, heads, spans, dk, dv) if want_decay else (0,)
         marks = torch.empty(marks_shape, dtype=launch.mark_dtype(q.dtype, per_token), device=q.device)
         d_marks = torch.empty_like(marks)
         tensors = (q, k, v, do, dq, dk_, dv_)

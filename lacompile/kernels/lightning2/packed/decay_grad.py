@@ -18,9 +18,9 @@ from .pieces import Pieces, piece_at
 def packed_decay_grad_kernel(
     q_rows_ptr,  # [blocks, H, N] fp32: partial sums of q * dq
     k_rows_ptr,  # the same of k * dk
-    marks_ptr,  # [pieces, H, spans + 1, DK, DV]: states at a piece's tokens 0, SPAN, ..., and after its last one
-    d_marks_ptr,  # gradients of those states; the last one is not set
-    states_ptr,  # [pieces, H, DK, DV] fp32: states before the pieces; their marks are not set
+    marks_ptr,  # [pieces, H, spans, DK, DV]: states after each span of a piece
+    d_marks_ptr,  # the same: gradients of the states before each span
+    states_ptr,  # [pieces, H, DK, DV] fp32: states before the pieces
     d_states_ptr,  # [pieces, H, DK, DV] fp32: gradients of the states after the pieces
     table_ptr,
     firsts_ptr,
@@ -41,18 +41,18 @@ def packed_decay_grad_kernel(
     _, begin, size, _, _ = piece_at(table_ptr, firsts_ptr, piece)
     count = tl.maximum(tl.minimum(size - span * SPAN, SPAN), 0)
     row = (piece * heads + h).to(tl.int64)
-    slot = (row * (spans + 1) + span) * DKV
+    slot = (row * spans + span) * DKV
     before = 0.0
     after = 0.0
     if count > 0:
         if span > 0:
-            before = inner(marks_ptr + slot, d_marks_ptr + slot, DKV)
+            before = inner(marks_ptr + slot - DKV, d_marks_ptr + slot, DKV)
         else:
             before = inner(states_ptr + row * DKV, d_marks_ptr + slot, DKV)
         if (span + 1) * SPAN < size:
-            after = inner(marks_ptr + slot + DKV, d_marks_ptr + slot + DKV, DKV)
+            after = inner(marks_ptr + slot, d_marks_ptr + slot + DKV, DKV)
         else:
-            after = inner(marks_ptr + slot + DKV, d_states_ptr + row * DKV, DKV)
+            after = inner(marks_ptr + slot, d_states_ptr + row * DKV, DKV)
     at = h.to(tl.int64) * length + begin + span * SPAN
     gradient = span_gradient(
         q_rows_ptr + at, k_rows_ptr + at, heads.to(tl.int64) * length, before, after, count, BLOCKS, SPAN
@@ -77,7 +77,7 @@ def packed_decay_grad(
     ``rows``, ``marks`` and ``states`` are pairs: sums of q * dq and of k * dk, and states and their gradients.
     """
     blocks, heads, length = rows[0].shape
-    spans = marks[0].shape[2] - 1
+    spans = marks[0].shape[2]
     shape = (1, heads, length) if per_token else (pieces.count, heads, spans)
     out = torch.empty(shape, dtype=torch.float32, device=rows[0].device)
     packed_decay_grad_kernel[(pieces.count * heads * spans,)](

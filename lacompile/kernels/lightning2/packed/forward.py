@@ -82,7 +82,7 @@ def packed_forward_kernel(
             states_ptr + (piece * heads + h).to(tl.int64) * (DK * DV),
             end_ptr + (sequence * heads + h).to(tl.int64) * (DK * DV),
             0, 0, 0, 0, 0, 0, q_t * UNIT, k_t * UNIT, v_t * UNIT, o_t * UNIT, q_t * UNIT, g_t, g_head, scale,
-            size - size, size, CHUNK, is_last, block,
+            size - size, size, size, CHUNK, is_last, block,
             DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, REVERSE=False, PER_TOKEN=PER_TOKEN,
             HAS_START=True, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False, TMA=False, PRECISION=PRECISION,
         )  # fmt: skip

@@ -574,6 +574,20 @@ def test_the_program_around(f):
     check(f, args)
 
 
+def test_strides_of_a_length_that_is_not_known():
+    """Where each sequence is a block of memory ``flatten`` is a view: what is written into it is written into o."""
+
+    def positions_first(x):
+        q, k, v = x.sin(), x.cos(), x * 2
+        o = torch.einsum("bij,jbd->ibd", torch.einsum("ibd,jbd->bij", q, k).tril(), v)
+        rows = o.transpose(0, 1).flatten(1)
+        rows += 1.0
+        return o * 2.0, rows
+
+    short, long = (torch.randn(n, 3, 4, requires_grad=True) for n in (12, 24))
+    assert_rewritten(positions_first, long, after=[short])
+
+
 @pytest.mark.parametrize("f", named(in_place_activation_alone, foreach_alone, running_statistics))
 def test_what_has_an_effect_elsewhere_does_not_hinder(f):
     args = [*inputs(), *([torch.zeros(D), torch.ones(D)] if f is running_statistics else ())]

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .._compat import suppressed_guards
+from .._compat import always_equal, hint, suppressed_guards
 from .effects import ANYWHERE, NOWHERE, Effects
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
 from .schedule import Schedule
@@ -124,13 +124,15 @@ class _Writer:
             raise CannotRewrite(f"{target.name} has shape {tuple(want.shape)}, its replacement {tuple(got.shape)}")
         if not _same_strides(got, want) and match.target in self.known_by_strides:
             new = self._with_strides_of(new, want)
+            if not _same_strides(new.meta["example_value"], want):
+                raise CannotRewrite(f"{target.name} has strides {want.stride()}, which its replacement cannot have")
         at = self.order[match.after or match.target]
         target.replace_all_uses_with(new, lambda user: self.place.get(user, -1) > at, propagate_meta=False)
 
     def _with_strides_of(self, new: fx.Node, want: torch.Tensor) -> fx.Node:
         """A copy whose dimensions follow each other in memory as those of ``want`` do."""
         rank = range(want.dim())
-        order = sorted(rank, key=lambda n: -want.stride(n)) if _known(want) else list(rank)
+        order = sorted(rank, key=lambda n: -hint(want.stride(n)))
         if order == list(rank):
             return self._call(torch.Tensor.contiguous, (new,), {})
         laid_out = self._call(torch.Tensor.contiguous, (self._call(torch.permute, (new, order), {}),), {})
@@ -204,15 +206,11 @@ class _Writer:
             return op(*fakes[0], **fakes[1])
 
 
-def _known(tensor: torch.Tensor) -> bool:
-    return all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride()))
-
-
 def _same_strides(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Whether two tensors of one shape lie alike in memory; dimensions of length 1 do not count."""
-    if _known(got) and _known(want):
-        return all(a == b for n, a, b in zip(got.shape, got.stride(), want.stride(), strict=True) if n != 1)
-    return got.is_contiguous() and want.is_contiguous()
+    """Whether two tensors of one shape lie alike in memory, at any length; dimensions of length 1 do not count."""
+    return all(
+        always_equal(n, 1) or always_equal(a, b) for n, a, b in zip(got.shape, got.stride(), want.stride(), strict=True)
+    )
 
 
 def _as_list(values: Any) -> Any:

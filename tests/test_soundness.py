@@ -545,6 +545,15 @@ def reshaped_and_written(q, k, v):
     return o * 2.0, rows
 
 
+def cut_and_written(q, k, v):
+    """``flatten`` copies the rows of a longer tensor: what is written into the copy is not written into o."""
+    q, k, v = (F.pad(x, (0, 0, 0, 2)) for x in (q, k, v))
+    o = ((q @ k.mT).tril() @ v)[:, :, :-2]
+    rows = o.flatten(1, 2)
+    rows += 1.0
+    return o * 2.0, rows
+
+
 def tokens_first(q, k, v):
     o = (q.transpose(1, 2).contiguous().transpose(1, 2) @ k.mT).tril() @ v
     return o.transpose(1, 2)
@@ -563,6 +572,7 @@ AROUND = (
     a_custom_derivative,
     by_strides,
     reshaped_and_written,
+    cut_and_written,
     tokens_first,
 )
 

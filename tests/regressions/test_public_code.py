@@ -107,6 +107,16 @@ class TestPositionsInABuffer:
         torch.testing.assert_close(compiled(*args), layer(*args))
 
 
+def test_a_buffer_of_eight_bits_is_not_read():
+    """PyTorch does not even find its largest entry; the rest of the graph is analysed all the same."""
+    scale = torch.ones(12).to(torch.float8_e4m3fn)
+
+    def f(q, k, v):
+        return (q @ k.mT).tril() @ v, scale.float()
+
+    assert_rewritten(f, *qkv(), compiled=False)
+
+
 def test_positions_of_unknown_length_in_a_floating_format():
     """A view computes nothing: how far the numbers are exact is what it was."""
 
@@ -165,3 +175,27 @@ def test_a_number_that_stands_for_minus_infinity(hidden):
         assert_refused(f, *qkv(), options=OFF)
     else:
         assert_rewritten(f, *qkv(), compiled=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- projections
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_projections_by_slices_of_one_parameter(shift):
+    """One factor that is read at two places is no token: the products are taken as they are, with D features each."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, 12, 16, generator=generator)
+    weight = torch.randn(H, 3, 16, D, generator=generator).requires_grad_()
+
+    def f(x, weight):
+        heads = []
+        for h in range(H):
+            q, k, v = (x @ weight[h, n] for n in range(3))
+            heads.append((q @ k.mT * 0.5 ** distance(x.shape[1])).tril(-shift) @ v)
+        return torch.cat(heads, -1)
+
+    if shift:
+        assert_refused(f, x, weight, options=OFF)
+    else:
+        report = assert_rewritten(f, x, weight, compiled=False)
+        assert report.rewrites[0].dk == D

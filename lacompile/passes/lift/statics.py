@@ -16,6 +16,7 @@ from .affine import ONE, Aff
 from .buffers import Family, Fit, aligned, families, fit, head_index
 from .engine import Engine, GiveUp
 from .leaves import Opaque
+from .precision import EXACT_UP_TO
 from .term import Access, Case, Exponent, Mono, Precision, Term, Val, value
 from .transfer.conditions import truth
 
@@ -49,6 +50,10 @@ class Statics:
             nodes.append(node)
             if not isinstance(real, torch.Tensor) or real.requires_grad or not belongs_to_module(node, real):
                 continue
+            if (
+                real.is_floating_point() and real.dtype not in EXACT_UP_TO
+            ):  # eight bits: PyTorch computes nothing in them
+                continue
             self.real[node] = real
             if real.is_floating_point() and sum(s > 1 for s in real.shape) <= 1 and 0 < real.numel() <= MAX_VECTOR:
                 vectors[n] = real
@@ -77,7 +82,10 @@ class Statics:
         if real is None or real.is_complex() or real.dtype is torch.bool or not 1 < real.numel() <= MAX_POSITIONS:
             return None
         with outside_modes():
-            numbers = real.to("cpu", torch.float64).numpy()
+            corner = real[(slice(2),) * real.dim()].to(torch.float64)
+            if not torch.equal(corner, corner.round()):
+                return None
+            numbers = real.detach().to("cpu", torch.float64).numpy()
         try:
             line = self.engine.table_value(numbers, self.engine.shape(tensor))
         except GiveUp:

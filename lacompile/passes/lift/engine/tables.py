@@ -108,6 +108,8 @@ class Tables(Cases):
 
 def _plane(array: np.ndarray) -> tuple[int, ...] | None:
     """The whole numbers c, a, b ... with which every entry is c + a x + b y ...; None if there are none."""
+    if not np.isfinite(array).all():
+        return None
     origin = array[(0,) * array.ndim]
     steps = [array.take(1, d)[(0,) * (array.ndim - 1)] - origin for d in range(array.ndim)]
     if not all(float(x).is_integer() for x in (origin, *steps)):

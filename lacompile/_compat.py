@@ -23,6 +23,18 @@ def symbolic_kernels(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if env is None or not env.var_to_range else enable_python_dispatcher()
 
 
+def always_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same in every run of the traced program; no guard is added to find out."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(a == b)
+
+
+def hint(size: Any) -> int:
+    """A size as it is in the call that is being traced; 0 where that is not known."""
+    return size if isinstance(size, int) else size.node.hint or 0
+
+
 def is_fake(tensor: torch.Tensor) -> bool:
     """Whether a tensor has a shape and no values."""
     from torch._subclasses.fake_tensor import FakeTensor

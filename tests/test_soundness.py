@@ -545,6 +545,15 @@ def reshaped_and_written(q, k, v):
     return o * 2.0, rows
 
 
+def cut_and_written(q, k, v):
+    """``flatten`` copies the rows of a longer tensor: what is written into the copy is not written into o."""
+    q, k, v = (F.pad(x, (0, 0, 0, 2)) for x in (q, k, v))
+    o = ((q @ k.mT).tril() @ v)[:, :, :-2]
+    rows = o.flatten(1, 2)
+    rows += 1.0
+    return o * 2.0, rows
+
+
 def tokens_first(q, k, v):
     o = (q.transpose(1, 2).contiguous().transpose(1, 2) @ k.mT).tril() @ v
     return o.transpose(1, 2)
@@ -563,6 +572,7 @@ AROUND = (
     a_custom_derivative,
     by_strides,
     reshaped_and_written,
+    cut_and_written,
     tokens_first,
 )
 
@@ -572,6 +582,20 @@ def test_the_program_around(f):
     """As users run it, with validation."""
     args = [*inputs(), *([torch.zeros(D), torch.ones(D)] if f is running_statistics else ())]
     check(f, args)
+
+
+def test_strides_of_a_length_that_is_not_known():
+    """Where each sequence is a block of memory ``flatten`` is a view: what is written into it is written into o."""
+
+    def positions_first(x):
+        q, k, v = x.sin(), x.cos(), x * 2
+        o = torch.einsum("bij,jbd->ibd", torch.einsum("ibd,jbd->bij", q, k).tril(), v)
+        rows = o.transpose(0, 1).flatten(1)
+        rows += 1.0
+        return o * 2.0, rows
+
+    short, long = (torch.randn(n, 3, 4, requires_grad=True) for n in (12, 24))
+    assert_rewritten(positions_first, long, after=[short])
 
 
 @pytest.mark.parametrize("f", named(in_place_activation_alone, foreach_alone, running_statistics))

@@ -16,6 +16,14 @@ def source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def from_a_closure(node: fx.Node) -> bool:
+    """Whether this input is read off a variable that the compiled function closes over, and is no argument of it."""
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    while (base := getattr(source, "base", None)) is not None:
+        source = base
+    return bool(getattr(source, "is_derefed_cell_contents", False)) and not getattr(source, "is_input", False)
+
+
 def spoken(node: fx.Node) -> str:
     """A short readable name: ``self.layers.0.slope`` for an input of the graph, else the node's own name."""
     name = source_name(node)

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .._compat import suppressed_guards
-from .effects import ANYWHERE, NOWHERE, Effects
+from .._compat import always_equal, hint, suppressed_guards
+from .effects import ANYWHERE, NOWHERE, Effects, overlap
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
 from .schedule import Schedule
 
@@ -88,6 +88,24 @@ def _known_by_strides(schedule: Schedule) -> set[fx.Node]:
     return told
 
 
+MAY_COPY = ("reshape", "reshape_as", "flatten", "ravel", "contiguous")
+"""Functions that copy or not, by the strides of their argument."""
+
+
+def _decide_values(schedule: Schedule) -> set[fx.Node]:
+    """The values whose strides decide results: by them what the program writes into was copied before, or not."""
+    lives = schedule.effects.lives
+    deciding: set[fx.Node] = set()
+    for user in reversed(schedule.nodes):
+        name = getattr(user.target, "__name__", user.target)
+        shares = name in MAY_COPY or any(
+            overlap(lives.get(user, NOWHERE), lives.get(n, NOWHERE)) for n in user.all_input_nodes
+        )
+        if user in schedule.effects.writes or name == "as_strided" or (user in deciding and shares):
+            deciding.update(user.all_input_nodes)
+    return deciding
+
+
 class _Writer:
     def __init__(
         self,
@@ -99,7 +117,7 @@ class _Writer:
     ):
         self.gm, self.mapping, self.operator_call, self.finals = gm, mapping, operator_call, finals
         self.order = schedule.order
-        self.known_by_strides = _known_by_strides(schedule)
+        self.known_by_strides, self.deciding = _known_by_strides(schedule), _decide_values(schedule)
         self.place = {new: schedule.order[old] for old, new in mapping.items()}  # of the nodes that were copied
         self.made: dict[int, fx.Node] = {}
         self.calls: dict[int, fx.Node] = {}  # by the id of the fact: a call of the operator
@@ -124,13 +142,15 @@ class _Writer:
             raise CannotRewrite(f"{target.name} has shape {tuple(want.shape)}, its replacement {tuple(got.shape)}")
         if not _same_strides(got, want) and match.target in self.known_by_strides:
             new = self._with_strides_of(new, want)
+            if not _same_strides(new.meta["example_value"], want) and match.target in self.deciding:
+                raise CannotRewrite(f"{target.name} has strides {want.stride()}, which its replacement cannot have")
         at = self.order[match.after or match.target]
         target.replace_all_uses_with(new, lambda user: self.place.get(user, -1) > at, propagate_meta=False)
 
     def _with_strides_of(self, new: fx.Node, want: torch.Tensor) -> fx.Node:
         """A copy whose dimensions follow each other in memory as those of ``want`` do."""
         rank = range(want.dim())
-        order = sorted(rank, key=lambda n: -want.stride(n)) if _known(want) else list(rank)
+        order = sorted(rank, key=lambda n: -hint(want.stride(n)))
         if order == list(rank):
             return self._call(torch.Tensor.contiguous, (new,), {})
         laid_out = self._call(torch.Tensor.contiguous, (self._call(torch.permute, (new, order), {}),), {})
@@ -204,15 +224,11 @@ class _Writer:
             return op(*fakes[0], **fakes[1])
 
 
-def _known(tensor: torch.Tensor) -> bool:
-    return all(isinstance(n, int) for n in (*tensor.shape, *tensor.stride()))
-
-
 def _same_strides(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Whether two tensors of one shape lie alike in memory; dimensions of length 1 do not count."""
-    if _known(got) and _known(want):
-        return all(a == b for n, a, b in zip(got.shape, got.stride(), want.stride(), strict=True) if n != 1)
-    return got.is_contiguous() and want.is_contiguous()
+    """Whether two tensors of one shape lie alike in memory, at any length; dimensions of length 1 do not count."""
+    return all(
+        always_equal(n, 1) or always_equal(a, b) for n, a, b in zip(got.shape, got.stride(), want.stride(), strict=True)
+    )
 
 
 def _as_list(values: Any) -> Any:

@@ -117,7 +117,8 @@ def held(engine: Engine, v: Val, dtype: torch.dtype) -> bool:
         terms = [t for t in c.terms if not math.isinf(t.coef)]
         reach = sum(max(abs(t.coef * x) for x in ends(engine, v, c, t)) for t in terms)
         if math.isinf(reach):
-            if unit != 1 or dtype not in WIDE:
+            offset = max(abs(t.coef * t.poly.const) for t in terms)
+            if unit != 1 or dtype not in WIDE or offset > EXACT_UP_TO[dtype] / 2:
                 return False
         elif reach / unit > EXACT_UP_TO.get(dtype, 0):
             return False
@@ -183,7 +184,7 @@ def result_precision(op: Op, out: Val, dtype: torch.dtype) -> Precision:
     tensors = _values(op.args)
     given = [v for v in tensors if positional(engine.leaves, v)]
     worst = min((v.precision for v in given), default=Precision.EXACT)
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point or op.func.is_view:  # the numbers of a view are places, and nothing is computed
         return worst
     numbers = [x for x in op.args if isinstance(x, int | float) and not isinstance(x, bool)]
     if packet in SUMS and op.arg(2, "alpha", 1) != 1:

@@ -11,15 +11,17 @@ from torch import fx
 
 from ..._compat import outside_modes
 from ..facts import Assumption, unchanged
-from ..names import source_name, spoken
+from ..names import from_a_closure, source_name, spoken
 from .affine import ONE, Aff
 from .buffers import Family, Fit, aligned, families, fit, head_index
 from .engine import Engine, GiveUp
 from .leaves import Opaque
+from .precision import EXACT_UP_TO
 from .term import Access, Case, Exponent, Mono, Precision, Term, Val, value
 from .transfer.conditions import truth
 
 MAX_VECTOR = 4096
+MAX_POSITIONS = 2**24
 
 
 class Statics:
@@ -48,6 +50,10 @@ class Statics:
             nodes.append(node)
             if not isinstance(real, torch.Tensor) or real.requires_grad or not belongs_to_module(node, real):
                 continue
+            if (
+                real.is_floating_point() and real.dtype not in EXACT_UP_TO
+            ):  # eight bits: PyTorch computes nothing in them
+                continue
             self.real[node] = real
             if real.is_floating_point() and sum(s > 1 for s in real.shape) <= 1 and 0 < real.numel() <= MAX_VECTOR:
                 vectors[n] = real
@@ -63,21 +69,33 @@ class Statics:
 
     def value(self, node: fx.Node, tensor: torch.Tensor) -> Val | None:
         """What the numbers of this input say; None if they are not looked at."""
-        if node in self._values:
-            return self._values[node]
+        if node not in self._used and (positions := self._positions(node, tensor)) is not None:
+            return positions
+        return self._values.get(node)
+
+    def _positions(self, node: fx.Node, tensor: torch.Tensor) -> Val | None:
+        """Whole numbers on a line or a plane: positions, or the distances of all pairs of them.
+
+        A line of one sign in a floating format may also be slopes, one for each head: that reading comes first.
+        """
         real = self.real.get(node)
-        if real is None or real.is_floating_point() or real.is_complex() or real.dtype is torch.bool:
-            return None
-        if not 1 < real.numel() <= MAX_VECTOR:
+        if real is None or real.is_complex() or real.dtype is torch.bool or not 1 < real.numel() <= MAX_POSITIONS:
             return None
         with outside_modes():
-            numbers = real.to("cpu", torch.float64).numpy()
+            corner = real[(slice(2),) * real.dim()].to(torch.float64)
+            if not torch.equal(corner, corner.round()):
+                return None
+            numbers = real.detach().to("cpu", torch.float64).numpy()
         try:
             line = self.engine.table_value(numbers, self.engine.shape(tensor))
         except GiveUp:
             return None
-        if any(t.accs for t in line.terms):
+        if any(t.accs or t.poly.is_const for t in line.terms) or not line.terms:
             return None
+        if node in self._values:  # of one sign
+            self.ambiguous += 1
+            if not self._reading:
+                return None
         self._used.add(node)
         return replace(line, precision=Precision.EXACT)
 
@@ -176,4 +194,4 @@ def belongs_to_module(node: fx.Node, real: torch.Tensor) -> bool:
     name = source_name(node)
     if getattr(real, "_dynamo_static_input_type", None) is not None or "_buffers" in name:
         return True
-    return name.startswith("G[") or name.startswith("L['self'].") or "__closure__" in name
+    return name.startswith(("G[", "L['self'].")) or "__closure__" in name or from_a_closure(node)

@@ -58,12 +58,11 @@ class Structure(Program):
         if any(m for m, _ in t.exp.lin) and any(v < 0 for _, idx in t.accs for a in idx for v, _ in a.terms):
             return True
         bound: dict[int, Aff] = {}
-        fixed = 0
+        fixed = 0  # factors that are read at one place, as those of one token are
         for leaf, idx in t.accs:
-            for d, a in enumerate(idx):
-                size = self.leaf_shapes[leaf][d]
-                if a.is_const and size != ONE and len(t.accs) > 1:
-                    fixed += 1
+            sizes = self.leaf_shapes[leaf]
+            fixed += any(a.is_const and size != ONE for a, size in zip(idx, sizes, strict=True))
+            for size, a in zip(sizes, idx, strict=True):
                 for v, c in a.terms:
                     if v < 0:
                         if c != 1 or a.const or len(a.terms) > 1:

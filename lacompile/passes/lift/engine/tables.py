@@ -59,7 +59,10 @@ class Tables(Cases):
         return kind.array.copy().reshape(view)
 
     def table_value(self, array: np.ndarray, shape: tuple[Aff, ...]) -> Val:
-        """Known numbers as a value; only the dimensions that matter are kept, and a line 0, 1, 2 ... is an index."""
+        """Known numbers as a value; only the dimensions that matter are kept, and a line 0, 1, 2 ... is an index.
+
+        So is a plane of whole numbers, such as the distances of all pairs of positions.
+        """
         if not array.size:
             raise GiveUp("an empty table")
         full = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
@@ -67,10 +70,8 @@ class Tables(Cases):
         core = full[tuple(slice(None) if d in dims else 0 for d in range(full.ndim))]
         if not dims:
             return constant(shape, float(core))
-        if len(dims) == 1 and np.isfinite(core).all():
-            steps = np.diff(core)
-            if (steps == steps[0]).all() and float(steps[0]).is_integer() and float(core[0]).is_integer():
-                return value(shape, [Term(1.0, Aff.of({dims[0]: int(steps[0])}, int(core[0])))])
+        if (plane := _plane(core)) is not None:
+            return value(shape, [Term(1.0, Aff.of(dict(zip(dims, plane[1:], strict=True)), plane[0]))])
         if core.size > MAX_TABLE or not np.isfinite(core).all():
             raise GiveUp("a large table of numbers")
         leaf = self.leaves.table(core, tuple(shape[d] for d in dims))
@@ -103,3 +104,17 @@ class Tables(Cases):
             out[at] = evaluator.value(v, tuple(full))
         leaf = self.leaves.table(out, tuple(v.shape[d] for d in dims))
         return (leaf, tuple(Aff.var(d) for d in dims))
+
+
+def _plane(array: np.ndarray) -> tuple[int, ...] | None:
+    """The whole numbers c, a, b ... with which every entry is c + a x + b y ...; None if there are none."""
+    if not np.isfinite(array).all():
+        return None
+    origin = array[(0,) * array.ndim]
+    steps = [array.take(1, d)[(0,) * (array.ndim - 1)] - origin for d in range(array.ndim)]
+    if not all(float(x).is_integer() for x in (origin, *steps)):
+        return None
+    at = np.ogrid[tuple(map(slice, array.shape))]
+    if not (array == sum((a * x for a, x in zip(steps, at, strict=True)), origin)).all():
+        return None
+    return tuple(int(x) for x in (origin, *steps))

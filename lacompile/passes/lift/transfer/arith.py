@@ -79,7 +79,7 @@ def div(op: Op) -> Val:
         if divisor == 0:
             raise GiveUp("division by zero")
         return op.engine.scale(a, 1.0 / divisor)
-    return op.engine.multiply(a, op.engine.pointwise(aten.reciprocal.default, [_divisor(op, b)], {}, op.out))
+    return op.engine.multiply(a, inverse(op, _divisor(op, b)))
 
 
 def _divisor(op: Op, b: Val) -> Val:
@@ -156,12 +156,19 @@ def floor_divided(op: Op, a: Val, divisor: float | None, mode: str) -> Val:
 @rule(aten.reciprocal)
 def reciprocal(op: Op) -> Val:
     c = number(op.args[0])
-    if c:
-        return constant(op.shape, 1.0 / c)
-    t = op.args[0].one
-    if t is not None and not t.accs and t.exp and not t.guards and t.poly.is_const:
-        return Val(op.shape, (type(op.args[0].cases[0])(frozenset(), (t.but(coef=1 / t.coef, exp=t.exp * -1),)),))
-    return op.symbol()
+    return constant(op.shape, 1.0 / c) if c else inverse(op, op.args[0])
+
+
+def inverse(op: Op, v: Val) -> Val:
+    """1 / v: of a weight the weight of the opposite exponent, of data a function symbol."""
+    t = v.one
+    if t is None or v.alt is not None or not t.exp or t.guards or not t.poly.is_const or op.engine.plain_term(t):
+        return op.engine.pointwise(aten.reciprocal.default, [v], {}, op.out)
+    rest = constant(v.shape, 1 / t.coef)
+    if t.accs:
+        data = value(v.shape, [Term(t.coef, accs=t.accs)])
+        rest = op.engine.pointwise(aten.reciprocal.default, [data], {}, op.out)
+    return rest.with_terms(lambda x: x.but(exp=t.exp * -1))
 
 
 @rule(aten.square)

@@ -13,6 +13,8 @@ from . import Op, rule
 
 aten = torch.ops.aten
 
+UNDERFLOW = -800.0  # exp of it is less than half of the smallest number of fp64
+
 
 @rule(aten.exp)
 def exp(op: Op) -> Val:
@@ -43,6 +45,8 @@ def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) ->
         if all(t.coef < 0 for t in c.terms if math.isinf(t.coef)) and factor > 0:
             return [Case(c.guards, ())]
         raise GiveUp("exp(+inf)")
+    if _is_nothing(c.terms, factor):
+        return [Case(c.guards, ())]
     lin: list[tuple[Mono, Aff]] = []
     sums: list[tuple[tuple[Mono, Aff], float]] = []
     splits: list[Aff] = []
@@ -78,6 +82,12 @@ def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) ->
         return out
     term = engine.normalise(Term(1.0, exp=Exponent.of(lin, sums)), shape)
     return [Case(c.guards, () if term is None else (term,))]
+
+
+def _is_nothing(terms: tuple[Term, ...], factor: float) -> bool:
+    """Whether exp(factor * x) of a number x is 0 in every format, as of the -1e9 that stands for -inf in a mask."""
+    numbers = all(not t.accs and not t.exp and not t.guards and t.poly.is_const for t in terms)
+    return numbers and sum(t.coef * t.poly.const for t in terms) * factor < UNDERFLOW
 
 
 def _without_exponential(engine: Engine, t: Term) -> Term:

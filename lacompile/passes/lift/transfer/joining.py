@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import fx
 
 from ..affine import ONE, ZERO, Aff
-from ..engine import Engine, GiveUp
-from ..leaves import Extended
+from ..engine import Engine
+from ..leaves import Extended, Opaque
 from ..term import NO_GUARDS, Case, Term, Val, value
 from . import Op, rule
 
@@ -70,9 +71,27 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
     if masked:
         return engine.join_cases(Val(shape, tuple(cases)))
     out = engine.sum_of(shape, terms)
-    if len(out.terms) > 1 and all(engine.plain_term(t.but(guards=())) and t.accs for t in out.terms):
-        raise GiveUp("a concatenation of different tensors")
-    return out
+    return _side_by_side(op, out) if len(out.terms) > 1 and _different_data(engine, out) else out
+
+
+def _different_data(engine: Engine, v: Val) -> bool:
+    """Pieces of plain data, numbers among them perhaps, as of a feature map that also holds a constant."""
+    pieces = [t.but(guards=()) for t in v.terms]
+    holds_data = any(t.accs or any(m for m, _ in t.exp.lin) for t in pieces)
+    return holds_data and all(map(engine.plain_term, pieces))
+
+
+def _side_by_side(op: Op, v: Val) -> Val:
+    """Different tensors side by side are one tensor of data; it lies in the intervals of its pieces."""
+    engine, pieces = op.engine, [op.engine.term_access(t.but(guards=()), None) for t in v.terms]
+    leaves = [engine.leaves[p[0][0]] for p in pieces if isinstance(p, tuple)]
+    bounds = [leaf.interval for leaf in leaves] + [(p, p) for p in pieces if not isinstance(p, tuple)]
+    return engine.leaf(
+        op.out,
+        Opaque(None, "cat", tuple({a[0] for t in v.terms for a in t.accs})),
+        interval=(min(low for low, _ in bounds), max(high for _, high in bounds)),
+        rests_on=frozenset[fx.Node]().union(*(leaf.rests_on for leaf in leaves)),
+    )
 
 
 @rule(aten.constant_pad_nd)

@@ -1,0 +1,201 @@
+"""What public code does and the analysis missed, cut down to what mattered; each has a twin that must be refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lacompile.testing import assert_refused, assert_rewritten
+
+B, H, D, E = 2, 2, 4, 3
+OFF = {"validate": "off"}
+
+
+def qkv(length: int = 12) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(B, H, length, n, generator=generator).requires_grad_() for n in (D, D, E)]
+
+
+def distance(n: int) -> torch.Tensor:
+    i = torch.arange(n)
+    return i[:, None] - i[None, :]
+
+
+# ------------------------------------------------------------------------------------------------- quotients of decays
+
+
+class TestARunningProductAndItsInverse:
+    @staticmethod
+    def gate():
+        return torch.rand(B, H, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+    @pytest.mark.parametrize("squared", [False, True])
+    def test_as_a_quotient(self, squared):
+        def f(q, k, v, gate):
+            run = torch.sigmoid(gate).cumprod(-1)
+            below = run**2 if squared else run
+            return (q @ k.mT * (run[..., :, None] / below[..., None, :]).tril()) @ v
+
+        if squared:
+            assert_refused(f, *qkv(), self.gate(), options=OFF)
+        else:
+            assert_rewritten(f, *qkv(), self.gate(), compiled=False)
+
+    def test_on_the_queries_and_under_the_keys(self):
+        def f(q, k, v, gate):
+            run = torch.sigmoid(gate).cumprod(-1)[..., None]
+            return ((q * run) @ (k / run).mT).tril() @ v
+
+        assert_rewritten(f, *qkv(), self.gate(), compiled=False)
+
+
+# ----------------------------------------------------------------------------------------------------- positions given
+
+
+class Given(torch.nn.Module):
+    """A retention whose positions, distances or slopes are buffers."""
+
+    def __init__(self, positions: torch.Tensor, slopes: torch.Tensor):
+        super().__init__()
+        self.register_buffer("positions", positions)
+        self.register_buffer("slopes", slopes)
+
+    def forward(self, q, k, v):
+        n = q.shape[2]
+        if self.positions.dim() == 2:
+            far = self.positions[:n, :n]
+        else:
+            far = self.positions[:n, None] - self.positions[None, :n]
+        weight = torch.where(far >= 0, torch.exp(-far * self.slopes[:, None, None] / 8), 0.0)
+        return (q @ k.mT * weight) @ v
+
+
+class TestPositionsInABuffer:
+    slopes = torch.tensor([0.3, 0.7])
+
+    @pytest.mark.parametrize("start", [0.0, 1.0])
+    def test_in_a_floating_format(self, start):
+        assert_rewritten(Given(torch.arange(start, start + 20), self.slopes), *qkv(), compiled=False)
+
+    def test_that_are_not_evenly_spaced(self):
+        assert_refused(Given(torch.arange(20.0) ** 1.1, self.slopes), *qkv())
+
+    @pytest.mark.parametrize("slopes", [slopes, torch.tensor([1.0, 2.0])])
+    def test_as_the_distances_of_all_pairs(self, slopes):
+        """Slopes on a line 1, 2, ... stay slopes."""
+        assert_rewritten(Given(distance(20).float(), slopes), *qkv(), compiled=False)
+
+    def test_as_distances_that_are_one_too_small(self):
+        assert_refused(Given(distance(20).float() - 1, self.slopes), *qkv())
+
+    def test_from_a_closure(self):
+        positions = torch.arange(20.0)
+
+        def f(q, k, v):
+            far = positions[: q.shape[2], None] - positions[None, : q.shape[2]]
+            return (q @ k.mT * torch.where(far >= 0, 0.9**far, 0.0)) @ v
+
+        assert_rewritten(f, *qkv(), compiled=False)
+
+    def test_that_change(self):
+        layer = Given(torch.arange(20.0), self.slopes)
+        compiled = torch.compile(layer, backend="lightning")
+        args = [x.detach() for x in qkv()]
+        torch.testing.assert_close(compiled(*args), layer(*args))
+        layer.positions.mul_(1.5)
+        torch.testing.assert_close(compiled(*args), layer(*args))
+
+
+def test_a_buffer_of_eight_bits_is_not_read():
+    """PyTorch does not even find its largest entry; the rest of the graph is analysed all the same."""
+    scale = torch.ones(12).to(torch.float8_e4m3fn)
+
+    def f(q, k, v):
+        return (q @ k.mT).tril() @ v, scale.float()
+
+    assert_rewritten(f, *qkv(), compiled=False)
+
+
+def test_positions_of_unknown_length_in_a_floating_format():
+    """A view computes nothing: how far the numbers are exact is what it was."""
+
+    def f(q, k, v):
+        i = torch.arange(q.shape[2]).float()
+        weight = torch.exp(-0.1 * (i[:, None] - i[None, :]).abs()).tril()
+        return (q @ k.mT * weight) @ v
+
+    assert_rewritten(f, *qkv(), after=qkv(20), compiled=False)
+
+
+# --------------------------------------------------------------------------------------------------------- feature maps
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_feature_map_that_holds_a_constant(shift):
+    """Different data side by side is data."""
+
+    def features(x):
+        return torch.cat([torch.ones_like(x[..., :1]), x, (x[..., None] * x[..., None, :]).flatten(-2)], -1)
+
+    def f(q, k, v):
+        states = (v[..., None] * features(k)[..., None, :]).cumsum(2)
+        states = F.pad(states, (0, 0, 0, 0, shift, 0))[:, :, : q.shape[2]]
+        return (features(q)[..., None, :] * states).sum(-1)
+
+    if shift:
+        assert_refused(f, *qkv(), options=OFF)
+    else:
+        assert_rewritten(f, *qkv(), compiled=False)
+
+
+def test_a_gate_that_is_one_at_first_stays_positive():
+    def f(q, k, v):
+        gate = torch.sigmoid(k[..., 0])
+        gate = torch.cat([torch.ones_like(gate[..., :1]), gate[..., 1:]], -1)
+        run = gate.log().cumsum(-1)
+        return (q @ k.mT * (run[..., :, None] - run[..., None, :]).exp().tril()) @ v
+
+    assert_rewritten(f, *qkv(), compiled=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------- masks
+
+
+@pytest.mark.parametrize("hidden", [-1e9, torch.finfo(torch.float32).min, -2.0])
+def test_a_number_that_stands_for_minus_infinity(hidden):
+    """Where exp of it is 0 in every format; exp(-2) is a weight."""
+
+    def f(q, k, v):
+        run = F.logsigmoid(k[..., 0]).cumsum(-1)
+        exponent = (run[..., :, None] - run[..., None, :]).masked_fill(distance(q.shape[2]) < 0, hidden)
+        return (q @ k.mT * exponent.exp()) @ v
+
+    if hidden == -2.0:
+        assert_refused(f, *qkv(), options=OFF)
+    else:
+        assert_rewritten(f, *qkv(), compiled=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- projections
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_projections_by_slices_of_one_parameter(shift):
+    """One factor that is read at two places is no token: the products are taken as they are, with D features each."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, 12, 16, generator=generator)
+    weight = torch.randn(H, 3, 16, D, generator=generator).requires_grad_()
+
+    def f(x, weight):
+        heads = []
+        for h in range(H):
+            q, k, v = (x @ weight[h, n] for n in range(3))
+            heads.append((q @ k.mT * 0.5 ** distance(x.shape[1])).tril(-shift) @ v)
+        return torch.cat(heads, -1)
+
+    if shift:
+        assert_refused(f, x, weight, options=OFF)
+    else:
+        report = assert_rewritten(f, x, weight, compiled=False)
+        assert report.rewrites[0].dk == D

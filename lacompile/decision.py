@@ -52,8 +52,10 @@ class Decision:
 
 def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Decision:
     """Analysis, legality, capability, validation and rewrite; any fault of ours leaves the graph alone."""
-    if _compat.functorch_active() or _compat.functorch_inside(gm):
+    if _compat.functorch_active():
         return Decision(None, Report(notes=("left alone: a functorch transform or forward-mode AD is active",)))
+    if _compat.functorch_inside(gm):
+        return Decision(None, Report(notes=("left alone: the program itself calls vmap, grad or forward-mode AD",)))
     # what is asked of symbolic sizes must not specialise the compiled program
     with _compat.suppressed_guards(fake_mode_of(gm)), no_collection():
         return _decide(gm, example_inputs, options)

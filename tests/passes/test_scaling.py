@@ -76,9 +76,24 @@ def written_in_place(tokens):
     return f, (*programs.sequences(tokens), -torch.rand(1, 2, tokens))
 
 
+def delta_rule(tokens):
+    """A state that its own update reads."""
+
+    def f(q, k, v, b):
+        state, out = q.new_zeros(1, 2, 8, 8), []
+        for t in range(tokens):
+            new = (v[:, :, t] - (k[:, :, t, :, None] * state).sum(-2)) * b[:, :, t, None]
+            state = state + k[:, :, t, :, None] * new[:, :, None]
+            out.append((q[:, :, t, None] @ state)[:, :, 0])
+        return torch.stack(out, 2)
+
+    return f, (*programs.sequences(tokens), torch.rand(1, 2, tokens))
+
+
 FAMILIES = ("token loop", "chunk loop", "batched scans", "softmax transformer")
 BUILD = {name: (f.build, f.matches, f.nodes) for name, f in programs.FAMILIES.items() if name in FAMILIES}
 BUILD["written in place"] = (written_in_place, True, 12)
+BUILD["delta rule"] = (delta_rule, False, 8)
 
 
 @pytest.mark.parametrize("name", list(BUILD))

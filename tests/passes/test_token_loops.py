@@ -130,4 +130,4 @@ def test_no_step_in_the_middle_of_a_delta_rule():
         return torch.stack(out, 2)
 
     for n in (6, 16, 24):
-        assert_refused(run, *heads(n), torch.rand(1, 2, n), obligation="causal-range")
+        assert_refused(run, *heads(n), torch.rand(1, 2, n), obligation="recurrence")

@@ -115,12 +115,13 @@ class Interpreter:
                 return folded
         if any(self.engine.structured(v) for v in vals):
             self._gave_up = reason
-        inputs = tuple({a[0] for v in vals for c in v.cases for t in c.terms for a in t.accs})
+        inputs = _leaves_of(vals)
+        summands = tuple(t for v in vals for c in v.cases for t in c.terms) if unmerged else ()
 
         def fresh(t: Any) -> Any:
             if not isinstance(t, torch.Tensor):
                 return None
-            return self.engine.leaf(t, Opaque(None, op.func.overloadpacket.__name__, inputs, unmerged))
+            return self.engine.leaf(t, Opaque(None, op.func.overloadpacket.__name__, inputs, summands))
 
         return fresh(op.out) if isinstance(op.out, torch.Tensor) else [fresh(t) for t in op.out or ()]
 
@@ -175,8 +176,9 @@ class Interpreter:
         """For autograd what was computed so far without gradients is data, whatever it was computed from."""
         self._demand(node for node, _ in self.without_gradients)
         for node, tensor in self.without_gradients:
-            leaf = self.engine.leaf(tensor, Opaque(node if node in self.facts else None, "computed without gradients"))
-            self._memory.forget(tensor, leaf)
+            before = self._memory.read(self._memory.record(tensor))
+            kind = Opaque(node if node in self.facts else None, "computed without gradients", _leaves_of([before]))
+            self._memory.forget(tensor, self.engine.leaf(tensor, kind))
         self.without_gradients.clear()
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:
@@ -209,7 +211,9 @@ class Interpreter:
     def _demand(self, nodes: Iterable[fx.Node]) -> None:
         for node in nodes:
             fact = self._current(node)
-            if fact is not None and node not in self.demanded and self.engine.contracts(fact.value):
+            if fact is None or node in self.demanded:
+                continue
+            if self.engine.contracts(fact.value) or self.engine.accumulates(fact.value):
                 self.demanded[node] = None
 
     @property
@@ -250,7 +254,7 @@ class Interpreter:
             if idx == self.engine.own_index(self.engine.leaf_shapes[leaf]) and shape == self.engine.leaf_shapes[leaf]:
                 kind.node = node
                 return val
-            fresh = self.engine.leaf(tensor, Opaque(node, kind.label, kind.of))
+            fresh = self.engine.leaf(tensor, replace(kind, node=node))
             return replace(val, alt=fresh.one) if t is val.alt else fresh
         return val
 
@@ -262,6 +266,10 @@ class Interpreter:
             if fact is not None and fact.compute.is_floating_point and self.engine.contracts(fact.value):
                 out = torch.promote_types(out, fact.compute) if out.is_floating_point else fact.compute
         return out
+
+
+def _leaves_of(vals: Iterable[Val]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(leaf for v in vals for c in v.cases for t in c.terms for leaf in t.signature))
 
 
 def _whole(tensor: torch.Tensor) -> bool:

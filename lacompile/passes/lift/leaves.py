@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .affine import Aff
-from .term import Access
+from .term import Access, Term
 
 aten = torch.ops.aten
 
@@ -32,8 +32,12 @@ class Opaque:
     label: str
     of: tuple[int, ...] = ()
     """The leaves this value was computed from, for naming a culprit in a refusal."""
-    unmerged: bool = False
-    """Whether it is a sum that was given up because its terms do not merge."""
+    summands: tuple[Term, ...] = ()
+    """What was added or multiplied, where that was given up because it grows: a recurrence of another kind."""
+
+    @property
+    def unmerged(self) -> bool:
+        return bool(self.summands)
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,9 @@ class Leaves:
 
     def __getitem__(self, leaf: int) -> Leaf:
         return self._all[leaf]
+
+    def __len__(self) -> int:
+        return len(self._all)
 
     def add(self, leaf: Leaf) -> int:
         self._all.append(leaf)

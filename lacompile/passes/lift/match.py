@@ -7,6 +7,7 @@ from torch import fx
 from ..facts import DecayedAttention, Expr, Match, Refusal
 from ..schedule import Schedule
 from .build import Builder
+from .causes import Causes
 from .holders import Holders
 from .interpret import Fact, Interpreter
 from .proof import Proof, Refused
@@ -27,9 +28,14 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
     done: set[fx.Node] = set()
     states: list[Fact] = []
     explained: set[int] = set()
+    causes = Causes(interpreter.engine)
+    elementwise: list[Fact] = []
     for node in interpreter.demanded:
         fact = interpreter.facts[node]
         if node in done:
+            continue
+        if not interpreter.engine.contracts(fact.value):
+            elementwise.append(fact)
             continue
         best: Refusal | None = None
         found = False
@@ -40,8 +46,10 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                 states.append(fact)
                 try:
                     explain_missing(interpreter.engine, fact.value.terms, explained)
+                    best = None
                 except Refused as r:
-                    refusals.append(Refusal("match", r.obligation, node, r.expected, r.found, r.hint, r.progress))
+                    best = _refusal(node, r)
+                refusals += _told(causes, fact, best)
                 continue
         frontier, seen, whole = steps or [node], set(), fact.tensor.numel()
         follows = False  # whether it is computed from an attention that was found
@@ -62,7 +70,7 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                 attention, replacement = builder.build(proof)
             except Refused as r:
                 missed += 1
-                refusal = Refusal("match", r.obligation, at, r.expected, r.found, r.hint, r.progress)
+                refusal = _refusal(at, r)
                 size = fact.tensor.numel()
                 if best is None or (refusal.progress > best.progress and size >= whole):
                     best = refusal
@@ -76,10 +84,29 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                 proofs.append((proof, attention))
             done.add(at)  # and on to what is joined with it: one attention for each head
             found = True
-        if best is not None and not found and best.progress > 0 and not (follows and best.progress > EXPLAINED):
-            refusals.append(best)
+        if best is not None and not found and not (follows and best.progress > EXPLAINED):
+            refusals += _told(causes, interpreter.facts[node], best)
+    rewritten = {leaf for proof, _ in proofs for leaf in proof.leaves}
+    for fact in elementwise:  # the normaliser's state of an attention that was found is no recurrence of its own
+        if not rewritten & {leaf for c in fact.value.cases for t in c.terms for leaf in t.signature}:
+            refusals += _told(causes, fact, None)
     matches += final_states(interpreter, states, proofs)
     return matches, sorted(refusals, key=lambda r: -r.progress)
+
+
+def _refusal(node: fx.Node, r: Refused) -> Refusal:
+    return Refusal("match", r.obligation, node, r.expected, r.found, r.hint, r.progress)
+
+
+def _told(causes: Causes, fact: Fact, best: Refusal | None) -> list[Refusal]:
+    """Why this value, which is no attention, is none: its cause, told once for all values with its factors, or else
+    the obligation that was found to fail.
+    """
+    near = best is not None and best.progress > 0
+    for case in fact.value.cases:
+        if (cause := causes.of(case.terms, near)) is not None:
+            return [] if causes.told(case.terms) else [_refusal(fact.node, cause)]
+    return [best] if best is not None and near else []
 
 
 def _steps_behind(interpreter: Interpreter, node: fx.Node) -> list[fx.Node]:

@@ -9,6 +9,7 @@ Every obligation that fails is a :class:`~lacompile.passes.facts.Refusal` naming
     decay          the weight is exp(G_i - G_j) with G from head- or token-wise scalars
     unit-diagonal  the weight is 1 at j = i (times a constant scale)
     single-term    nothing else is added, but an initial state and a residual without a sum
+    recurrence     keys and values are not computed from the state (found where another fails, see causes.py)
     bounded-weights  a weight of the keys does not overflow where the program's own weight is finite
     emission       every factor can be read off a value of the graph
 """
@@ -90,10 +91,7 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                 ]
                 mine = engine.space.vars_of(idx)
                 features = {x for a in holders if a[0] != leaf for x in engine.space.vars_of(a[1]) if x >= 0} - mine
-                given = isinstance(kind, Table) or (
-                    isinstance(kind, Opaque) and kind.node is not None and kind.node.op == "placeholder"
-                )
-                if len(holders) < 2 or not square or not features or given or leaf in explained:
+                if len(holders) < 2 or not square or not features or _given(engine, leaf) or leaf in explained:
                     continue
                 explained.add(leaf)
                 label = kind.label if isinstance(kind, Opaque) else "a function"
@@ -104,6 +102,15 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                     1,
                     "softmax and other functions of the scores are not decayed linear attention",
                 )
+
+
+def _given(engine: Engine, leaf: int) -> bool:
+    """Numbers, an input, or something made of parameters alone: no function of the scores."""
+    kind = engine.leaves[leaf].kind
+    if not isinstance(kind, Opaque):
+        return isinstance(kind, Table)
+    is_input = kind.node is not None and kind.node.op == "placeholder"
+    return is_input or (bool(kind.of) and all(engine.leaves[s].parameter for s in kind.of))
 
 
 def sequence_index(engine: Engine, t: Term) -> tuple[int, int] | None:

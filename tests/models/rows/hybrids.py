@@ -150,7 +150,7 @@ ROWS = [
     row(
         "Qwen3Next",
         0,
-        "single-term",
+        "recurrence",
         formulation="delta rule",
         **ATTENTION,
         **GATED_DELTA,
@@ -160,7 +160,7 @@ ROWS = [
         shared_expert_intermediate_size=16,
         experts_implementation="batched_mm",
     ),
-    row("OlmoHybrid", 0, "single-term", formulation="delta rule", **ATTENTION, **GATED_DELTA),
+    row("OlmoHybrid", 0, "recurrence", formulation="delta rule", **ATTENTION, **GATED_DELTA),
     row("Mamba", 0, formulation="decay per feature", length=8, state_size=8, num_hidden_layers=1),
     row(
         "Jamba",
@@ -179,7 +179,7 @@ ROWS = [
     row(
         "RecurrentGemma",
         0,
-        "causal-range",
+        "separable",
         formulation="decay per feature",
         length=8,
         num_hidden_layers=2,
@@ -189,7 +189,13 @@ ROWS = [
         lru_width=32,
     ),
     row(
-        "Rwkv", 0, "separable", formulation="decay per feature", length=8, num_hidden_layers=2, attention_hidden_size=32
+        "Rwkv",
+        0,
+        "bounded-weights",
+        formulation="decay per feature",
+        length=8,
+        num_hidden_layers=2,
+        attention_hidden_size=32,
     ),
     row(
         "Lfm2",
@@ -205,7 +211,7 @@ ROWS = [
     row(
         "xLSTM",
         0,
-        "causal-range",
+        "bounded-weights",
         formulation="chunkwise",
         length=64,
         num_heads=2,

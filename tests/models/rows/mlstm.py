@@ -55,7 +55,7 @@ ROWS = [
     Row(KERNELS, "`mlstm_siging_parallel_fw`, `stable_fgate=False`", "parallel", siging(stable_fgate=False), 40, 2),
     Row(KERNELS, "`mlstm_siging_parallel_fw`, `normalize=False`", "parallel", siging(normalize=False), 40),
     Row(KERNELS, "`mlstm_parallel_fw`", "parallel", parallel, 40, 0, "bounded-weights", before=48),
-    Row(KERNELS, "`mlstm_chunkwise_fw`", "chunkwise", chunks, 16, 0, "causal-range"),
-    Row(KERNELS, "`mlstm_recurrent_step__native` over tokens", "recurrent", tokens, 6, 0),
+    Row(KERNELS, "`mlstm_chunkwise_fw`", "chunkwise", chunks, 16, 0, "bounded-weights"),
+    Row(KERNELS, "`mlstm_recurrent_step__native` over tokens", "recurrent", tokens, 6, 0, "bounded-weights"),
     Row("xlstm", "`parallel_stabilized_simple`", "parallel", xlstm, 40, 0, "bounded-weights", before=48),
 ]

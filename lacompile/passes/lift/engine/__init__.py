@@ -11,11 +11,11 @@ arithmetic   products and sums
 from __future__ import annotations
 
 from .arithmetic import Arithmetic
-from .limits import MAX_FACTORS, MAX_TERMS, GiveUp, Unmerged
+from .limits import MAX_TERMS, GiveUp, Unmerged, bounded
 
 
 class Engine(Arithmetic):
     """The algebra of one analysis: one instance per graph."""
 
 
-__all__ = ["MAX_FACTORS", "MAX_TERMS", "Engine", "GiveUp", "Unmerged"]
+__all__ = ["MAX_TERMS", "Engine", "GiveUp", "Unmerged", "bounded"]

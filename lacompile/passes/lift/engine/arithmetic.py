@@ -10,7 +10,7 @@ import torch
 
 from ..term import Term, Val, constant, value
 from ..weights import align_weights, scalar_factors
-from .limits import MAX_FACTORS, MAX_TERMS, GiveUp
+from .limits import MAX_TERMS, GiveUp, bounded
 from .structure import summed
 from .symbols import Symbols
 
@@ -45,9 +45,9 @@ class Arithmetic(Symbols):
             for x in left:
                 for y in right:
                     t = self._infinite(x, y) or self.product(x, y)
-                    if t is None or len(t.accs) > MAX_FACTORS:
-                        raise GiveUp("a product of too many factors")
-                    yield t
+                    if t is None:
+                        raise GiveUp("a product of two positions, or of infinities")
+                    yield bounded(t)
 
         if a.single and b.single:
             return self.sum_of(a.shape, times([a.terms, b.terms]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from ..term import Mono, Term
+
 MAX_TERMS = 12  # of one side of a product of sums
 MAX_CASES = 8
 MAX_FACTORS = 10
+MAX_RATES = 8  # of one weight: those of a decay telescope, however many tokens it is over
 MAX_TABLE = 4096  # numbers
 
 
@@ -14,3 +17,16 @@ class GiveUp(Exception):
 
 class Unmerged(GiveUp):
     """A sum of too many terms that do not merge, as in a recurrence of another kind."""
+
+
+def bounded(t: Term) -> Term:
+    """A product that has not grown too long: a recurrence of another kind adds factors, or rates, with each token."""
+    if len(t.accs) > MAX_FACTORS:
+        raise Unmerged("a product of too many factors")
+    if len(t.exp.lin) + len(t.exp.sums) > MAX_RATES and len(_rates(t)) > MAX_RATES:
+        raise Unmerged("a weight of too many rates")
+    return t
+
+
+def _rates(t: Term) -> set[Mono]:
+    return {mono for mono, _ in t.exp.lin} | {mono for (mono, _), _ in t.exp.sums}

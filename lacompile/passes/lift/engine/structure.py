@@ -104,6 +104,15 @@ class Structure(Program):
 
         return (v.alt is not None and self.structured(v)) or any(products(t) for c in v.cases for t in c.terms)
 
+    def accumulates(self, v: Val) -> bool:
+        """Holds a sum over positions whose weights move along them, be it of one factor, as a recurrence makes it."""
+
+        def weighted(t: Term) -> bool:
+            moving = (*(f for _, f in t.exp.lin), *(p for (_, p), _ in t.exp.sums))
+            return any(x < 0 for f in moving for x, _ in f.terms)
+
+        return any(weighted(t) for c in v.cases for t in c.terms)
+
 
 def summed(v: Val) -> bool:
     """Whether some factor runs over a bound index."""

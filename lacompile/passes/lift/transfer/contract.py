@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..affine import ONE, Aff
-from ..engine import MAX_FACTORS, MAX_TERMS, Engine, GiveUp
+from ..engine import MAX_TERMS, Engine, GiveUp, bounded
 from ..leaves import Opaque
 from ..term import Term, Val, value
 from . import Op, rule
@@ -63,8 +63,14 @@ def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int
     ranges = (Aff.var(FRESH), length - 1 - Aff.var(FRESH))
     terms = list(_products(engine, left, right, ranges))
     plain = engine.plain(a) and engine.plain(b)
-    alt = engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket))).one if plain and terms else None
+    alt = _as_it_is(op, terms) if plain and terms else None
     return engine.sum_of(shape, terms, alt, MAX_TERMS)
+
+
+def _as_it_is(op: Op, terms: Iterable[Term]) -> Term | None:
+    """A sum of these as one leaf, not looked into."""
+    of = tuple(dict.fromkeys(leaf for t in terms for leaf, _ in t.accs))
+    return op.engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket), of)).one
 
 
 def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
@@ -108,15 +114,14 @@ def _products(engine: Engine, left: Sequence[Term], right: Sequence[Term], range
             if start <= FRESH:
                 raise GiveUp("too many bound indices")
             y2 = y.sub(engine.space, {v: Aff.var(start - n) for n, v in enumerate(sorted(own, reverse=True))})
-            if len(x.accs) + len(y2.accs) > MAX_FACTORS:
-                raise GiveUp("a product of too many factors")
-            yield Term(
+            product = Term(
                 x.coef * y2.coef,
                 y2.poly if x.poly.is_const else x.poly,
                 tuple(sorted(x.accs + y2.accs)),
                 x.exp + y2.exp,
                 {*x.guards, *y2.guards, *ranges},
             )
+            yield bounded(product)
 
 
 @rule(aten.sum, aten.mean)
@@ -140,11 +145,11 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
     flat = engine.flat(v)
     if engine.plain(flat) and all(len(t.accs) < 2 for t in flat.terms) and any(t.accs for t in flat.terms):
         # A reduction of one tensor: a leaf for every purpose but a prefix total of log-decays.
-        alt = engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket))).one
+        alt = _as_it_is(op, flat.terms)
     else:
         alt = None
     if engine.plain(flat) and any(len(t.accs) >= 2 for t in flat.terms):
-        alt = engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket))).one
+        alt = _as_it_is(op, flat.terms)
     mapping: dict[int, Aff] = {}
     guards: list[Aff] = []
     kept = 0

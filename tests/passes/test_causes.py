@@ -1,0 +1,220 @@
+"""What a program is, where it is no decayed attention: the report names that, and not the obligation that fails first.
+
+Beside each program stands a near twin, which is an attention and is rewritten.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lacompile import explain
+from lacompile.testing import assert_refused, assert_rewritten
+
+B, H, D = 1, 2, 4
+
+
+def heads(n, *more):
+    torch.manual_seed(0)
+    return [torch.randn(B, H, n, D, requires_grad=True) for _ in range(3)] + [
+        torch.rand(B, H, n, *m).requires_grad_() for m in more
+    ]
+
+
+def outer(k, v):
+    return k[..., :, None] * v[..., None, :]
+
+
+def read(x, state):
+    return (x[..., :, None] * state).sum(-2)
+
+
+def only_reason(program, *args):
+    """The one near miss that is reported of a program which is left alone."""
+    report = explain(program)(*args)
+    assert not report.rewrites
+    assert len(report.near_misses) == 1, report
+    return report.near_misses[0]
+
+
+# ---------------------------------------------------------------------------------- a state read back into its update
+
+
+def delta(gated=False):
+    """The delta rule, which subtracts what the keys read from the state; or from a matrix that never changes."""
+
+    def run(q, k, v, b, g, fixed=None):
+        state, out = q.new_zeros(B, H, D, D), []
+        errors = v if fixed is None else v - k @ fixed
+        for t in range(q.shape[2]):
+            if gated:
+                state = state * torch.exp(-g[:, :, t, None, None])
+            new = v[:, :, t] - read(k[:, :, t], state) if fixed is None else errors[:, :, t]
+            state = state + outer(k[:, :, t], new * b[:, :, t, None])
+            out.append(read(q[:, :, t], state))
+        return torch.stack(out, 2)
+
+    return run
+
+
+@pytest.mark.parametrize("n", [3, 4, 9])
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_a_state_that_its_own_update_reads(n, gated):
+    miss = only_reason(delta(gated), *heads(n, (), ()))
+    assert miss.obligation == "recurrence" and "read back" in miss.found
+
+
+def test_the_delta_rule_is_left_alone():
+    assert_refused(delta(gated=True), *heads(5, (), ()), obligation="recurrence")
+
+
+def test_an_update_that_reads_what_never_changes():
+    report = assert_rewritten(delta(), *heads(6, ()), torch.rand(B, H, 6), torch.randn(B, H, D, D), compiled=False)
+    assert not report.near_misses
+
+
+def other_keys(q, k, v, b, p):
+    """The state is read with other keys than it is written with."""
+    state, out = q.new_zeros(B, H, D, D), []
+    for t in range(q.shape[2]):
+        state = state + outer(k[:, :, t], (v[:, :, t] - read(p[:, :, t], state)) * b[:, :, t, None])
+        out.append(read(q[:, :, t], state))
+    return torch.stack(out, 2)
+
+
+@pytest.mark.parametrize("n", [3, 7])
+def test_keys_that_read_and_keys_that_write(n):
+    assert only_reason(other_keys, *heads(n, (), (D,))).obligation == "recurrence"
+
+
+def solved(gated):
+    """A chunk of the delta rule: the new values are (1 + A)^-1 v; then comes a masked product as of an attention."""
+
+    def run(q, k, v, b, g):
+        n = q.shape[2]
+        weight = torch.ones(n, n).tril()
+        if gated:
+            total = g.cumsum(-1)
+            weight = (total[..., None, :] - total[..., :, None]).tril().exp().tril()
+        mixing = (b[..., None] * (k @ k.mT) * weight).tril(-1)
+        v = torch.linalg.solve_triangular(mixing + torch.eye(n), v * b[..., None], upper=False, unitriangular=True)
+        return (q @ k.mT * weight) @ v
+
+    return run
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
+def test_the_values_of_a_delta_rule_in_one_chunk(gated):
+    """The masked product behind the solve is an attention, of the values that the solve made."""
+    report = assert_rewritten(solved(gated), *heads(6, (), ()), compiled=False)
+    assert not report.near_misses
+
+
+def test_the_values_of_a_delta_rule_by_chunks():
+    """What the state adds to each chunk was solved for; the chunks are no attention together."""
+
+    def run(q, k, v, b, g):
+        state, out, eye = q.new_zeros(B, H, D, D), [], torch.eye(4)
+        for q, k, v, b in zip(*(x.split(4, 2) for x in (q, k, v, b)), strict=True):  # noqa: B020
+            mixing = (b[..., None] * (k @ k.mT)).tril(-1) + eye
+            right = (v - k @ state) * b[..., None]
+            new = torch.linalg.solve_triangular(mixing, right, upper=False, unitriangular=True)
+            out.append(q @ state + (q @ k.mT).tril() @ new)
+            state = state + k.mT @ new
+        return torch.cat(out, 2)
+
+    assert_refused(run, *heads(12, (), ()), obligation="recurrence")
+
+
+def test_residual_layers_read_no_state_back():
+    """The second layer of a residual stream is computed from the first; that is not what is wrong with it."""
+
+    def run(x, w):
+        n = x.shape[2]
+        for a in w.unbind():
+            scores = (x @ a) @ x.mT
+            x = x + scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(), 0) @ (x @ a.mT)
+        return x
+
+    report = explain(run)(torch.randn(B, H, 12, D), torch.randn(2, D, D))
+    assert "causal-range" in {m.obligation for m in report.near_misses} <= {"causal-range", "single-term"}
+
+
+# ------------------------------------------------------------------------------------------------- a running maximum
+
+
+def mlstm(stabilised):
+    def run(q, k, v, i, f):
+        i, f = i if stabilised else F.logsigmoid(i), F.logsigmoid(f)
+        state, m, out = q.new_zeros(B, H, D, D), q.new_zeros(B, H), []
+        for t in range(q.shape[2]):
+            forget, write = f[:, :, t], i[:, :, t]
+            if stabilised:
+                new = torch.maximum(forget + m, write)
+                forget, write, m = forget + m - new, write - new, new
+            state = state * forget.exp()[..., None, None] + outer(k[:, :, t] * write.exp()[..., None], v[:, :, t])
+            out.append(read(q[:, :, t], state))
+        return torch.stack(out, 2)
+
+    return run
+
+
+def test_a_gate_under_a_running_maximum():
+    assert only_reason(mlstm(True), *heads(7, (), ())).obligation == "bounded-weights"
+
+
+def test_a_gate_that_needs_none():
+    assert_rewritten(mlstm(False), *heads(7, (), ()), compiled=False)
+
+
+# ------------------------------------------------------------------------------------------------ decays by channel
+
+
+def bonus(q, k, v, g, u):
+    """Each token reads the state before it, and its own product with a weight apart, as in RWKV-6."""
+    state, out = q.new_zeros(B, H, D, D), []
+    for t in range(q.shape[2]):
+        new = outer(k[:, :, t], v[:, :, t])
+        out.append(read(q[:, :, t], state + u[:, :, None] * new))
+        state = state * torch.exp(-g[:, :, t, :, None]) + new
+    return torch.stack(out, 2)
+
+
+@pytest.mark.parametrize(("channels", "obligation"), [(D, "decay"), (1, "causal-range")])
+def test_a_decay_behind_an_exclusive_sum(channels, obligation):
+    """That the sum ends before the diagonal is the reason only where the decay is one of each head."""
+    assert only_reason(bonus, *heads(6, (channels,)), torch.rand(H, channels)).obligation == obligation
+
+
+# ------------------------------------------------------------------------------------------- without queries and keys
+
+
+def test_an_elementwise_recurrence():
+    def run(x, g):
+        h, out = torch.zeros_like(x[:, 0]), []
+        for t in range(x.shape[1]):
+            h = g[:, t].exp() * h + x[:, t]
+            out.append(h)
+        return torch.stack(out, 1), h
+
+    miss = only_reason(run, torch.randn(2, 6, 8), -torch.rand(2, 6, 8))
+    assert miss.obligation == "separable" and "elementwise" in miss.found
+
+
+def test_the_state_of_a_normaliser_is_not_one_apart():
+    """It is an elementwise recurrence, and belongs to an attention that is rewritten."""
+
+    def run(q, k, v, g):
+        state, total, out, sums = q.new_zeros(B, H, D, D), q.new_zeros(B, H, D), [], []
+        q, k = q.exp(), k.exp()
+        for t in range(q.shape[2]):
+            decay = torch.exp(-g[:, :, t])
+            state = state * decay[..., None, None] + outer(k[:, :, t], v[:, :, t])
+            total = total * decay[..., None] + k[:, :, t]
+            out.append(read(q[:, :, t], state))
+            sums.append((q[:, :, t] * total).sum(-1, keepdim=True))
+        return torch.stack(out, 2) / torch.stack(sums, 2), total
+
+    report = assert_rewritten(run, *heads(6, ()), compiled=False)
+    assert not report.near_misses

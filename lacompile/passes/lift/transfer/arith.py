@@ -8,7 +8,7 @@ import torch
 
 from ..engine import GiveUp
 from ..space import box
-from ..term import Precision, Term, Val, constant, value
+from ..term import Precision, Term, Val, constant
 from . import Op, rule
 
 aten = torch.ops.aten
@@ -79,15 +79,7 @@ def div(op: Op) -> Val:
         if divisor == 0:
             raise GiveUp("division by zero")
         return op.engine.scale(a, 1.0 / divisor)
-    return op.engine.multiply(a, op.engine.pointwise(aten.reciprocal.default, [_divisor(op, b)], {}, op.out))
-
-
-def _divisor(op: Op, b: Val) -> Val:
-    """A divisor that is a sum over positions, as the value of the graph that it is: a row factor of the quotient."""
-    if b.own is None or op.engine.plain(b):
-        return b
-    op.engine.taken_whole.append(b.own.accs[0][0])
-    return value(b.shape, [b.own])
+    return op.engine.multiply(a, op.engine.pointwise(aten.reciprocal.default, [b], {}, op.out))
 
 
 @rule(aten.addcmul)

@@ -54,6 +54,14 @@ def outside_modes() -> contextlib.AbstractContextManager[Any]:
     return _disable_current_modes()
 
 
+def takes_no_number(op: Any, n: int) -> bool:
+    """Whether argument ``n`` of an ATen operation must be a tensor: of ``mul``, say, it may be a number as well."""
+    schema = getattr(op, "_schema", None)
+    if schema is None or torch._C._should_allow_numbers_as_tensors(schema.name.removeprefix("aten::")):
+        return False
+    return n < len(schema.arguments) and isinstance(schema.arguments[n].type, torch.TensorType)
+
+
 @cache
 def inductor_option_names() -> frozenset[str]:
     """The configuration keys that ``torch.compile(options=...)`` takes for Inductor."""

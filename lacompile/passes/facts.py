@@ -94,6 +94,12 @@ def values_of(expr: Expr) -> Iterator[Value]:
         yield from values_of(child)
 
 
+def attentions_of(expr: Expr) -> tuple[DecayedAttention, ...]:
+    """The attentions that a recipe computes, each once; those that one is computed from after it."""
+    own = (expr.fact,) if isinstance(expr, Attend) else ()
+    return tuple(dict.fromkeys((*own, *(f for e in children(expr) for f in attentions_of(e)))))
+
+
 # ------------------------------------------------------------------------------------------------------- assumptions
 
 

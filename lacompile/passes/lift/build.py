@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,9 +16,10 @@ from ..schedule import Schedule
 from .affine import ONE, Aff
 from .emit import CannotEmit, Emitter, Piece, cast, size_of
 from .holders import Holders, Place
-from .interpret import Interpreter
+from .interpret import Fact, Interpreter
 from .leaves import Argument, Extended, Opaque, Symbol
 from .proof import E_ROLE, N_ROLE, Proof, Refused
+from .prove import prove
 from .term import Access, Mono, Term
 
 aten = torch.ops.aten
@@ -28,6 +30,7 @@ class Builder:
 
     def __init__(self, schedule: Schedule, interpreter: Interpreter, held: Holders):
         self.schedule, self.interpreter, self.engine, self.held = schedule, interpreter, interpreter.engine, held
+        self.sums: dict[tuple[int, fx.Node], Expr] = {}
 
     def build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
         """The fact and the replacement.
@@ -51,7 +54,7 @@ class Builder:
             everything += [a for mono, _ in t.exp.lin for a in mono]
         held = self.held.readable(self.schedule.records_gradients[p.fact.node])
         like = self._some_node([*p.q, *(a for m, _ in p.q_weights for a in m), *p.k, *p.v], held)
-        self.emitter = Emitter(self.engine, p.roles, everything, held, like)
+        self.emitter = Emitter(self.engine, p.roles, everything, held, like, lambda leaf: self._sum(leaf, p.fact))
         heads, batch = p.head_roles(self.engine.space)
         dtype = p.fact.compute
         groups_q = [batch, heads, [N_ROLE], p.key_features]
@@ -91,14 +94,25 @@ class Builder:
         )
         return fact, self._replacement(p, fact, batch, heads, e_group, row_factor, added)
 
+    def _sum(self, leaf: int, inside: Fact) -> Expr:
+        """A sum that no node holds, as the attention that it is."""
+        if (leaf, inside.node) not in self.sums:
+            found = self.engine.leaves[leaf]
+            assert isinstance(found.kind, Opaque) and found.kind.reading is not None and found.kind.compute is not None
+            fact = replace(inside, value=found.kind.reading, compute=found.kind.compute)
+            proof = prove(self.engine, fact)
+            _, expr = Builder(self.schedule, self.interpreter, self.held).build(proof)
+            if found.dtype != fact.compute or proof.residual or proof.outer or proof.outer_weights:
+                expr = Call(torch.Tensor.to, (expr, found.dtype))
+            self.sums[leaf, inside.node] = expr
+        return self.sums[leaf, inside.node]
+
     def _length(self, p: Proof, roles: Sequence[int]) -> Any:
         total: Any = 1
         for r in roles:
             size = p.roles[r]
             if size.is_const:
                 total = total * int(size.const)
-            elif r in p.place:
-                total = total * p.fact.tensor.shape[p.place[r]]
             elif size in self.engine.symints:
                 total = total * self.engine.symints[size]
             else:
@@ -278,6 +292,7 @@ class Builder:
             factors = [self.emitter.exponential(m, float(f.const)) for m, f in t.exp.lin if m]
             coef = t.coef * math.exp(sum(float(f.const) for m, f in t.exp.lin if not m))
             piece = self.emitter.product(t.accs, factors)
+            piece = None if piece is None else self.emitter.summed(piece, p.key_features)
             if piece is None:
                 added.append(coef)
             else:

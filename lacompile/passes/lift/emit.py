@@ -7,7 +7,7 @@ as in ``k[h // 4]``, is handled as its *digits*; the digits of one role are flat
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..._compat import takes_no_number
 from ..facts import Call, Const, Expr, Value
 from .affine import FIRST_DIV, FIRST_MIXED, ONE, ZERO, Aff
 from .engine import Engine
@@ -52,6 +53,7 @@ class Emitter:
         roles: role variable -> its length.
         accesses: every access that will be emitted, so that roles are split into digits once and for all.
         held: leaf -> (node, index) of graph nodes that hold a symbol leaf already.
+        computed: how a leaf that no node holds, but of which it is known what it is, is computed.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class Emitter:
         accesses: Sequence[Access],
         held: Mapping[int, tuple[fx.Node, tuple[Aff, ...]]],
         like: fx.Node,
+        computed: Callable[[int], Expr],
     ):
         self.engine = engine
+        self.computed = computed
         self.held = held
         self.like = Value(like)
         self.sizes: dict[int, Aff] = {}
@@ -141,6 +145,8 @@ class Emitter:
         leaf = self.engine.leaves[leaf_id]
         kind = leaf.kind
         if isinstance(kind, Opaque):
+            if kind.node is None and kind.reading is not None:
+                return self._indexed(self.computed(leaf_id), leaf.shape, idx, leaf.dtype)
             if kind.node is None:
                 raise CannotEmit("a value of the traced graph", f"a value inside an operation ({kind.label})")
             return self._indexed(Value(kind.node), leaf.shape, idx, leaf.dtype)
@@ -186,6 +192,8 @@ class Emitter:
                     piece = cast(piece, arg.dtype)
                 args.append(piece.expr)
                 present |= piece.present
+            elif isinstance(arg, int | float) and takes_no_number(kind.op, len(args)):
+                args.append(Const(float(arg), self.like, dtype))
             else:
                 args.append(arg)
         return Piece(Call(kind.op, tuple(args), dict(kind.kwargs)), present, dtype)
@@ -288,6 +296,14 @@ class Emitter:
         assert inner is not None
         scaled = inner.expr if coef == 1 else Call(torch.mul, (inner.expr, coef))
         return Piece(Call(torch.exp, (scaled,)), inner.present, inner.dtype)
+
+    def summed(self, piece: Piece, roles: Sequence[int]) -> Piece:
+        """The sum over those of the roles that the piece has."""
+        digits = {d for role in roles for d in self.digits[role]} & piece.present
+        if not digits:
+            return piece
+        dims = [n for n, d in enumerate(self.order) if d in digits]
+        return Piece(Call(torch.sum, (piece.expr, dims, True)), piece.present - digits, piece.dtype)
 
     def assemble(self, piece: Piece, groups: Sequence[Sequence[int]], shrink: Sequence[int] = ()) -> Expr:
         """One dimension per group of roles. Groups in ``shrink`` keep absent trailing digits unexpanded."""

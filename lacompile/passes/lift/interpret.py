@@ -198,7 +198,7 @@ class Interpreter:
         for tensor, val in outputs:
             val = self._rooted(node, val, tensor) if single else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.contracts(val)):
-                val = replace(val, own=self.engine.leaf(tensor, Opaque(node, node.name)).one)
+                val = self._readable(node, val, tensor)
             out.append(val)
             if not self.capture.records_gradients and not self.engine.index_only(val):
                 self.without_gradients.append((node, tensor))
@@ -257,6 +257,15 @@ class Interpreter:
             fresh = self.engine.leaf(tensor, replace(kind, node=node))
             return replace(val, alt=fresh.one) if t is val.alt else fresh
         return val
+
+    def _readable(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
+        """The value with the one of the graph beside it, as a leaf of which it is known what it is."""
+        own = Opaque(node, node.name)
+        named = [self.engine.leaves[leaf].kind for leaf, _ in (() if val.alt is None else val.alt.accs)]
+        for kind in (own, *named):
+            if isinstance(kind, Opaque) and kind.node is node and val.single:
+                kind.reading, kind.compute = val, self._compute(node, tensor)
+        return replace(val, own=self.engine.leaf(tensor, own).one)
 
     def _compute(self, node: fx.Node, tensor: torch.Tensor) -> torch.dtype:
         """The widest float format on the way from plain data to this value."""

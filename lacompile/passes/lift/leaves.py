@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .affine import Aff
-from .term import Access, Term
+from .term import Access, Term, Val
 
 aten = torch.ops.aten
 
@@ -34,6 +34,10 @@ class Opaque:
     """The leaves this value was computed from, for naming a culprit in a refusal."""
     summands: tuple[Term, ...] = ()
     """What was added or multiplied, where that was given up because it grows: a recurrence of another kind."""
+    reading: Val | None = None
+    """What the value is, of one that can be looked into; where no node holds it, it is computed from that."""
+    compute: torch.dtype | None = None
+    """The format its sums were computed in."""
 
     @property
     def unmerged(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from ..facts import DecayedAttention, Expr, Match, Refusal
+from ..facts import DecayedAttention, Expr, Match, Refusal, attentions_of, values_of
 from ..schedule import Schedule
 from .build import Builder
 from .causes import Causes
@@ -80,7 +80,7 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
             proof, attention, replacement = _closest(interpreter, builder, proof, attention, replacement)
             at = proof.fact.node
             if at not in done:
-                matches.append(Match(at, replacement, (attention,), proof.fact.after))
+                matches.append(Match(at, replacement, attentions_of(replacement), proof.fact.after))
                 proofs.append((proof, attention))
             done.add(at)  # and on to what is joined with it: one attention for each head
             found = True
@@ -91,7 +91,17 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
         if not rewritten & {leaf for c in fact.value.cases for t in c.terms for leaf in t.signature}:
             refusals += _told(causes, fact, None)
     matches += final_states(interpreter, states, proofs)
-    return matches, sorted(refusals, key=lambda r: -r.progress)
+    inside = _inside(schedule, matches)
+    return matches, sorted((r for r in refusals if r.node not in inside), key=lambda r: -r.progress)
+
+
+def _inside(schedule: Schedule, matches: list[Match]) -> set[fx.Node]:
+    """The values that nothing but the matches was computed from: what they are alone is no longer asked."""
+    found: set[fx.Node] = set()
+    for m in matches:
+        region = schedule.ancestors(m.target, {v.node for v in values_of(m.replacement)})
+        found |= {n for n in region if n is not m.target and n.users.keys() <= region}
+    return found
 
 
 def _refusal(node: fx.Node, r: Refused) -> Refusal:

@@ -359,11 +359,31 @@ class _Prover:
     def _other_term(self, t: Term) -> None:
         if sequence_index(self.engine, t) is None and self._is_state_term(t):
             return
-        if not t.bound(self.space) and not t.guards and t.poly.is_const and not t.exp.sums:
-            if all(f.is_const for _, f in t.exp.lin):
-                self.proof.residual.append(t)
-                return
+        plain = t.poly.is_const and not t.exp.sums and all(f.is_const for _, f in t.exp.lin)
+        if plain and (summed := self._over_features(t)) is not None:
+            self.proof.residual.append(summed)
+            return
         raise Refused("single-term", "one sum over j <= i (and an initial state)", f"also {self._spoken_term(t)}", 6)
+
+    def _over_features(self, t: Term) -> Term | None:
+        """A plain term, summed indices among the key features: ``q (z + eps)`` adds the sum of each row of q."""
+        left = {n: length for n, (_, length) in enumerate(self.features.values())}
+        mapping: dict[int, Aff] = {}
+        ranges: set[Aff] = set()
+        for v in t.bound(self.space):
+            ends = self.engine.bounds(v, t.guards)
+            if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or not ends.low[0].is_const:
+                return None
+            (low,), (high,) = ends.low, ends.high
+            role = next((n for n, length in left.items() if length == high - low + 1), None)
+            if role is None:
+                return None
+            del left[role]
+            mapping[v] = Aff.var(D_ROLE + role) + low
+            ranges |= {self.space.guard(Aff.var(v) - low), self.space.guard(high - Aff.var(v))}
+        if t.guards != ranges or (mapping and self.e is not None and self.e in t.vars(self.space)):
+            return None
+        return t.but(guards=()).sub(self.space, mapping)
 
     def _spoken_term(self, t: Term) -> str:
         if t.bound(self.space):

@@ -7,12 +7,12 @@ same access is the rate of head 5 elsewhere. Every reading is exact; which one i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .affine import FIRST_DIV, FIRST_SYMBOL, INF, ONE, TAU, ZERO, Aff, Number, Range
 from .regions import Regions
-from .term import Access, Exponent, Mono
+from .term import Access, Exponent, Mono, sub_mono
 
 FREE = 100  # variables below are dimensions of the tensor at hand
 
@@ -144,6 +144,21 @@ class Rates(Regions):
         if q - p == -ONE:
             (p, below), (q, above) = (q, above), (p, below)
         return (p, above) if q - p == ONE and above == -below else None
+
+    def placed(self, exp: Exponent, wanted: Callable[[Mono], bool]) -> Exponent:
+        """``exp`` with the prefix sums of these rates as rates at places, where they are that."""
+        lin: list[Lin] = list(exp.lin)
+        left: list[Sum] = []
+        groups: dict[Mono, list[tuple[Aff, Number]]] = {}
+        for (mono, pos), c in exp.sums:
+            groups.setdefault(mono, []).append((pos, c))
+        for mono, ends in groups.items():
+            found = self._single_place(ends) if wanted(mono) else None
+            if found is None:
+                left += [((mono, pos), c) for pos, c in ends]
+            else:
+                lin.append((sub_mono(self.space, mono, {TAU: found[0]}), Aff.lit(found[1])))
+        return Exponent.of(lin, left)
 
     def _heads_at(self, mono: Mono, place: Aff, accs: Sequence[Access]) -> bool:
         """Whether the running position of a rate is a head, at this place."""

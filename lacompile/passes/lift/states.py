@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..facts import Attend, Call, DecayedAttention, Expr, Match
+from ..facts import Attend, Call, DecayedAttention, Expr, Match, attentions_of
 from .affine import ONE, TAU, ZERO, Aff
 from .emit import CannotEmit, size_of
 from .engine import Engine
@@ -45,7 +45,7 @@ def final_states(
         for proof, attention in (found for leaf in (*held, None) for found in by_leaf.get(leaf, ())):
             expr = final_state(interpreter.engine, fact, proof, attention)
             if expr is not None:
-                out.append(Match(fact.node, expr, (attention,), fact.after))
+                out.append(Match(fact.node, expr, attentions_of(expr), fact.after))
                 break
     return out
 

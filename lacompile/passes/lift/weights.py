@@ -30,10 +30,10 @@ def as_update(space: Space, leaves: Leaves, terms: Sequence[Term]) -> list[Term]
     if len(terms) != 2:
         return list(terms)
     left, right = align_weights(space, leaves, terms[:1], terms[1:])
-    return [_number_as_weight(t) for t in (*left, *right)]
+    return [number_as_weight(t) for t in (*left, *right)]
 
 
-def _number_as_weight(t: Term) -> Term:
+def number_as_weight(t: Term) -> Term:
     size = abs(t.coef)
     if size == 1 or not t.accs or math.isinf(size):
         return t
@@ -46,7 +46,7 @@ def _weigh_state(space: Space, leaves: Leaves, t: Term, others: Sequence[Term]) 
     for other in others:
         if scalars := scalar_factors(space, t, other):
             kept = tuple(a for a in t.accs if a not in scalars)
-            return t.but(accs=kept, exp=t.exp + _logarithm(leaves, scalars))
+            return t.but(accs=kept, exp=t.exp + logarithm(leaves, scalars))
     return t
 
 
@@ -72,7 +72,7 @@ def _weigh(leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
                 accs.remove(acc)
                 moved.append(acc)
             if ok:
-                return t.but(accs=tuple(accs), exp=t.exp + _logarithm(leaves, moved))
+                return t.but(accs=tuple(accs), exp=t.exp + logarithm(leaves, moved))
     return t
 
 
@@ -101,7 +101,7 @@ def scalar_factors(space: Space, state: Term, update: Term) -> list[Access]:
     return [] if any(v < 0 for a in scalars for v in space.vars_of(a[1])) else scalars
 
 
-def _logarithm(leaves: Leaves, factors: Iterable[Access]) -> Exponent:
+def logarithm(leaves: Leaves, factors: Iterable[Access]) -> Exponent:
     """The exponent of a product of positive factors."""
     logs = (x for a in factors for x in log_summands(leaves, a))
     return Exponent.of(((() if access is None else (access,), Aff.lit(c)) for c, access in logs), ())

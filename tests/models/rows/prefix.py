@@ -85,7 +85,7 @@ ROWS = [
         0,
         "causal-range",
     ),
-    Row("performer-pytorch", "`causal_linear_attention_noncuda`", "chunkwise", performer, 24, 0, "causal-range"),
+    Row("performer-pytorch", "`causal_linear_attention_noncuda`", "chunkwise", performer, 24, 2),
     Row("leetDecoding", "`linear_attn`", "parallel", masked_by_rows, 8, 0, "separable"),
     Row("leetDecoding", "`linear_attn`, no decay", "parallel", lower_triangle, 24, before=32),
     Row("leetDecoding", "`lightningAttention2_torch`", "chunkwise", lightning, 300),

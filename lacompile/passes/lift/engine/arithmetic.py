@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
-from ..term import Term, Val, constant, value
+from ..leaves import Opaque
+from ..running import running_terms
+from ..term import Access, Exponent, Term, Val, constant, value
 from ..weights import align_weights, scalar_factors
 from .limits import MAX_TERMS, GiveUp, bounded
 from .structure import summed
@@ -34,9 +37,9 @@ class Arithmetic(Symbols):
                 return self.scale(y, t.coef)
         moving = [v for v in (a, b) if self.structured(v) or not v.single or any(t.exp.lin for t in v.terms)]
         if not moving:
-            a, b = self.pick(a), self.pick(b)
+            a, b = self.pick_beside(a, b), self.pick_beside(b, a)
         else:
-            a, b = (v if v.alt is None or self._mask_like(w) else self.pick(v) for v, w in ((a, b), (b, a)))
+            a, b = (v if v.alt is None or self._mask_like(w) else self.pick_beside(v, w) for v, w in ((a, b), (b, a)))
 
         def times(groups: list[tuple[Term, ...]]) -> Iterable[Term]:
             left, right = groups
@@ -47,11 +50,42 @@ class Arithmetic(Symbols):
                     t = self._infinite(x, y) or self.product(x, y)
                     if t is None:
                         raise GiveUp("a product of two positions, or of infinities")
-                    yield bounded(t)
+                    yield self._token_product(bounded(t))
 
         if a.single and b.single:
             return self.sum_of(a.shape, times([a.terms, b.terms]))
         return self.zip_cases([a, b], times)
+
+    def pick_beside(self, v: Val, w: Val) -> Val:
+        """The reading of ``v`` that a product with ``w`` wants: the sum over all tokens where w is the last of them."""
+        summed = {
+            n
+            for t in (v.terms if v.alt is not None and v.single else ())
+            for leaf, idx in t.accs
+            for n, i in zip(self.leaf_shapes[leaf], idx, strict=True)
+            if any(x < 0 for x, _ in i.terms)
+        }
+        last = (
+            n in summed and i == n - 1
+            for t in (w.terms if summed and w.single else ())
+            for leaf, idx in (*t.accs, *(a for m, _ in t.exp.lin for a in m))
+            for n, i in zip(self.leaf_shapes[leaf], idx, strict=True)
+        )
+        return v if any(last) else self.pick(v)
+
+    def _token_product(self, t: Term) -> Term:
+        """``exp(k) v`` of one token, neither of which has all dimensions: there the exponential is no weight of v."""
+        if len(t.accs) != 1 or not t.exp.lin:
+            return t
+        held, places = self.space.vars_of(t.accs[0][1]), {i for i in t.accs[0][1] if i.is_const}
+        for mono, f in t.exp.lin:
+            mine = [i for _, idx in mono for i in idx]
+            if f.is_const and not self.space.vars_of(mine) <= held and places & {i for i in mine if i.is_const}:
+                found = self.term_access(Term(exp=Exponent(((mono, f),))), None)
+                if isinstance(found, tuple):
+                    rest = Exponent(tuple(x for x in t.exp.lin if x[0] != mono), t.exp.sums)
+                    return t.but(accs=tuple(sorted((*t.accs, found[0]))), exp=rest)
+        return t
 
     def _known_sum(self, v: Val) -> Val:
         """1 - exp(g) of known numbers as the numbers it is: one factor, whose powers are powers of one rate."""
@@ -87,6 +121,9 @@ class Arithmetic(Symbols):
                 return y
         if (self.index_only(a) and self.index_only(b)) or not a.single or not b.single:
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
+        for x, y in ((a, b), (b, a)):
+            if out.is_floating_point() and (running := self._running_sum(x, y, out)) is not None:
+                return running
         if out.is_floating_point() and self.plain(a) and self.plain(b) and (same := self._like_terms(a, b)) is not None:
             return same
         if not (self.structured(a) or self.structured(b) or _moves(a) or _moves(b)):
@@ -108,7 +145,37 @@ class Arithmetic(Symbols):
         self.pick(a)
         return value(a.shape, [x.but(coef=x.coef + y.coef)] if x.coef + y.coef else [])
 
+    def _running_sum(self, before: Val, new: Val, out: torch.Tensor) -> Val | None:
+        """A sum over tokens and the next one, as it is and as the tensor that the program holds; None if it is none."""
+        token = new.one if new.alt is None else new.alt
+        if token is None or not self.plain_term(token) or len(token.accs) + len(token.exp.lin) != 1:
+            return None
+        terms = before.terms if before.alt is None or self.structured(before) else (before.alt,)
+        named = {tuple(leaf for leaf, _ in m) for m, _ in token.exp.lin}
+        terms = [t.but(exp=self.placed(t.exp, lambda m: tuple(leaf for leaf, _ in m) in named)) for t in terms]
+
+        def as_access(t: Term) -> Access | None:
+            try:
+                found = self.term_access(t, None)
+            except GiveUp:
+                return None
+            return found[0] if isinstance(found, tuple) else None
+
+        summands = running_terms(self.leaves, as_access, terms, token)
+        if summands is None:
+            return None
+        try:
+            found = self.sum_of(before.shape, summands)
+        except GiveUp:
+            return None
+        if len(found.terms) != 1:
+            return None
+        alt = self._alt_of_sum(before, new, out) or self.leaf(out, Opaque(None, "add")).one
+        return replace(found, alt=alt)
+
     def _alt_of_sum(self, a: Val, b: Val, out: torch.Tensor) -> Term | None:
+        if any(v.alt is None and not self.plain(v) and not self.index_only(v) for v in (a, b)):
+            return None  # the sum of a sum that is looked into is looked into
         try:
             return self.pointwise(aten.add.Tensor, [a, b], {}, out).one
         except GiveUp:

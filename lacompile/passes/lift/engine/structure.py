@@ -100,6 +100,7 @@ class Structure(Program):
         def products(t: Term) -> bool:
             # exp of plain data, as of a feature map, is a factor like any other
             factors = [*t.accs, *(a for m, f in t.exp.lin if f.is_const for a in m)]
+            factors += {a for (m, _), _ in t.exp.sums for a in m if any(x < 0 for x in self.space.vars_of(a[1]))}
             return len(factors) >= 2 and any(x < 0 for _, idx in factors for a in idx for x, _ in a.terms)
 
         return (v.alt is not None and self.structured(v)) or any(products(t) for c in v.cases for t in c.terms)

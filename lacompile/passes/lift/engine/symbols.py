@@ -12,11 +12,12 @@ import torch
 from ..leaves import Symbol, Table
 from ..logs import log_summands
 from ..precision import jumps
-from ..term import Access, Case, Exponent, Mono, Term, Val, value
+from ..term import Access, Case, Exponent, Mono, Precision, Term, Val, value
 from .limits import GiveUp
 from .tables import Tables
 
 aten = torch.ops.aten
+DETACH = aten.detach.default
 
 
 class Symbols(Tables):
@@ -75,16 +76,36 @@ class Symbols(Tables):
             out = (self._symbol(aten.mul.Tensor, [out, coef], dtype), None)
         return out
 
+    def held(self, v: Val) -> Val:
+        """A sum of products as the value of the graph that it is: inside a function it is data like any other."""
+        if v.own is None or self.plain(v) or (v.alt is not None and not self.structured(v)):
+            return v
+        self.taken_whole.append(v.own.accs[0][0])
+        return value(v.shape, [v.own], precision=Precision.EXACT)
+
     def _symbol(
         self, op: Any, args: list[Any], dtype: torch.dtype | None, kwargs: dict[str, Any] | None = None
     ) -> Access:
         if dtype is None:
             dtypes = [self.leaves[a[0][0]].dtype for a in args if isinstance(a, tuple)]
             dtype = dtypes[0] if dtypes else torch.float32
+        inner = [self._undetached(a) if isinstance(a, tuple) else a for a in args]
+        if op is not DETACH and any(isinstance(a, tuple) for a in args) and all(a is not None for a in inner):
+            whole = self._symbol(op, inner, dtype, kwargs)  # f(detach(x)) is detach(f(x))
+            return self._symbol(DETACH, [(whole, None)], None)
         out = self.leaves.symbol(op, args, kwargs or {}, dtype)
         if out is None:
             raise GiveUp("a pointwise function of too many indices")
         return out
+
+    def _undetached(self, arg: tuple[Access, torch.dtype | None]) -> tuple[Access, torch.dtype | None] | None:
+        """What is detached; None if the argument is something else."""
+        (leaf, idx), dtype = arg
+        kind = self.leaves[leaf].kind
+        if not isinstance(kind, Symbol) or kind.op is not DETACH:
+            return None
+        (child,) = kind.args
+        return (child.leaf, idx), dtype
 
     def pointwise(
         self,
@@ -101,6 +122,7 @@ class Symbols(Tables):
         if any(isinstance(x, Val) for x in kwargs.values()):
             raise GiveUp("a tensor among the keyword arguments")
         shape = self.shape(out)
+        args = [self.held(a) if isinstance(a, Val) else a for a in args]
         used = [d if d is not None and d.is_floating_point else None for d in dtypes] or [None] * len(args)
         vals = [self.broadcast(a, shape) if isinstance(a, Val) else a for a in args]
         if jumps(self.leaves, op, vals, out.dtype):
@@ -115,9 +137,9 @@ class Symbols(Tables):
 
         def access(a: Access) -> Access:
             kind = self.leaves[a[0]].kind
-            if isinstance(kind, Table) or (isinstance(kind, Symbol) and kind.op is aten.detach.default):
+            if isinstance(kind, Table) or (isinstance(kind, Symbol) and kind.op is DETACH):
                 return a
-            return self._symbol(aten.detach.default, [(a, None)], None)
+            return self._symbol(DETACH, [(a, None)], None)
 
         def mono(m: Mono) -> Mono:
             return tuple(sorted(map(access, m)))

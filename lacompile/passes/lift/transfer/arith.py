@@ -79,15 +79,7 @@ def div(op: Op) -> Val:
         if divisor == 0:
             raise GiveUp("division by zero")
         return op.engine.scale(a, 1.0 / divisor)
-    return op.engine.multiply(a, inverse(op, _divisor(op, b)))
-
-
-def _divisor(op: Op, b: Val) -> Val:
-    """A divisor that is a sum over positions, as the value of the graph that it is: a row factor of the quotient."""
-    if b.own is None or op.engine.plain(b):
-        return b
-    op.engine.taken_whole.append(b.own.accs[0][0])
-    return value(b.shape, [b.own])
+    return op.engine.multiply(a, inverse(op, op.engine.held(b)))
 
 
 @rule(aten.addcmul)
@@ -156,7 +148,7 @@ def floor_divided(op: Op, a: Val, divisor: float | None, mode: str) -> Val:
 @rule(aten.reciprocal)
 def reciprocal(op: Op) -> Val:
     c = number(op.args[0])
-    return constant(op.shape, 1.0 / c) if c else inverse(op, op.args[0])
+    return constant(op.shape, 1.0 / c) if c else inverse(op, op.engine.held(op.args[0]))
 
 
 def inverse(op: Op, v: Val) -> Val:

@@ -54,7 +54,7 @@ def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int
     if length == ONE:  # nothing is summed
         return engine.multiply(_kept(engine, a, keep_a, shape), _kept(engine, b, keep_b, shape))
     bound = Aff.var(FRESH)
-    a, b = _operand(engine, a, sum_a), _operand(engine, b, sum_b)
+    a, b = _operand(engine, a, sum_a, b), _operand(engine, b, sum_b, a)
     if _projects(engine, a, sum_a, b) or _projects(engine, b, sum_b, a):
         raise GiveUp("a projection of what is looked into")
     left, right = _over(engine, a, keep_a, sum_a, bound), _over(engine, b, keep_b, sum_b, bound)
@@ -82,11 +82,11 @@ def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
     return not any(a.coef(summed) for a in positions)
 
 
-def _operand(engine: Engine, v: Val, summed: int) -> Val:
+def _operand(engine: Engine, v: Val, summed: int, other: Val) -> Val:
     """An operand as it will be multiplied; one whose weights move along the summed feature as the program holds it."""
     if v.own is not None and engine.moves_along_a_feature(v, summed):
         return value(v.shape, [v.own])
-    return engine.flat(engine.pick(v))
+    return engine.flat(engine.pick_beside(v, other))
 
 
 def _kept(engine: Engine, v: Val, keep: dict[int, int], shape: tuple[Aff, ...]) -> Val:

@@ -13,6 +13,7 @@ from ..engine import Engine
 from ..leaves import Extended, Opaque
 from ..term import NO_GUARDS, Case, Term, Val, value
 from . import Op, rule
+from .functions import one_function
 
 aten = torch.ops.aten
 
@@ -48,7 +49,7 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
         return _pad_dim(engine, parts[filled[0]], d, low, high, 0.0)
     x, start = Aff.var(d), ZERO
     cases: list[Case] = []
-    terms: list[Term] = []
+    pieces: list[list[Term]] = []
     masked = any(not p.single or any(math.isinf(t.coef) for t in p.terms) for p in parts)
     for p in parts:
         end = start + p.shape[d]
@@ -62,15 +63,12 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
                     cases.append(Case(inside, tuple(t.sub(engine.space, mapping) for t in c.terms)))
         else:
             reading = engine.pick(p) if not engine.contracts(p) else p
-            for t in reading.terms:
-                moved_t = t.sub(engine.space, mapping)
-                terms.append(moved_t.but(guards=moved_t.guards | guards))
-            if len(terms) > 64:
-                terms = list(engine.sum_of(shape, terms).terms)
+            moved_terms = [t.sub(engine.space, mapping) for t in reading.terms]
+            pieces.append([t.but(guards=t.guards | guards) for t in moved_terms])
         start = end
     if masked:
         return engine.join_cases(Val(shape, tuple(cases)))
-    out = engine.sum_of(shape, terms)
+    out = engine.sum_of(shape, one_function(engine, shape, pieces))
     return _side_by_side(op, out) if len(out.terms) > 1 and _different_data(engine, out) else out
 
 

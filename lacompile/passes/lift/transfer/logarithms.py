@@ -62,6 +62,8 @@ def power(op: Op) -> Val:
     engine = op.engine
     a, b = operand(op, 0), operand(op, 1)
     exponent = number(b)
+    if exponent is not None and engine.contracts(a):
+        a = engine.held(a)
     if exponent is not None and not any(t.exp for c in a.cases for t in c.terms):
         if exponent == 1:
             return a

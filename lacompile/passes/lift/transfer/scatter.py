@@ -10,6 +10,7 @@ from ..affine import ONE, ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..term import Case, Val
 from . import Op, rule
+from .functions import one_function
 from .selections import choose
 from .views import slice_bounds
 
@@ -71,14 +72,14 @@ def written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff
     mapping = {} if length == ONE else {d: x - start}
     if not base.single or not src.single or any(math.isinf(t.coef) for v in (base, src) for t in v.terms):
         return _written_cases(engine, base, src, inside, mapping)
-    terms = []
+    new, old = [], []
     for t in engine.pick(src).terms if not engine.contracts(src) else src.terms:
         moved = t.sub(engine.space, mapping)
-        terms.append(moved.but(guards=moved.guards | inside))
+        new.append(moved.but(guards=moved.guards | inside))
     for t in base.terms:
         for outside in (start - 1 - x, x - start - length):
-            terms.append(t.but(guards=t.guards | {outside}))
-    return engine.sum_of(shape, terms)
+            old.append(t.but(guards=t.guards | {outside}))
+    return engine.sum_of(shape, one_function(engine, shape, [new, old]))
 
 
 def _written_cases(engine: Engine, base: Val, src: Val, inside: frozenset[Aff], mapping: dict[int, Aff]) -> Val:

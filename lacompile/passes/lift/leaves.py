@@ -8,6 +8,7 @@ not many. A *table* is a small tensor of known numbers. *Extended* is a leaf con
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,6 +203,21 @@ class Leaves:
         key = (kind, dtype)
         leaf = self.intern(key, Leaf(kind, tuple(shape), dtype, interval, rests_on))
         return (leaf, tuple(idx))
+
+    def data(self, leaves: Iterable[int]) -> set[int]:
+        """The leaves and what they are functions of."""
+        work, found = list(leaves), set()
+        while work:
+            leaf = work.pop()
+            if leaf in found:
+                continue
+            found.add(leaf)
+            kind = self[leaf].kind
+            if isinstance(kind, Symbol):
+                work += [a.leaf for a in kind.args if isinstance(a, Argument)]
+            elif isinstance(kind, Extended):
+                work.append(kind.of)
+        return found
 
     def known_zero_outside(self, leaf: int) -> bool:
         return isinstance(self[leaf].kind, Extended)

@@ -44,6 +44,9 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
             steps = _steps_behind(interpreter, node)
             if not steps:
                 states.append(fact)
+                if all(len(t.accs) < 2 for c in fact.value.cases for t in c.terms):
+                    elementwise.append(fact)
+                    continue
                 try:
                     explain_missing(interpreter.engine, fact.value.terms, explained)
                     best = None
@@ -74,7 +77,7 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                 size = fact.tensor.numel()
                 if best is None or (refusal.progress > best.progress and size >= whole):
                     best = refusal
-                if r.progress or len(seen) == 1:
+                if r.progress or len(seen) == 1 or size == whole:  # a view, a cast, a factor
                     frontier += interpreter.sources(at)
                 continue
             proof, attention, replacement = _closest(interpreter, builder, proof, attention, replacement)
@@ -86,9 +89,10 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
             found = True
         if best is not None and not found and not (follows and best.progress > EXPLAINED):
             refusals += _told(causes, interpreter.facts[node], best)
-    rewritten = {leaf for proof, _ in proofs for leaf in proof.leaves}
+    data = interpreter.engine.leaves.data
+    rewritten = data(leaf for proof, _ in proofs for leaf in proof.leaves)
     for fact in elementwise:  # the normaliser's state of an attention that was found is no recurrence of its own
-        if not rewritten & {leaf for c in fact.value.cases for t in c.terms for leaf in t.signature}:
+        if not rewritten & data(leaf for c in fact.value.cases for t in c.terms for leaf in t.signature):
             refusals += _told(causes, fact, None)
     matches += final_states(interpreter, states, proofs)
     inside = _inside(schedule, matches)

@@ -28,6 +28,7 @@ WIDE = (torch.float32, torch.float64, torch.int32)
 """Formats in which the length of a tensor is taken for small enough where it is not known."""
 NARROW = (torch.float32, torch.int32)
 """Those of which the memory of a machine may hold longer tensors."""
+STEEPEST = 2**8  # step of positions from one to the next, where their number is not known
 FINEST = 8  # binary digits after the point that are counted as exact
 
 # Continuous functions: what rounding changed in the argument changes the result as little.
@@ -118,7 +119,8 @@ def held(engine: Engine, v: Val, dtype: torch.dtype) -> bool:
         reach = sum(max(abs(t.coef * x) for x in ends(engine, v, c, t)) for t in terms)
         if math.isinf(reach):
             offset = max(abs(t.coef * t.poly.const) for t in terms)
-            if unit != 1 or dtype not in WIDE or offset > EXACT_UP_TO[dtype] / 2:
+            slope = max((abs(t.coef * k) for t in terms for _, k in t.poly.terms), default=0)
+            if unit != 1 or dtype not in WIDE or offset > EXACT_UP_TO[dtype] / 2 or slope > STEEPEST:
                 return False
         elif reach / unit > EXACT_UP_TO.get(dtype, 0):
             return False

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 
 MAXIMA = {p.__name__ for p in (aten.maximum, aten.max, aten.amax, aten.cummax)}
 SOLVERS = {p.__name__ for p in (aten.linalg_solve_triangular, aten.triangular_solve, aten.linalg_inv_ex)}
-MAX_VISITED = 64  # values that a factor was computed from, before its descent counts as unknown
+MAX_VISITED = 64  # values that a factor was computed from, or added up from, before that counts as unknown
 
 
 class Causes:
@@ -107,7 +107,9 @@ class Causes:
     def _substituted(self, leaf: int) -> bool:
         """A sum given up as its summands hold each other: the rows of an inverse, each computed from those before."""
         kind = self.engine.leaves[leaf].kind
-        return isinstance(kind, Opaque) and any(self._holds(x, y) for x, y in permutations(kind.summands, 2))
+        if not isinstance(kind, Opaque):
+            return False
+        return any(self._holds(x, y) for x, y in permutations(kind.summands[:MAX_VISITED], 2))
 
     def _descent(self, leaf: int) -> set[int]:
         """The leaves that this one was computed from through a contraction, as far as they are looked for."""

@@ -244,12 +244,7 @@ def _prepare(
         states = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
         d_states = segment_states(q, do, log_decay, scale, d_state, split, reverse=True)
         slots = split.count + 1
-    decay_strides = launch.decay_strides(log_decay)
-
-    def decays(log_decay: Tensor) -> Tensor:
-        """What the kernel reads them from."""
-        return log_decay
-
+    decay_strides, factors = launch.decay_strides(log_decay), None
     numbers = [
         scale, rows, heads, *(heads // n for n in own_heads), length,
         split.tokens, split.count, span, slots,
@@ -270,7 +265,7 @@ def _prepare(
         constants |= {"BK": for_v.bk, "BV": for_v.bv, "STAGES": for_v.stages, "WARPS": for_v.warps}
         boxes, options = [Box(x, chunk, n, SWIZZLED) for x, n in columns], {"num_warps": for_v.warps}
         if per_token:
-            decays = token_factors(log_decay, chunk)
+            factors = token_factors(log_decay, chunk)
     else:
         tensors = q, k, v, do, dq, dk_, dv_
         kernel, unit = backward_kernel, launch.unit(*tensors)
@@ -294,8 +289,9 @@ def _prepare(
         k_rows = torch.empty_like(q_rows) if want_decay else q_rows
         marks = torch.empty(marks_shape, dtype=mark_dtype, device=q.device) if want_decay else q_rows
         d_marks = torch.empty_like(marks) if want_decay else q_rows
+        decays = log_decay if factors is None else factors(log_decay)
         run(
-            q, k, v, do, q, k, do, dq, dk, dv, decays(log_decay), q_rows, k_rows, q_rows if start is None else start,
+            q, k, v, do, q, k, do, dq, dk, dv, decays, q_rows, k_rows, q_rows if start is None else start,
             q_rows if d_start is None else d_start, marks, d_marks, d_initial,
         )  # fmt: skip
         d_decay = None

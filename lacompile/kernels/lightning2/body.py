@@ -78,8 +78,7 @@ def attend(
 
     Forwards the state is that of the operator, ``S = sum b c`` up to the token, and the output carries ``scale``;
     backwards it is the state's gradient, which carries ``scale`` itself. Strides are those of tokens; the last one is
-    1. States are ``[DK, DV]``, or ``[DV, DK]`` if TRANSPOSED. ``begin`` and ``span`` are
-    multiples of CHUNK.
+    1. States are ``[DK, DV]``, or ``[DV, DK]`` if TRANSPOSED. ``begin`` and ``span`` are multiples of CHUNK.
     """
     column = block * BV
     at_state, in_state = state_offsets(block, DK, DV, TRANSPOSED, BK, BV)

@@ -153,12 +153,7 @@ def _prepare(
     states, slots = None, 1
     if split.count > 1:
         states, slots = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False), split.count + 1
-    decay_strides = launch.decay_strides(log_decay)
-
-    def decays(log_decay: Tensor) -> Tensor:
-        """What the kernel reads them from."""
-        return log_decay
-
+    decay_strides, factors = launch.decay_strides(log_decay), None
     numbers = [
         scale, heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
         length, split.tokens, split.count, slots,
@@ -177,7 +172,7 @@ def _prepare(
         constants |= {"STAGES": tiles.stages, "WARPS": tiles.warps}
         boxes, options = [Box(x, tiles.chunk, n, SWIZZLED) for x, n in columns], {"num_warps": tiles.warps}
         if per_token:
-            decays = token_factors(log_decay, tiles.chunk)
+            factors = token_factors(log_decay, tiles.chunk)
     else:
         kernel, unit = forward_kernel, launch.unit(q, k, v, o)
         numbers = [*[s for x in (q, k, v, o) for s in launch.strides(x, unit)], *decay_strides, *numbers]
@@ -189,7 +184,8 @@ def _prepare(
     def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         start = initial if states is None else states(k, v, log_decay, initial)  # its scratch is free again before o is
         o, state = outputs(q)
-        run(q, k, v, o, decays(log_decay), state if start is None else start, state)
+        decays = log_decay if factors is None else factors(log_decay)
+        run(q, k, v, o, decays, state if start is None else start, state)
         return o, state
 
     def computes_integers() -> bool:

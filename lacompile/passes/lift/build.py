@@ -17,7 +17,7 @@ from .affine import ONE, Aff
 from .emit import CannotEmit, Emitter, Piece, cast, size_of
 from .holders import Holders, Place
 from .interpret import Fact, Interpreter
-from .leaves import Argument, Extended, Opaque, Symbol
+from .leaves import Argument, Opaque, Symbol
 from .proof import E_ROLE, N_ROLE, Proof, Refused
 from .prove import prove
 from .term import Access, Mono, Term
@@ -127,14 +127,9 @@ class Builder:
             kind = self.engine.leaves[leaf].kind
             if isinstance(kind, Opaque) and kind.node is not None:
                 return kind.node
-            inner: list[Access] = []
-            if isinstance(kind, Symbol):
-                inner = [(a.leaf, ()) for a in kind.args if isinstance(a, Argument)]
-            elif isinstance(kind, Extended):
-                inner = [(kind.of, ())]
-            for access in inner:
+            for inner in self.engine.leaves.made_of(leaf):
                 try:
-                    return self._some_node([access], held)
+                    return self._some_node([(inner, ())], held)
                 except CannotEmit:
                     continue
         raise CannotEmit("a value of the traced graph", "queries made of constants")
@@ -221,7 +216,7 @@ class Builder:
             kind = self.engine.leaves[leaf].kind
             if not isinstance(kind, Symbol):
                 return
-            children = [a.leaf for a in kind.args if isinstance(a, Argument)]
+            children = self.engine.leaves.made_of(leaf)
             if kind.op is aten.log.default and children and self.interpreter.statics is not None:
                 yield from self.interpreter.statics.assumptions((), sorted(self.engine.leaves[children[0]].rests_on))
             if kind.op is aten.log.default and children and self.engine.leaves[children[0]].interval[0] <= 0:

@@ -15,7 +15,7 @@ import torch
 
 from .affine import Aff
 from .engine import Engine
-from .leaves import Argument, Extended, Opaque, Symbol
+from .leaves import Opaque, Symbol
 from .proof import Refused
 from .prove import sequence_index
 from .term import Access, Mono, Term
@@ -93,11 +93,7 @@ class Causes:
 
     def _sources(self, leaf: int) -> tuple[int, ...]:
         kind = self.engine.leaves[leaf].kind
-        if isinstance(kind, Symbol):
-            return tuple(a.leaf for a in kind.args if isinstance(a, Argument))
-        if isinstance(kind, Extended):
-            return (kind.of,)
-        return kind.of if isinstance(kind, Opaque) else ()
+        return kind.of if isinstance(kind, Opaque) else self.engine.leaves.made_of(leaf)
 
     def _projected(self, leaf: int) -> bool:
         """A product with a parameter: behind it is another layer of the model."""

@@ -204,19 +204,21 @@ class Leaves:
         leaf = self.intern(key, Leaf(kind, tuple(shape), dtype, interval, rests_on))
         return (leaf, tuple(idx))
 
+    def made_of(self, leaf: int) -> tuple[int, ...]:
+        """The leaves that this one is a function of, or a continuation."""
+        kind = self[leaf].kind
+        if isinstance(kind, Symbol):
+            return tuple(a.leaf for a in kind.args if isinstance(a, Argument))
+        return (kind.of,) if isinstance(kind, Extended) else ()
+
     def data(self, leaves: Iterable[int]) -> set[int]:
-        """The leaves and what they are functions of."""
+        """The leaves and all that they are made of."""
         work, found = list(leaves), set()
         while work:
             leaf = work.pop()
-            if leaf in found:
-                continue
-            found.add(leaf)
-            kind = self[leaf].kind
-            if isinstance(kind, Symbol):
-                work += [a.leaf for a in kind.args if isinstance(a, Argument)]
-            elif isinstance(kind, Extended):
-                work.append(kind.of)
+            if leaf not in found:
+                found.add(leaf)
+                work += self.made_of(leaf)
         return found
 
     def known_zero_outside(self, leaf: int) -> bool:

@@ -49,7 +49,6 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                     continue
                 try:
                     explain_missing(interpreter.engine, fact.value.terms, explained)
-                    best = None
                 except Refused as r:
                     best = _refusal(node, r)
                 refusals += _told(causes, fact, best)

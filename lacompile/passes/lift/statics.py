@@ -50,10 +50,8 @@ class Statics:
             nodes.append(node)
             if not isinstance(real, torch.Tensor) or real.requires_grad or not belongs_to_module(node, real):
                 continue
-            if (
-                real.is_floating_point() and real.dtype not in EXACT_UP_TO
-            ):  # eight bits: PyTorch computes nothing in them
-                continue
+            if real.is_floating_point() and real.dtype not in EXACT_UP_TO:
+                continue  # eight bits: PyTorch computes nothing in them
             self.real[node] = real
             if real.is_floating_point() and sum(s > 1 for s in real.shape) <= 1 and 0 < real.numel() <= MAX_VECTOR:
                 vectors[n] = real

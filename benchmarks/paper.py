@@ -57,6 +57,7 @@ def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="a CSV file")
+    parser.add_argument("--only", nargs="+", help="these implementations, by their names")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--dim", type=int, default=128)
@@ -66,7 +67,8 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="tiny problems, on any device")
     args = parser.parse_args()
     lengths, heads, dim = ([64, 128], 2, 16) if args.dry else (args.lengths, args.heads, args.dim)
-    compared = [p for p in peers.installed() if p in (peers.OURS, peers.FLA, peers.SOFTMAX)]
+    compared = [p for p in (peers.OURS, peers.FLA, peers.SOFTMAX) if p in peers.installed()]
+    compared = [p for p in compared if args.only is None or p.name in args.only]
     cases = [Case(1, heads, n, dim) for n in lengths]
     if harness.GPU:
         peers.share_autotuning(shards=1000 if args.untuned_peers else 1)

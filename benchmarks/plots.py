@@ -129,11 +129,12 @@ def kernels(about: dict[str, str], table: Table) -> Figure:
             for at, case in enumerate(cases):
                 found = [
                     r for r in rows if r["implementation"] == name and r["pass"] == which
-                    and (r["B"], r["H"], r["N"], r["D"], r["decay"]) == case and r.get("share")
+                    and (r["B"], r["H"], r["N"], r["D"], r["decay"]) == case
                 ]  # fmt: skip
                 y = at + (n - (len(names) - 1) / 2) * height
-                if not found:
-                    ax.text(0.6, y, "not supported", fontsize=6, color="#9aa3ad", va="center")
+                if not found or not found[0].get("share"):
+                    why = "not supported" if found else "not measured"
+                    ax.text(0.6, y, why, fontsize=6, color="#9aa3ad", va="center")
                     continue
                 share = 100 * float(found[0]["share"])
                 label = name if at == 0 else None

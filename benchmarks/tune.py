@@ -35,7 +35,7 @@ def choices(sizes: Sequence[int], descriptors: bool) -> Iterator[tuple[Kind, lis
         for use, gradient in USES:
             for per_token in (False, True):
                 marks = mark_dtype(DTYPE, per_token) if gradient else None
-                found = candidates(size, size, DTYPE, descriptors, per_token, marks)
+                found = candidates(size, size, DTYPE, descriptors, marks)
                 yield Kind.of(use, size, size, DTYPE, per_token, gradient, descriptors), found
 
 

@@ -306,23 +306,33 @@ class TestLayouts:
 
 @interpreted
 class TestSelfCheck:
+    @pytest.mark.parametrize("states", [False, True], ids=["alone", "states"])
     @pytest.mark.parametrize("aligned", [False, True])
     @DECAYS
-    def test_what_it_asks_for_is_exact(self, per_token, aligned):
+    def test_what_it_asks_for_is_exact(self, per_token, aligned, states):
         known = lightning2.selfcheck.Integers(32, 48, torch.zeros(1, dtype=torch.float16), per_token, aligned)
-        assert (known.q.data_ptr() % 16 == 0) == aligned and known.output().abs().max() <= 2048
-        args = (known.q, known.k, known.v, known.log_decay, 1.0, None)
-        assert lightning2.selfcheck.equal(lightning2.forward(*args)[0], known.output())
-        found = lightning2.backward(known.do, None, *args, False)
-        assert all(lightning2.selfcheck.equal(a, b) for a, b in zip(found, known.gradients(), strict=False))
-        want = wanted(args, known.do, None)
-        assert all(torch.equal(a, b) for a, b in zip(known.gradients(), want[2], strict=False))
+        start, d_end = (known.state, known.d_end) if states else (None, None)
+        assert (known.q.data_ptr() % 16 == 0) == aligned and known.outputs(start)[0].abs().max() <= 256  # as in bf16
+        args = (known.q, known.k, known.v, known.log_decay, 1.0, start)
+        out, last, grads = wanted(args, known.do, d_end)
+        assert all(torch.equal(a, b) for a, b in zip((out, last), known.outputs(start), strict=True))
+        assert lightning2.selfcheck.equal(grads[:5], known.gradients(start, d_end))
+        assert lightning2.selfcheck.equal(lightning2.forward(*args), known.outputs(start))
+        assert lightning2.selfcheck.equal(lightning2.backward(known.do, d_end, *args), known.gradients(start, d_end))
 
     def test_one_lost_product_is_noticed(self):
         known = lightning2.selfcheck.Integers(32, 32, torch.zeros(1, dtype=torch.float16), False, True)
-        wrong = known.output()
-        wrong[0, 1, 150, 3] += 1
-        assert not lightning2.selfcheck.equal(known.output().half(), wrong)
+        for start in (None, known.state):
+            out, last = (x.half() for x in known.outputs(start))
+            assert lightning2.selfcheck.equal((out, last), known.outputs(start))
+            out[0, 1, 150, 3] += 1
+            assert not lightning2.selfcheck.equal((out, last), known.outputs(start))
+
+    def test_a_state_that_arrives_wrong_is_noticed(self):
+        known = lightning2.selfcheck.Integers(32, 32, torch.zeros(1, dtype=torch.float16), False, True)
+        assert not torch.equal(known.outputs(known.state)[0][:, :, :64], known.outputs(None)[0][:, :, :64])
+        with_state, without = known.gradients(None, known.d_end), known.gradients(None, None)
+        assert not any(torch.equal(a, b) for a, b in zip(with_state[1:], without[1:], strict=True))
 
 
 @interpreted

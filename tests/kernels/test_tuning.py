@@ -192,7 +192,7 @@ class TestShipped:
         found = table.read(path)
         assert found
         kinds = {
-            str(kind): candidates(size, size, torch.bfloat16, descriptors, per_token, marks if gradient else None)
+            str(kind): candidates(size, size, torch.bfloat16, descriptors, marks if gradient else None)
             for size in (64, 128, 256)
             for descriptors in (False, True)
             for per_token, marks in ((False, torch.bfloat16), (True, torch.float32))

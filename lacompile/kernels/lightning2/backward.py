@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import triton
@@ -211,13 +211,9 @@ def _prepare(
     own_heads = q.shape[1], k.shape[1], v.shape[1]
     per_token, has_start = log_decay.dim() == 3, initial_state is not None
     rows, span = batch * heads, launch.span(per_token)
-    # Triton 3.6 pipelines heads of 256 into more shared memory than there is unless the last state is stored.
-    store_end = has_start or next_power_of_2(max(dk, dv)) == 256
-    end_shape = (batch, heads, dk, dv) if store_end else (0,)
 
-    def gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        made = (launch.grad_like(x, heads) for x in (q, k, v))
-        return *made, torch.empty(end_shape, dtype=torch.float32, device=q.device)
+    def gradients(*inputs: Tensor) -> Iterable[Tensor]:
+        return (launch.grad_like(x, heads) for x in inputs)
 
     def finished(dq: Tensor, dk: Tensor, dv: Tensor, d_decay: Tensor | None, d_initial: Tensor) -> Gradients:
         dq, dk, dv = (launch.fold(g, n) for g, n in zip((dq, dk, dv), own_heads, strict=True))
@@ -225,13 +221,13 @@ def _prepare(
             d_decay = torch.zeros(decay_shape, dtype=torch.float32, device=dq.device)
         return dq, dk, dv, d_decay, d_initial if has_start else d_initial.new_empty(0)
 
-    decay_shape = log_decay.shape
+    decay_shape, end_shape = log_decay.shape, (batch, heads, dk, dv)
     if rows * length == 0:
         return lambda do, d_end, q, k, v, log_decay, initial: finished(
-            *gradients(q, k, v)[:3], None, torch.zeros(end_shape, device=q.device) if d_end is None else d_end.clone()
+            *gradients(q, k, v), None, torch.zeros(end_shape, device=q.device) if d_end is None else d_end.clone()
         )
 
-    dq, dk_, dv_, _ = gradients(q, k, v)
+    dq, dk_, dv_ = gradients(q, k, v)
     tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
     mark_dtype = launch.mark_dtype(q.dtype, per_token)
     for_v, for_k = launch.config("backward", dk, dv, q.dtype, q.device, tma, per_token, want_decay)
@@ -244,6 +240,10 @@ def _prepare(
         states = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
         d_states = segment_states(q, do, log_decay, scale, d_state, split, reverse=True)
         slots = split.count + 1
+    # Whoever starts from a state stores one, so that the self-check runs this very kernel. And Triton 3.6 pipelines
+    # heads of 256 into more shared memory than there is unless the last state is stored.
+    starts = states is not None or has_start
+    store_end = starts or next_power_of_2(max(dk, dv)) == 256
     decay_strides, factors = launch.decay_strides(log_decay), None
     numbers = [
         scale, rows, heads, *(heads // n for n in own_heads), length,
@@ -251,7 +251,7 @@ def _prepare(
     ]  # fmt: skip
     constants = {
         "DK": dk, "DV": dv, "CHUNK": chunk, "PER_TOKEN": per_token,
-        "HAS_START": states is not None or has_start, "HAS_D_START": d_states is not None or d_state is not None,
+        "HAS_START": starts, "HAS_D_START": d_states is not None or d_state is not None,
         "STORE_D_END": store_end, "DECAY_GRAD": want_decay,
     }  # fmt: skip
     columns = [(q, for_v.bk), (k, for_v.bk), (v, for_k.bk), (do, for_k.bk)]
@@ -284,7 +284,8 @@ def _prepare(
         # Their scratch is free again before the gradients are.
         start = initial if states is None else states(k, v, log_decay, initial)
         d_start = d_end if d_states is None else d_states(q, do, log_decay, d_end)
-        dq, dk, dv, d_initial = gradients(q, k, v)
+        dq, dk, dv = gradients(q, k, v)
+        d_initial = torch.empty(end_shape if store_end else (0,), dtype=torch.float32, device=q.device)
         q_rows = torch.empty(rows_shape, dtype=torch.float32, device=q.device)
         k_rows = torch.empty_like(q_rows) if want_decay else q_rows
         marks = torch.empty(marks_shape, dtype=mark_dtype, device=q.device) if want_decay else q_rows
@@ -301,9 +302,12 @@ def _prepare(
 
     def computes_integers() -> bool:
         known = Integers(dk, dv, q, per_token, aligned=tma)
-        start, d_end = (known.state if constants[name] else None for name in ("HAS_START", "HAS_D_START"))
-        found = backward(known.do, d_end, known.q, known.k, known.v, known.log_decay, 1.0, start, want_decay)
-        return all(equal(a, b) for a, b in zip(found, known.gradients(), strict=False))
+        start = known.state if constants["HAS_START"] else None
+        d_end = known.d_end if constants["HAS_D_START"] else None
+        *found, d_decay, d_start = backward(
+            known.do, d_end, known.q, known.k, known.v, known.log_decay, 1.0, start, want_decay
+        )
+        return equal([*found, d_decay if want_decay else d_decay[:0], d_start], known.gradients(start, d_end))
 
     kind = "backward", for_k, for_v, q.dtype, tma, *constants.values(), q.device
     if not is_right(kind, q.device, computes_integers):

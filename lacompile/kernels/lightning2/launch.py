@@ -19,9 +19,9 @@ TMA = True  # read and write by tensor descriptors where that is possible
 HOPPER = True  # use the body in hopper/ where that is possible
 # Tokens between two states that are written down when the decay's gradient is wanted (see decay_grad.py): powers of two
 # and multiples of every chunk. Between them rounding accumulates, as the root of their number. A fixed decay sums its
-# gradient over all tokens, which amplifies that, so it gets a mark at every chunk; per token, marks take half of the
-# memory of q, and 3 % of the bytes that the backward pass moves.
-SPAN_PER_TOKEN = 1024
+# gradient over all tokens, which amplifies that, so it gets a mark at every chunk; per token, marks take a quarter of
+# the memory of q, and 2 % of the bytes that the backward pass moves.
+SPAN_PER_TOKEN = 2048
 SPAN_FIXED = 64
 # Segments are multiples of this many tokens; a multiple of every chunk.
 GRANULE = 512
@@ -50,7 +50,7 @@ def config(
     """
     hopper = descriptors and HOPPER and has_warp_group_products(device)
     marks = mark_dtype(dtype, per_token) if decay_gradient else None
-    found, turned = (candidates(*sizes, dtype, hopper, per_token, marks) for sizes in ((dk, dv), (dv, dk)))
+    found, turned = (candidates(*sizes, dtype, hopper, marks) for sizes in ((dk, dv), (dv, dk)))
     kind = Kind.of(use, dk, dv, dtype, per_token, decay_gradient, hopper)
     if forced is not None and forced[0] == kind:
         at = forced[1]

@@ -109,7 +109,7 @@ def hopper(dk: int, dv: int) -> list[Config]:
 
 
 def candidates(
-    dk: int, dv: int, dtype: torch.dtype, descriptors: bool, per_token: bool = False, marks: torch.dtype | None = None
+    dk: int, dv: int, dtype: torch.dtype, descriptors: bool, marks: torch.dtype | None = None
 ) -> list[Config]:
     """What may be chosen for a head of this kind, the safe choice first.
 
@@ -119,17 +119,13 @@ def candidates(
         dk, dv: head sizes of the contraction and of the columns.
         dtype: of the elements.
         descriptors: the device has Hopper's tensor cores and every tensor can be read by descriptor.
-        per_token: decays per token instead of per head.
         marks: the dtype of the states that the kernel writes down for the decay's gradient, if it does.
     """
     found = hopper(dk, dv) if descriptors else []
-    return [tiles for tiles in found if _is_sound(tiles, per_token, marks)] + portables(dk, dv, dtype)
+    return [tiles for tiles in found if _is_sound(tiles, marks)] + portables(dk, dv, dtype)
 
 
-def _is_sound(tiles: Config, per_token: bool, marks: torch.dtype | None) -> bool:
+def _is_sound(tiles: Config, marks: torch.dtype | None) -> bool:
     """Whether Hopper's body is known to be right with these tiles (docs/kernel-notes.md, hazards), and fits."""
-    if tiles.warps == 8 and marks is not None:
-        # Marks in bf16: wrong gradients of k, differently from run to run. Any marks: no room for a third stage.
-        return marks == torch.float32 and tiles.stages < 3
-    # Four warps for 64 of 128 columns and a decay per token: wrong outputs in one of the suite's shapes.
-    return not (per_token and tiles.warps == 4 and tiles.bk == 128)
+    # Marks in bf16: wrong gradients of k, differently from run to run. Any marks: no room for a third stage.
+    return tiles.warps < 8 or marks is None or (marks == torch.float32 and tiles.stages < 3)

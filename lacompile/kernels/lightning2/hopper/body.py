@@ -109,6 +109,13 @@ def token_weight(factors, inside, scale, layout: gl.constexpr, REVERSE: gl.const
 
 
 @gluon.jit
+def from_state_of(factors, scale, layout: gl.constexpr, REVERSE: gl.constexpr):
+    """``[1, CHUNK]`` decays between the state and each token, and the scale where the state is what went before."""
+    decays = factors.slice(2 if REVERSE else 1, 1).load(layout)
+    return decays if REVERSE else decays * scale
+
+
+@gluon.jit
 def attend(
     a_source,
     b_source,
@@ -228,14 +235,15 @@ def attend(
         if PER_TOKEN:
             factors_ahead = read_factors(factors_ptr, at_ahead, ahead < chunks, lines, CHUNK)
         factors = f_tiles.index(slot if PER_TOKEN else (at + CHUNK > stop).to(gl.int32))
-        from_state = factors.slice(2 if REVERSE else 1, 1).load(of_y)
+        from_state = from_state_of(factors, scale, of_y, REVERSE)
         to_state = factors.slice(1 if REVERSE else 2, 1).load(of_y)
         whole = factors.slice(3, 1).slice(0, 1, 1).load(of_state)
         if REVERSE:
             to_state *= scale
-        else:
-            from_state *= scale
         if not AHEAD:
+            if PER_TOKEN:
+                # Before any product: among them ptxas 12.8 mixed up the first chunk's state (kernel-notes, hazards).
+                weight = token_weight(factors, inside, scale, of_scores, REVERSE)
             mbarrier.wait(arrived.index(slot), (step // STAGES) & 1)
             scores = scores_of(a_tile, b_tile, of_scores, CHUNK)
         rounded = gl.convert_layout(state.to(dtype), operand)
@@ -260,12 +268,12 @@ def attend(
             fence_async_shared()
             y = warpgroup_mma_wait(0, deps=[y])
         else:
-            if PER_TOKEN:
-                weight = token_weight(factors, inside, scale, of_scores, REVERSE)
             scores = warpgroup_mma_wait(2, deps=[scores])
             scores_tiles.index(0).store((scores * weight).to(dtype))
             fence_async_shared()
             y = warpgroup_mma_wait(1, deps=[y])
+            if PER_TOKEN:
+                from_state = from_state_of(factors, scale, of_y, REVERSE)  # read anew: registers are short by now
             y = y * from_state
             y = warpgroup_mma(gl.convert_layout(c, operand), scores_tiles.index(0).permute([1, 0]), y, is_async=True)
             state = warpgroup_mma_wait(1, deps=[state])

@@ -272,7 +272,9 @@ class Interpreter:
         out = tensor.dtype
         for arg in node.all_input_nodes:
             fact = self.facts.get(arg)
-            if fact is not None and fact.compute.is_floating_point and self.engine.contracts(fact.value):
+            if fact is None or fact.compute is out or not fact.compute.is_floating_point:
+                continue
+            if self.engine.contracts(fact.value):
                 out = torch.promote_types(out, fact.compute) if out.is_floating_point else fact.compute
         return out
 

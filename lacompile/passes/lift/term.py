@@ -133,7 +133,7 @@ NO_EXPONENT = Exponent()
 class Term:
     """One guarded, weighted product; see the module docstring. Immutable and hashed."""
 
-    __slots__ = ("_bound", "_hash", "_signature", "_structured", "accs", "coef", "exp", "guards", "poly")
+    __slots__ = ("_bound", "_hash", "_signature", "_told", "accs", "coef", "exp", "guards", "poly")
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class Term:
         self._hash: int | None = None
         self._bound: frozenset[int] | None = None
         self._signature: tuple[int, ...] | None = None
-        self._structured: bool | None = None
+        self._told: dict[Callable[[Term], bool], bool] = {}
 
     def __hash__(self) -> int:
         if self._hash is None:
@@ -222,11 +222,11 @@ class Term:
             self._bound = frozenset([v for v in self.vars(space) if v < 0])
         return self._bound
 
-    def structured(self, ask: Callable[[Term], bool]) -> bool:
-        """The answer of ``ask``, which one analysis asks of each term, and of a term but once."""
-        if self._structured is None:
-            self._structured = ask(self)
-        return self._structured
+    def told(self, ask: Callable[[Term], bool]) -> bool:
+        """The answer of ``ask``, which an analysis asks of each term, and of a term but once."""
+        if ask not in self._told:
+            self._told[ask] = ask(self)
+        return self._told[ask]
 
     def sub(self, space: Space, mapping: Mapping[int, Aff]) -> Term:
         if not mapping:

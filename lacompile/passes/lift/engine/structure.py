@@ -50,7 +50,7 @@ class Structure(Program):
 
     def structured_term(self, t: Term) -> bool:
         """Worth looking into rather than taking as it is: weighted, guarded, or summed over a part of a dimension."""
-        return t.structured(self._structured_term)
+        return t.told(self._structured_term)
 
     def _structured_term(self, t: Term) -> bool:
         if t.exp.sums or any(not f.is_const for _, f in t.exp.lin):
@@ -96,14 +96,15 @@ class Structure(Program):
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""
+        return (v.alt is not None and self.structured(v)) or any(
+            t.told(self._sums_products) for c in v.cases for t in c.terms
+        )
 
-        def products(t: Term) -> bool:
-            # exp of plain data, as of a feature map, is a factor like any other
-            factors = [*t.accs, *(a for m, f in t.exp.lin if f.is_const for a in m)]
-            factors += {a for (m, _), _ in t.exp.sums for a in m if any(x < 0 for x in self.space.vars_of(a[1]))}
-            return len(factors) >= 2 and any(x < 0 for _, idx in factors for a in idx for x, _ in a.terms)
-
-        return (v.alt is not None and self.structured(v)) or any(products(t) for c in v.cases for t in c.terms)
+    def _sums_products(self, t: Term) -> bool:
+        # exp of plain data, as of a feature map, is a factor like any other
+        factors = [*t.accs, *(a for m, f in t.exp.lin if f.is_const for a in m)]
+        factors += {a for (m, _), _ in t.exp.sums for a in m if any(x < 0 for x in self.space.vars_of(a[1]))}
+        return len(factors) >= 2 and any(x < 0 for _, idx in factors for a in idx for x, _ in a.terms)
 
     def accumulates(self, v: Val) -> bool:
         """Holds a sum over positions whose weights move along them, be it of one factor, as a recurrence makes it."""

@@ -116,6 +116,35 @@ def by_thirds(i):
     return causal((i / 3 * 3).floor()) * causal(i)
 
 
+def equal_in_two_ways(i):
+    return causal(i) * (i * 0.1 * 3 == i * 3 * 0.1)[None, :]
+
+
+def floor_of_an_exponential(i):
+    return causal(i) * (torch.exp(i * 0.6931472).floor() == 2.0**i)[None, :]
+
+
+def weights_in_two_ways(i):
+    return causal(i) * (torch.exp(i * 0.1) >= torch.exp(i * 0.05) ** 2)[None, :]
+
+
+def a_weight_that_underflows(i):
+    return causal(i) * (torch.exp(-5 * i) > 0)[None, :]
+
+
+def a_weight_that_overflows(i):
+    rows, columns = pairs(i, i)
+    return causal(i) * torch.isinf(1e30 * torch.exp(20.0 * (rows - columns)).tril()).logical_not()
+
+
+def a_difference_that_is_amplified(i):
+    return causal(i) * torch.sigmoid((i * 0.3 - i * 0.1 * 3) * 1e9)[None, :]
+
+
+def a_zero_that_is_amplified(i):
+    return causal(i) * torch.sigmoid((i * 0.3 - 0.9) * 1e9)[None, :]
+
+
 ATTACKS = [
     floor_of_there_and_back,
     ceil_of_there_and_back,
@@ -137,6 +166,13 @@ ATTACKS = [
     a_range_in_fractions,
     a_slope_there_and_back,
     by_thirds,
+    equal_in_two_ways,
+    floor_of_an_exponential,
+    weights_in_two_ways,
+    a_weight_that_underflows,
+    a_weight_that_overflows,
+    a_difference_that_is_amplified,
+    a_zero_that_is_amplified,
 ]
 
 

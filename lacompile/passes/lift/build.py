@@ -54,9 +54,11 @@ class Builder:
             everything += [a for mono, _ in t.exp.lin for a in mono]
         held = self.held.readable(self.schedule.records_gradients[p.fact.node])
         like = self._some_node([*p.q, *(a for m, _ in p.q_weights for a in m), *p.k, *p.v], held)
-        self.emitter = Emitter(self.engine, p.roles, everything, held, like, lambda leaf: self._sum(leaf, p.fact))
-        heads, batch = p.head_roles(self.engine.space)
         dtype = p.fact.compute
+        self.emitter = Emitter(
+            self.engine, p.roles, everything, held, like, _exact(dtype), lambda leaf: self._sum(leaf, p.fact)
+        )
+        heads, batch = p.head_roles(self.engine.space)
         groups_q = [batch, heads, [N_ROLE], p.key_features]
         e_group = [E_ROLE] if E_ROLE in p.roles else []
         q = self._operand(p.q, p.q_weights, groups_q, dtype, p)

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..._compat import takes_no_number
 from ..facts import Call, Const, Expr, Value
 from .affine import FIRST_DIV, FIRST_MIXED, ONE, ZERO, Aff
 from .engine import Engine
-from .leaves import Argument, Extended, Opaque, Symbol, Table
+from .leaves import Argument, Extended, Number, Opaque, Symbol, Table
 from .term import Access, Mono
 
 aten = torch.ops.aten
@@ -53,6 +52,8 @@ class Emitter:
         roles: role variable -> its length.
         accesses: every access that will be emitted, so that roles are split into digits once and for all.
         held: leaf -> (node, index) of graph nodes that hold a symbol leaf already.
+        like: a value of the graph; what is made of known numbers alone lives on its device.
+        exact: the format of known numbers.
         computed: how a leaf that no node holds, but of which it is known what it is, is computed.
     """
 
@@ -63,12 +64,14 @@ class Emitter:
         accesses: Sequence[Access],
         held: Mapping[int, tuple[fx.Node, tuple[Aff, ...]]],
         like: fx.Node,
+        exact: torch.dtype,
         computed: Callable[[int], Expr],
     ):
         self.engine = engine
         self.computed = computed
         self.held = held
         self.like = Value(like)
+        self.exact = exact
         self.sizes: dict[int, Aff] = {}
         self.digits: dict[int, tuple[int, ...]] = {}
         self._substitution: dict[int, Aff] = {}
@@ -156,7 +159,8 @@ class Emitter:
             if found is not None:
                 return found
         if isinstance(kind, Table):
-            return self._indexed(Const(_nested(kind.array), self.like), leaf.shape, idx, torch.float32)
+            numbers = Const(_nested(kind.array), self.like, self.exact)
+            return self._indexed(numbers, leaf.shape, idx, self.exact)
         if isinstance(kind, Extended):
             return self.access((kind.of, idx))
         assert isinstance(kind, Symbol)
@@ -192,8 +196,8 @@ class Emitter:
                     piece = cast(piece, arg.dtype)
                 args.append(piece.expr)
                 present |= piece.present
-            elif isinstance(arg, int | float) and takes_no_number(kind.op, len(args)):
-                args.append(Const(float(arg), self.like, dtype))
+            elif isinstance(arg, Number):
+                args.append(Const(arg.value if arg.scalar else (arg.value,), self.like, arg.dtype))
             else:
                 args.append(arg)
         return Piece(Call(kind.op, tuple(args), dict(kind.kwargs)), present, dtype)

@@ -55,6 +55,18 @@ class Argument:
 
 
 @dataclass(frozen=True)
+class Number:
+    """A number that the program had as a tensor of this format, where the operation takes no other.
+
+    ``scalar`` where that tensor had no dimensions: then its format does not count beside that of one with some.
+    """
+
+    value: float
+    dtype: torch.dtype
+    scalar: bool
+
+
+@dataclass(frozen=True)
 class Symbol:
     op: Any
     args: tuple[Any, ...]
@@ -174,7 +186,7 @@ class Leaves:
         return self.intern(Extended(of), Leaf(Extended(of), inner.shape, inner.dtype, interval, inner.rests_on))
 
     def symbol(self, op: Any, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Access | None:
-        """The access of ``op(*args)`` where an argument is an ``(Access, dtype it is used in)`` pair or a literal.
+        """The access of ``op(*args)`` where an argument is an ``(Access, dtype it is used in)`` pair or a number.
 
         None if the access would hold more than MAX_SYMBOL_INDICES indices.
         """
@@ -194,8 +206,9 @@ class Leaves:
                 rests_on |= self[leaf].rests_on
             else:
                 spec.append(arg)
-                if isinstance(arg, int | float) and not isinstance(arg, bool):
-                    intervals.append((float(arg), float(arg)))
+                number = arg.value if isinstance(arg, Number) else arg
+                if isinstance(number, int | float) and not isinstance(number, bool):
+                    intervals.append((float(number), float(number)))
         if len(idx) > MAX_SYMBOL_INDICES:
             return None
         kind = Symbol(op, tuple(spec), tuple(sorted(kwargs.items())))

@@ -30,6 +30,7 @@ NARROW = (torch.float32, torch.int32)
 """Those of which the memory of a machine may hold longer tensors."""
 STEEPEST = 2**8  # step of positions from one to the next, where their number is not known
 FINEST = 8  # binary digits after the point that are counted as exact
+NOISE = 2.0**16  # times a rounding error of float32: no longer what rounding changes
 
 # Continuous functions: what rounding changed in the argument changes the result as little.
 SMOOTH = {
@@ -45,13 +46,16 @@ MATRIX_PRODUCTS = (aten.mm, aten.bmm, aten.mv, aten.dot, aten.baddbmm, aten.mean
 
 
 def positional(leaves: Leaves, v: Val) -> bool:
-    """Whether positions, or known numbers, are a factor of some term; zero is a known number."""
+    """Whether positions, known numbers or weights of such are a factor of some term; zero is a known number."""
     terms = [t for c in v.cases for t in c.terms]
     return not terms or any(not t.poly.is_const or _of_tables(leaves, t) for t in terms)
 
 
 def _of_tables(leaves: Leaves, t: Term) -> bool:
-    return not (t.accs or t.exp) or any(isinstance(leaves[leaf].kind, Table) for leaf, _ in t.accs)
+    if t.accs:
+        return any(isinstance(leaves[leaf].kind, Table) for leaf, _ in t.accs)
+    rates = (*(m for m, _ in t.exp.lin), *(m for (m, _), _ in t.exp.sums))
+    return all(isinstance(leaves[leaf].kind, Table) for m in rates for leaf, _ in m)
 
 
 def jumps(leaves: Leaves, op: Any, vals: Iterable[Any], out: torch.dtype) -> bool:
@@ -173,6 +177,31 @@ def ends(engine: Engine, v: Val, c: Case, t: Term) -> tuple[float, float]:
         products = [0.0 if 0 in (x, y) else x * y for x in (low, high) for y in other]
         low, high = min(products), max(products)
     return low, high
+
+
+def amplifies(op: Op, out: Val) -> bool:
+    """Whether ``out`` is, as far as is known, made of what rounding changed: of a difference that is nearly nothing,
+    or of rounded numbers times one so large that an error of theirs is none of rounding any more.
+    """
+    engine, packet = op.engine, op.func.overloadpacket
+    given = [v for v in _values(op.args) if v.precision is not Precision.EXACT and positional(engine.leaves, v)]
+    if packet in PRODUCTS:
+        return any(v.precision is Precision.ROUNDED for v in given) and _step(engine, out) > NOISE
+    if packet not in SUMS or len(given) < 2 or given[0] is given[1]:
+        return False
+    return _step(engine, out) * NOISE < min(_step(engine, v) for v in given)
+
+
+def _step(engine: Engine, v: Val) -> float:
+    """The largest step of a term from one position to the next, or its number; weights and data left out."""
+    most = 0.0
+    for t in (t for c in v.cases for t in c.terms):
+        size = abs(t.coef) * max((abs(k) for _, k in t.poly.terms), default=abs(t.poly.const))
+        for leaf, _ in t.accs:
+            largest = max(map(abs, engine.leaves[leaf].interval))
+            size *= largest if math.isfinite(largest) else 1.0
+        most = max(most, size)
+    return most
 
 
 def result_precision(op: Op, out: Val, dtype: torch.dtype) -> Precision:

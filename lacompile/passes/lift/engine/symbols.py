@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..leaves import Symbol, Table
+from ...._compat import takes_no_number
+from ..leaves import Number, Symbol, Table
 from ..logs import log_summands
 from ..precision import jumps
 from ..term import Access, Case, Exponent, Mono, Precision, Term, Val, value
@@ -117,11 +118,12 @@ class Symbols(Tables):
     ) -> Val:
         """A function symbol over the plain arguments: f(x)[idx] = f(x[idx]).
 
-        ``dtypes`` are those that floating arguments are computed with, where they are not those of their leaves.
+        ``dtypes`` are those of the arguments in the program, where they are not those of the result.
         """
         if any(isinstance(x, Val) for x in kwargs.values()):
             raise GiveUp("a tensor among the keyword arguments")
         shape = self.shape(out)
+        scalars = [isinstance(a, Val) and not a.shape for a in args]
         args = [self.held(a) if isinstance(a, Val) else a for a in args]
         used = [d if d is not None and d.is_floating_point else None for d in dtypes] or [None] * len(args)
         vals = [self.broadcast(a, shape) if isinstance(a, Val) else a for a in args]
@@ -130,6 +132,10 @@ class Symbols(Tables):
         if all(self.index_only(v) and v.alt is None for v in vals if isinstance(v, Val)):
             return self.folded(op, vals, kwargs, shape)
         spec = [self.access(v, d) if isinstance(v, Val) else v for v, d in zip(vals, used, strict=True)]
+        formats = [d or out.dtype for d in dtypes] or [out.dtype] * len(args)
+        for n, x in enumerate(spec):
+            if isinstance(vals[n], Val) and isinstance(x, int | float) and takes_no_number(op, n):
+                spec[n] = Number(float(x), formats[n], scalars[n])
         return value(shape, [Term(accs=(self._symbol(op, spec, out.dtype, kwargs),))])
 
     def detached(self, v: Val) -> Val:

@@ -10,7 +10,7 @@ import torch
 
 from ..affine import Aff
 from ..engine import Engine, GiveUp
-from ..precision import result_precision
+from ..precision import amplifies, result_precision
 from ..term import Val
 
 
@@ -87,6 +87,8 @@ def transfer(op: Op) -> Val | list[Val]:
 
 def _in_its_format(op: Op, v: Val, dtype: torch.dtype) -> Val:
     representable(op.engine, v, dtype)
+    if dtype.is_floating_point and amplifies(op, v):
+        raise GiveUp("numbers that are mostly what rounding changed")
     precision = result_precision(op, v, dtype)
     return v if v.precision is precision else replace(v, precision=precision)
 

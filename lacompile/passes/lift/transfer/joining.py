@@ -108,8 +108,9 @@ def _pad_dim(engine: Engine, v: Val, d: int, low: Aff, high: Aff, fill: float) -
         return v
     n = v.shape[d]
     shape = (*v.shape[:d], n + low + high, *v.shape[d + 1 :])
-    mapping = {} if n == ONE else {d: Aff.var(d) - low}
-    inside = frozenset({Aff.var(d) - low, low + n - 1 - Aff.var(d)})
+    x = ZERO if shape[d] == ONE else Aff.var(d)  # negative amounts may leave one entry of several
+    mapping = {} if n == ONE else {d: x - low}
+    inside = frozenset({x - low, low + n - 1 - x})
     if fill == 0 and v.single and not any(math.isinf(t.coef) for t in v.terms):
         reading = engine.pick(v)
         extended = [_extend_by_zeros(engine, t, d, n) for t in reading.terms]

@@ -88,6 +88,13 @@ def nan_to_num(op: Op) -> Val:
     return op.args[0] if op.engine.never_nan(op.args[0]) else op.symbol()
 
 
-@rule(aten.isnan, aten.isinf)
+@rule(aten.isnan)
 def isnan(op: Op) -> Val:
     return constant(op.shape, 0.0) if op.engine.never_nan(op.args[0]) else op.symbol()
+
+
+@rule(aten.isinf)
+def isinf(op: Op) -> Val:
+    """Of a weight it is asked whether it has overflowed, which the normal form does not know."""
+    weight = any(t.exp for c in op.args[0].cases for t in c.terms)
+    return constant(op.shape, 0.0) if op.engine.never_nan(op.args[0]) and not weight else op.symbol()

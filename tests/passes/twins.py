@@ -9,9 +9,9 @@ from .forms import TWINS, distance, mask, register
 
 
 @register(TWINS, "causal-range")
-def strictly_lower(q, k, v, slope):
+def two_tokens_left_out(q, k, v, slope):
     d = distance(q.shape[2])
-    return (q @ k.mT * torch.where(d > 0, torch.exp(-slope[:, None, None] * d), 0.0)) @ v
+    return (q @ k.mT * torch.where(d > 1, torch.exp(-slope[:, None, None] * d), 0.0)) @ v
 
 
 @register(TWINS, None)
@@ -88,10 +88,12 @@ def wrong_block_decay(q, k, v, slope, size=8):
 
 
 @register(TWINS, None)
-def state_before_update(q, k, v, slope):
-    state, out = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+def state_before_two_updates(q, k, v, slope):
+    state = before = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
+    out = []
     for t in range(q.shape[2]):
-        out.append((q[:, :, t, :, None] * state).sum(-2))
+        out.append((q[:, :, t, :, None] * before).sum(-2))
+        before = state
         state = state * torch.exp(-slope)[:, None, None] + k[:, :, t, :, None] * v[:, :, t, None, :]
     return torch.stack(out, 2)
 

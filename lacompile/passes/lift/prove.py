@@ -149,10 +149,13 @@ class _Prover:
         j, i = Aff.var(self.j), Aff.var(self.n)
         bound = self.main.bound(self.space)
         about_j = {g for g in self.main.guards if self.j in self.space.vars(g)}
+        self.later = about_j == {j, i - j - 1}
+        if self.later:  # a sum over earlier positions, i included, is what the next position reads
+            self.main = self._one_later(self.main)
+            about_j = {j, i - j}
         if about_j != {j, i - j}:
             found = ", ".join(self._spoken(g) for g in sorted(about_j))
-            hint = "the diagonal is left out" if i - j - 1 in about_j else ""
-            raise Refused("causal-range", "0 <= j <= i", found, 3, hint)
+            raise Refused("causal-range", "0 <= j <= i or 0 <= j < i", found, 3)
         self.features: dict[int, tuple[int, Aff]] = {}
         for d in sorted(bound - {self.j}, reverse=True):
             ends = self.engine.bounds(d, self.main.guards)
@@ -175,6 +178,10 @@ class _Prover:
             )
         if len(self.features) > 4:
             raise Refused("whole-features", "at most four feature indices", f"{len(self.features)}", 3)
+
+    def _one_later(self, t: Term) -> Term:
+        """The term at the position after i."""
+        return t.sub(self.space, {self.n: Aff.var(self.n) + 1})
 
     def _spoken(self, guard: Aff) -> str:
         """A guard as an end of the range of j where it is one: ``j <= i + 3``."""
@@ -218,7 +225,7 @@ class _Prover:
         place = dict(enumerate(batch_like))
         roles[N_ROLE], place[N_ROLE] = self.shape[self.n], self.n
         self.rename: dict[int, Aff] = {d: Aff.var(r) for r, d in enumerate(batch_like) if self.shape[d] != ONE}
-        self.rename[self.n] = Aff.var(N_ROLE)
+        self.rename[self.n] = Aff.var(N_ROLE) - int(self.later)  # factors of a row stay those of the row that reads
         self.rename[self.j] = Aff.var(N_ROLE)
         for n, (d, (low, length)) in enumerate(self.features.items()):
             roles[D_ROLE + n] = length
@@ -228,7 +235,7 @@ class _Prover:
             if self.e is not None:
                 self.rename[self.e] = Aff.var(E_ROLE)
         self.proof = Proof(
-            self.fact, roles, list(range(len(batch_like))), place, scale=self.main.coef, shapes=self.engine.leaf_shapes
+            self.fact, roles, list(range(len(batch_like))), place, self.later, scale=self.main.coef, shapes=self.engine.leaf_shapes
         )
 
     def _monos(self) -> Iterable[Mono]:
@@ -331,8 +338,10 @@ class _Prover:
             raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
         if any(self.space.vars(x) & {self.n, self.j} for _, idx in mono for x in idx):
             raise Refused("decay", "one decay per head", "a slope that differs by position", 5)
-        if f.const:
+        if f.const and not self.later:
             raise Refused("unit-diagonal", "weight 1 at j = i", f"a weight off by {f.const} steps of the decay", 5)
+        if f.const:  # the decay of the row that reads, where that comes before it reads
+            self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
         self.proof.fixed.append((self._renamed_mono(mono), float(step)))
 
     def _token_decays(self) -> None:
@@ -344,6 +353,10 @@ class _Prover:
             holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set())
             if holders & set(self.features) or (self.e is not None and self.e in holders):
                 raise Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+            own = self.later and set(ends) == {up + 1, down}  # the row that reads has decayed by then
+            if own:
+                ends[up] = ends.pop(up + 1)
+                self.proof.q_weights.append((self._renamed_mono(at_position(mono)), float(ends[up])))
             if set(ends) != {up, down} or abs(ends[up] + ends[down]) > 1e-9:
                 shown = ", ".join(f"{c:+g} P({p})" for p, c in ends.items())
                 raise Refused("unit-diagonal", "prefix sums P(i+1) - P(j+1)", shown, 5)
@@ -366,7 +379,10 @@ class _Prover:
         raise Refused("single-term", "one sum over j <= i (and an initial state)", f"also {self._spoken_term(t)}", 6)
 
     def _over_features(self, t: Term) -> Term | None:
-        """A plain term, summed indices among the key features: ``q (z + eps)`` adds the sum of each row of q."""
+        """A plain term, summed indices among the key features.
+
+        ``q (z + eps)`` adds the sum of each row of q, a weight of its own for each token ``(q u k) v``.
+        """
         left = {n: length for n, (_, length) in enumerate(self.features.values())}
         mapping: dict[int, Aff] = {}
         ranges: set[Aff] = set()
@@ -381,7 +397,7 @@ class _Prover:
             del left[role]
             mapping[v] = Aff.var(D_ROLE + role) + low
             ranges |= {self.space.guard(Aff.var(v) - low), self.space.guard(high - Aff.var(v))}
-        if t.guards != ranges or (mapping and self.e is not None and self.e in t.vars(self.space)):
+        if t.guards != ranges:
             return None
         return t.but(guards=()).sub(self.space, mapping)
 
@@ -394,6 +410,7 @@ class _Prover:
 
     def _is_state_term(self, t: Term) -> bool:
         """exp(G_i) q_i S_init: the weight is the main one at j = -1 times a number, the query the same."""
+        t = self._one_later(t) if self.later else t
         wanted = self.main.exp.sub(self.space, {self.j: Aff.lit(-1)})
         expected = self._without_keys(wanted)
         apart = (t.exp - expected).number

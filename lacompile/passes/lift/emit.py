@@ -19,6 +19,7 @@ from ..._compat import takes_no_number
 from ..facts import Call, Const, Expr, Value
 from .affine import FIRST_DIV, FIRST_MIXED, ONE, ZERO, Aff
 from .engine import Engine
+from .holders import place_of
 from .leaves import Argument, Extended, Opaque, Symbol, Table
 from .term import Access, Mono
 
@@ -169,13 +170,10 @@ class Emitter:
             return None
         at: dict[int, Aff] = {}
         for p, i in zip(pattern, idx, strict=True):
-            if p.is_const:
-                if p != i:
-                    return None
-                continue
-            d = p.terms[0][0]
-            if at.setdefault(d, i) != i:
+            if (d := place_of(p)) is not None and at.setdefault(d, i) != i:
                 return None
+        if any(self.engine.space.sub(p, at) != i for p, i in zip(pattern, idx, strict=True)):
+            return None
         shape = self.engine.shape(example)
         index = tuple(at.get(d, ZERO) for d in range(len(shape)))
         return self._indexed(Value(node), shape, index, example.dtype)

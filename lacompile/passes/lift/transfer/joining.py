@@ -51,6 +51,7 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
     cases: list[Case] = []
     pieces: list[list[Term]] = []
     masked = any(not p.single or any(math.isinf(t.coef) for t in p.terms) for p in parts)
+    of_one = _parts_of_one(engine, parts)
     for p in parts:
         end = start + p.shape[d]
         guards = frozenset({x - start, end - 1 - x})
@@ -62,7 +63,7 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
                 if inside is not None:
                     cases.append(Case(inside, tuple(t.sub(engine.space, mapping) for t in c.terms)))
         else:
-            reading = engine.pick(p) if not engine.contracts(p) else p
+            reading = engine.pick(p) if of_one or not engine.contracts(p) else p
             moved_terms = [t.sub(engine.space, mapping) for t in reading.terms]
             pieces.append([t.but(guards=t.guards | guards) for t in moved_terms])
         start = end
@@ -70,6 +71,12 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
         return engine.join_cases(Val(shape, tuple(cases)))
     out = engine.sum_of(shape, one_function(engine, shape, pieces))
     return _side_by_side(op, out) if len(out.terms) > 1 and _different_data(engine, out) else out
+
+
+def _parts_of_one(engine: Engine, parts: Sequence[Val]) -> bool:
+    """Parts of one plain tensor, such as the halves that rotary positions exchange, whatever it was computed from."""
+    held = [p.alt.signature if p.alt is not None and p.single and not engine.structured(p) else None for p in parts]
+    return held[0] is not None and len(held[0]) == 1 and all(h == held[0] for h in held)
 
 
 def _different_data(engine: Engine, v: Val) -> bool:

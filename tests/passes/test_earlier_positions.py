@@ -101,7 +101,7 @@ def test_inductor_compiles_them():
     assert_rewritten(tril_of_the_scores, *arguments(), count=1)
 
 
-# -------------------------------------------------------------------------------------------------- as a loop over tokens
+# ------------------------------------------------------------------------------------------------ as a loop over tokens
 
 
 def tokens(read, gate=None, first=None):

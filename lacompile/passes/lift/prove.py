@@ -235,7 +235,13 @@ class _Prover:
             if self.e is not None:
                 self.rename[self.e] = Aff.var(E_ROLE)
         self.proof = Proof(
-            self.fact, roles, list(range(len(batch_like))), place, self.later, scale=self.main.coef, shapes=self.engine.leaf_shapes
+            self.fact,
+            roles,
+            list(range(len(batch_like))),
+            place,
+            self.later,
+            scale=self.main.coef,
+            shapes=self.engine.leaf_shapes,
         )
 
     def _monos(self) -> Iterable[Mono]:

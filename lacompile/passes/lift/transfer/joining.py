@@ -119,7 +119,7 @@ def _pad_dim(engine: Engine, v: Val, d: int, low: Aff, high: Aff, fill: float) -
     inside = frozenset({Aff.var(d) - low, low + n - 1 - Aff.var(d)})
     if fill == 0 and v.single and not any(math.isinf(t.coef) for t in v.terms):
         reading = engine.pick(v)
-        extended = [_extend_by_zeros(engine, t, d, n) for t in reading.terms]
+        extended = [_extend_by_zeros(engine, t, d, n, high) for t in reading.terms]
         if all(t is not None for t in extended):
             plain = value(v.shape, [t for t in extended if t is not None])
             return engine.index(plain, mapping, shape)
@@ -138,20 +138,23 @@ def _pad_dim(engine: Engine, v: Val, d: int, low: Aff, high: Aff, fill: float) -
     return engine.join_cases(Val(shape, tuple(cases) or (Case(NO_GUARDS, ()),)))
 
 
-def _extend_by_zeros(engine: Engine, t: Term, d: int, n: Aff) -> Term | None:
-    """Zero padding of a plain product: one of its leaves is continued by zeros, and no guard is needed."""
+def _extend_by_zeros(engine: Engine, t: Term, d: int, n: Aff, behind: Aff) -> Term | None:
+    """Zero padding of a plain product: one of its leaves is continued by zeros, and no guard is needed.
+
+    What is padded is whole at the ends that padding reaches, or zero there already; ``behind`` is how much is added at
+    the end.
+    """
     if not engine.plain_term(t) or n == ONE:
         return None
     for k, (leaf, idx) in enumerate(t.accs):
         axis = [m for m, a in enumerate(idx) if d in engine.space.vars(a)]
-        if len(axis) != 1 or idx[axis[0]] != Aff.var(d):
+        if len(axis) != 1 or not (first := idx[axis[0]] - Aff.var(d)).is_const:
             continue
-        beyond = n - engine.leaf_shapes[leaf][axis[0]]
-        if isinstance(engine.leaves[leaf].kind, Extended):
-            if engine.space.lower(beyond, {}) < 0:
-                continue  # it was cut inside: what is continued is not zero there
-        elif beyond != ZERO:
-            continue
+        beyond = first + n - engine.leaf_shapes[leaf][axis[0]]
+        extended = isinstance(engine.leaves[leaf].kind, Extended)
+        ends_inside = engine.space.upper(behind, {}) > 0 and engine.space.lower(beyond, {}) < 0
+        if first.const > 0 or ends_inside or not (extended or first.const == 0):
+            continue  # it was cut inside: what is continued is not zero there
         accs = (*t.accs[:k], (engine.leaves.extended(leaf), idx), *t.accs[k + 1 :])
         return t.but(accs=tuple(sorted(accs)))
     return None

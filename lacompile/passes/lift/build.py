@@ -54,7 +54,8 @@ class Builder:
             everything += t.accs
             everything += [a for mono, _ in t.exp.lin for a in mono]
         held = self.held.readable(self.schedule.records_gradients[p.fact.node])
-        like = self._some_node([*p.q, *(a for m, _ in p.q_weights for a in m), *p.k, *p.v], held)
+        rates = [a for m, _ in (*p.q_weights, *p.fixed, *p.tokens) for a in m]
+        like = self._some_node([*p.q, *rates, *p.k, *p.v], held)
         self.emitter = Emitter(self.engine, p.roles, everything, held, like, lambda leaf: self._sum(leaf, p.fact))
         heads, batch = p.head_roles(self.engine.space)
         dtype = p.fact.compute

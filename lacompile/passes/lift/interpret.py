@@ -15,7 +15,7 @@ from ..._compat import outside_modes
 from ..capture import Capture, Memory, ViewStep
 from .engine import Engine, GiveUp, Unmerged
 from .leaves import Opaque
-from .statics import Statics
+from .statics import Statics, fitted_constant
 from .term import Precision, Val
 from .transfer import Op, transfer
 from .transfer.reshaping import view_map
@@ -80,6 +80,8 @@ class Interpreter:
         if real.is_complex():
             return self.engine.leaf(tensor, Opaque(None, "complex constant"))
         with outside_modes():
+            if (weights := fitted_constant(self.engine, self.engine.shape(tensor), real.detach())) is not None:
+                return weights
             numbers = real.detach().to("cpu", torch.float64).numpy()
         try:
             known = self.engine.table_value(numbers, self.engine.shape(tensor))

@@ -269,7 +269,7 @@ class _Prover:
 
     def _check_operands(self) -> None:
         p = self.proof
-        if not (p.q or p.q_weights) or not (p.k or p.k_weights or p.v):
+        if self.main.accs and (not (p.q or p.q_weights) or not (p.k or p.k_weights or p.v)):
             raise Refused("separable", "queries and keys", "a plain decayed sum without queries", 1)
 
     def _has_role(self, a: Access, role: int) -> bool:

@@ -168,6 +168,14 @@ def looked_up_from_the_end(q, k, v, slope):
 
 
 @register(TWINS, None)
+def listed_mask_with_another_entry(q, k, v, slope):
+    n = q.shape[2]
+    weight = [[0.9 ** (i - j) if i >= j else 0.0 for j in range(n)] for i in range(n)]
+    weight[7][2] *= 1.001
+    return (q @ k.mT * torch.tensor(weight)) @ v * slope.sum()
+
+
+@register(TWINS, None)
 def looked_up_squares(q, k, v, slope):
     n = q.shape[2]
     table = torch.exp(-slope[:, None] * torch.arange(n) ** 2)

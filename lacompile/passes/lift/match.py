@@ -107,21 +107,21 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
 def _row_sum(interpreter: Interpreter, builder: Builder, fact: Fact) -> Match | None:
     """The row sums of a decay's square, by which it is normalised: an attention of ones, that needs no square.
 
-    No factor says where its index counts from; the normal form counts the distance, and here it is the position.
+    No factor says where its index counts from: the normal form may count positions, or distances.
     """
     t = fact.value.one
     if t is None or (found := sequence_index(interpreter.engine, t)) is None:
         return None
     j, i = found
-    turned = t.sub(interpreter.engine.space, {j: Aff.var(i) - Aff.var(j)})
-    try:
-        proof = prove(interpreter.engine, replace(fact, value=value(fact.value.shape, [turned])))
-        attention, replacement = builder.build(proof)
-    except Refused:
-        return None
-    if attention.formulation != "parallel":
-        return None
-    return Match(fact.node, replacement, attentions_of(replacement), fact.after)
+    for counted in (t, t.sub(interpreter.engine.space, {j: Aff.var(i) - Aff.var(j)})):
+        try:
+            proof = prove(interpreter.engine, replace(fact, value=value(fact.value.shape, [counted])))
+            attention, replacement = builder.build(proof)
+        except Refused:
+            continue
+        if attention.formulation == "parallel":
+            return Match(fact.node, replacement, attentions_of(replacement), fact.after)
+    return None
 
 
 def _inside(schedule: Schedule, matches: list[Match]) -> set[fx.Node]:

@@ -172,9 +172,7 @@ class Statics:
         self._used.add(node)
 
 
-def as_value(
-    engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, slope: tuple[Mono, int] | None
-) -> Val:
+def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> Val:
     """What was fitted, with this slope in steps of this distance; without one where it only selects."""
     mask = truth(engine, shape, found.guards)
     inside = _weight(found, distance, slope)

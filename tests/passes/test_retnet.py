@@ -1,4 +1,4 @@
-"""Retention with all that belongs to it: rotated and scaled projections, a mask and scores divided by their row sums."""
+"""Retention with all that belongs to it: rotated projections, a mask and scores divided by their row sums."""
 
 from __future__ import annotations
 

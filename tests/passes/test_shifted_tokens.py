@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lacompile import explain
-from lacompile.testing import assert_refused, assert_rewritten
+from lacompile.testing import assert_rewritten
 
 from .forms import B, D, E, H, mask
 

@@ -193,9 +193,9 @@ def _weight(found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> tuple[
 
 
 def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tensor) -> Val | None:
-    """Numbers that the program writes down, all pairs of positions among them, read as those of a buffer are."""
-    if not numbers.is_floating_point() or numbers.dtype not in EXACT_UP_TO or (found := fit(numbers)) is None:
-        return None
+    """Numbers that the program writes down, for all pairs of positions, read as those of a buffer are."""
+    if numbers.dtype not in (torch.float32, torch.float64) or (found := fit(numbers)) is None:
+        return None  # of a shorter format too little is left to call it the same weight
     if found.selects:
         return as_value(engine, shape, found, ONE, None)
     if found.constant or not found.guards:

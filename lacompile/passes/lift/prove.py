@@ -403,7 +403,10 @@ class _Prover:
             del left[role]
             mapping[v] = Aff.var(D_ROLE + role) + low
             ranges |= {self.space.guard(Aff.var(v) - low), self.space.guard(high - Aff.var(v))}
-        if t.guards != ranges:
+        both = self.e is not None and any(
+            self._holds(a, self.e) and mapping.keys() & self.space.vars_of(a[1]) for a in t.accs
+        )
+        if t.guards != ranges or both:  # a product with every feature of both kinds is no small thing beside the sum
             return None
         return t.but(guards=()).sub(self.space, mapping)
 
@@ -417,20 +420,21 @@ class _Prover:
     def _is_state_term(self, t: Term) -> bool:
         """exp(G_i) q_i S_init: the weight is the main one at j = -1 times a number, the query the same."""
         t = self._one_later(t) if self.later else t
-        wanted = self.main.exp.sub(self.space, {self.j: Aff.lit(-1)})
-        expected = self._without_keys(wanted)
-        apart = (t.exp - expected).number
-        if self.proof.state is not None or apart is None or not t.poly.is_const:
+        expected = self._without_keys(self.main.exp).sub(self.space, {self.j: Aff.lit(-1)})
+        if self.proof.state is not None or not t.poly.is_const:
             return False
         bound = t.bound(self.space)
         queries = [a for a in t.accs if any(self._same_query(a, b, bound) for b in self._main_queries())]
         states = [a for a in t.accs if a not in queries]
-        mapping = self._feature_map(t, queries)
+        mapping = self._feature_map(t, [*queries, *_factors_by_exp(t)])
         if mapping is None or not states:
             return False
         if any(self._holds(a, self.n) for a in states):
             return False
         rename = {**self.rename, **mapping}
+        apart = (t.exp.sub(self.space, rename) - expected.sub(self.space, self.rename)).number
+        if apart is None:
+            return False
         renamed = [sub_access(self.space, a, rename) for a in states]
         seen = sorted(sub_access(self.space, a, rename) for a in queries)
         if seen != sorted([*self.proof.q, *self.proof.outer]):
@@ -467,8 +471,9 @@ class _Prover:
     def _feature_map(self, t: Term, queries: Sequence[Access]) -> dict[int, Aff] | None:
         """Feature indices of the state term over the roles of the main term, read off the shared query."""
         out: dict[int, Aff] = {}
+        theirs = [*self._main_queries(), *(a for a in _factors_by_exp(self.main) if not self._holds(a, self.j))]
         for a in queries:
-            for b in self._main_queries():
+            for b in theirs:
                 if not self._same_query(a, b, set()):
                     continue
                 for x, y in zip(a[1], b[1], strict=True):
@@ -484,3 +489,8 @@ class _Prover:
         mine = {self.space.sub(g, rename) for g in t.guards}
         theirs = {self.space.sub(g, self.rename) for g in self.main.guards if self.j not in self.space.vars(g)}
         return mine != theirs
+
+
+def _factors_by_exp(t: Term) -> list[Access]:
+    """What an exponential of plain data reads, as one of a feature map is a factor."""
+    return [a for m, f in t.exp.lin if f.is_const for a in m]

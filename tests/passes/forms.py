@@ -169,6 +169,20 @@ def list_of_decays(q, k, v, slope):
 
 
 @register(PARALLEL)
+def listed_mask(q, k, v, slope):
+    n = q.shape[2]
+    weight = torch.tensor([[0.9 ** (i - j) if i >= j else 0.0 for j in range(n)] for i in range(n)])
+    return (q @ k.mT * weight) @ v * slope.sum()
+
+
+@register(PARALLEL)
+def listed_ones(q, k, v, slope):
+    n = q.shape[2]
+    weight = torch.tensor([[1.0 if i >= j else 0.0 for j in range(n)] for i in range(n)])
+    return (q @ k.mT * weight) @ v * slope.sum()
+
+
+@register(PARALLEL)
 def undecayed(q, k, v, slope):
     return torch.tril(q @ k.mT) @ v * slope.sum()
 

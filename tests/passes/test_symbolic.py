@@ -33,7 +33,7 @@ FORMS = [
 ]
 """A part of what is rewritten, since symbolic sizes are slow in PyTorch itself."""
 EVENLY = ("batched_chunks",)  # chunks of eight tokens, and no padding
-UNROLLED = ("wrong_block_decay", "state_before_update", "decay_per_channel")  # each length is a program of its own
+UNROLLED = ("wrong_block_decay", "state_before_two_updates", "decay_per_channel")  # each length is a program of its own
 
 
 def arguments(length, batch=B, heads=H):

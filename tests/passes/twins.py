@@ -9,9 +9,9 @@ from .forms import TWINS, distance, mask, register
 
 
 @register(TWINS, "causal-range")
-def strictly_lower(q, k, v, slope):
+def two_tokens_left_out(q, k, v, slope):
     d = distance(q.shape[2])
-    return (q @ k.mT * torch.where(d > 0, torch.exp(-slope[:, None, None] * d), 0.0)) @ v
+    return (q @ k.mT * torch.where(d > 1, torch.exp(-slope[:, None, None] * d), 0.0)) @ v
 
 
 @register(TWINS, None)
@@ -88,10 +88,12 @@ def wrong_block_decay(q, k, v, slope, size=8):
 
 
 @register(TWINS, None)
-def state_before_update(q, k, v, slope):
-    state, out = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), []
+def state_before_two_updates(q, k, v, slope):
+    state = before = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
+    out = []
     for t in range(q.shape[2]):
-        out.append((q[:, :, t, :, None] * state).sum(-2))
+        out.append((q[:, :, t, :, None] * before).sum(-2))
+        before = state
         state = state * torch.exp(-slope)[:, None, None] + k[:, :, t, :, None] * v[:, :, t, None, :]
     return torch.stack(out, 2)
 
@@ -163,6 +165,14 @@ def looked_up_from_the_end(q, k, v, slope):
     n = q.shape[2]
     table = torch.exp(-slope[:, None] * torch.arange(n))
     return (q @ k.mT * table[:, distance(n)]) @ v
+
+
+@register(TWINS, None)
+def listed_mask_with_another_entry(q, k, v, slope):
+    n = q.shape[2]
+    weight = [[0.9 ** (i - j) if i >= j else 0.0 for j in range(n)] for i in range(n)]
+    weight[7][2] *= 1.001
+    return (q @ k.mT * torch.tensor(weight)) @ v * slope.sum()
 
 
 @register(TWINS, None)

@@ -54,7 +54,7 @@ def test_two_chunks_of_which_the_first_sees_itself_as_past():
 # --------------------------------------------------------------------------------------------------- writes into a mask
 
 
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", [0, 2])
 def test_a_mask_written_by_a_condition(shift):
     def f(q, k, v, gamma):
         weight = gamma[:, None, None] ** distance()
@@ -64,12 +64,12 @@ def test_a_mask_written_by_a_condition(shift):
     (refused if shift else rewritten)(f)
 
 
-@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("shift", [0, 2])
 def test_a_mask_written_row_by_row(shift):
     def f(q, k, v, gamma):
         weight = gamma[:, None, None] ** distance()
         for row in range(N):
-            weight[..., row, row + 1 - shift :] = 0
+            weight[..., row, max(row + 1 - shift, 0) :] = 0
         return (q @ k.mT * weight) @ v
 
     (refused if shift else rewritten)(f)
@@ -233,7 +233,7 @@ def test_keys_of_fewer_heads_in_a_batched_product(twice):
         total = kv.cumsum(2) + kv if twice else kv.cumsum(2)
         return torch.bmm(q.flatten(0, 2)[:, None], total.flatten(0, 2)).view(B, H, N, E)
 
-    refused(f) if twice else rewritten(f)
+    rewritten(f)
 
 
 @pytest.mark.parametrize("past", [0, 1])

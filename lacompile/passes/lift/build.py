@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -53,7 +54,8 @@ class Builder:
             everything += t.accs
             everything += [a for mono, _ in t.exp.lin for a in mono]
         held = self.held.readable(self.schedule.records_gradients[p.fact.node])
-        like = self._some_node([*p.q, *(a for m, _ in p.q_weights for a in m), *p.k, *p.v], held)
+        rates = [a for m, _ in (*p.q_weights, *p.fixed, *p.tokens) for a in m]
+        like = self._some_node([*p.q, *rates, *p.k, *p.v], held)
         dtype = p.fact.compute
         self.emitter = Emitter(
             self.engine, p.roles, everything, held, like, _exact(dtype), lambda leaf: self._sum(leaf, p.fact)
@@ -61,7 +63,7 @@ class Builder:
         heads, batch = p.head_roles(self.engine.space)
         groups_q = [batch, heads, [N_ROLE], p.key_features]
         e_group = [E_ROLE] if E_ROLE in p.roles else []
-        q = self._operand(p.q, p.q_weights, groups_q, dtype, p)
+        q = self._operand(p.q, p.q_weights, groups_q, dtype, p, shared=not p.later or p.state is None)
         k = self._operand(p.k, p.k_weights, groups_q, dtype, p)
         if p.key_scale != 1:
             k = Call(torch.mul, (k, p.key_scale))
@@ -77,7 +79,7 @@ class Builder:
         read = {v.node for e in recipes for v in values_of(e)}
         region = self.schedule.ancestors(p.fact.node, read, self._same_form)
         fact = DecayedAttention(
-            q=q,
+            q=Call(torch.cat, ([_rows(q, 1, None), _no_row(q)], 2)) if p.later else q,
             k=k,
             v=v,
             log_decay=log_decay,
@@ -94,7 +96,17 @@ class Builder:
             decay_source=source,
             assumptions=tuple(self._assumptions(p, read, region)),
         )
-        return fact, self._replacement(p, fact, batch, heads, e_group, row_factor, added)
+        out: Expr = self._one_later(p, fact, q) if p.later else Attend(fact, 0)
+        return fact, self._replacement(p, out, batch, heads, e_group, row_factor, added)
+
+    def _one_later(self, p: Proof, fact: DecayedAttention, q: Expr) -> Expr:
+        """What each position reads of the sum up to the one before it: the first nothing, or what came in."""
+        out = _rows(Attend(fact, 0), 0, -1)
+        if fact.initial_state is None:
+            return Call(torch.cat, ([_no_row(Attend(fact, 0)), out], 2))
+        first = Call(torch.Tensor.to, (_rows(q, 0, 1), _exact(fact.dtype)))
+        read = Call(torch.mul, (Call(torch.matmul, (first, fact.initial_state)), p.scale))
+        return Call(torch.cat, ([Call(torch.Tensor.to, (read, fact.dtype)), out], 2))
 
     def _sum(self, leaf: int, inside: Fact) -> Expr:
         """A sum that no node holds, as the attention that it is."""
@@ -143,7 +155,9 @@ class Builder:
         groups: Sequence[Sequence[int]],
         dtype: torch.dtype,
         p: Proof,
+        shared: bool = True,
     ) -> Expr:
+        """One operand; of one head for several, where it is ``shared`` and has no more."""
         factors = [self.emitter.exponential(m, c) for m, c in weights]
         piece = self.emitter.product(accesses, factors)
         if piece is None:
@@ -152,7 +166,7 @@ class Builder:
             for _ in self.emitter.order:
                 expr = Call(torch.unsqueeze, (expr, 0))
             piece = Piece(expr, frozenset(), dtype)
-        return self.emitter.assemble(cast(piece, dtype), groups, shrink=(1,))
+        return self.emitter.assemble(cast(piece, dtype), groups, shrink=(1,) if shared else ())
 
     def _log_decay(self, p: Proof, batch: list[int], heads: list[int]) -> tuple[Expr, str]:
         exact = _exact(p.fact.compute)
@@ -246,7 +260,7 @@ class Builder:
     def _replacement(
         self,
         p: Proof,
-        fact: DecayedAttention,
+        expr: Expr,
         batch: list[int],
         heads: list[int],
         e_group: list[int],
@@ -254,7 +268,6 @@ class Builder:
         added: Sequence[Expr | float],
     ) -> Expr:
         """The operator's output in the target's dimensions, times row factors, plus what is added to it."""
-        expr: Expr = Attend(fact, 0)
         order: list[int] = []
         at = 0
         for group in (batch, heads, [N_ROLE], e_group):
@@ -276,6 +289,21 @@ class Builder:
             expr = Call(torch.add, (expr, term))
         return expr
 
+    def _summed_product(self, p: Proof, t: Term) -> Piece | None:
+        """The factors of a plain term; those that hold key features are multiplied and summed first."""
+        features = set(p.key_features)
+
+        def held(idx: Iterable[Aff]) -> bool:
+            return not features.isdisjoint(self.engine.space.vars_of(idx))
+
+        monos = [(m, float(f.const), held(i for _, idx in m for i in idx)) for m, f in t.exp.lin if m]
+        inner = self.emitter.product(
+            [a for a in t.accs if held(a[1])], [self.emitter.exponential(m, c) for m, c, inside in monos if inside]
+        )
+        summed = [] if inner is None else [self.emitter.summed(inner, p.key_features)]
+        rest = [self.emitter.exponential(m, c) for m, c, inside in monos if not inside]
+        return self.emitter.product([a for a in t.accs if not held(a[1])], [*rest, *summed])
+
     def _around(self, p: Proof, residual: Sequence[Term]) -> tuple[Expr | None, list[Expr | float]]:
         """In the target's dimensions: the factor of each row, if there is one, and the terms that are added."""
         groups = [[r] for r in sorted(p.place, key=lambda r: p.place[r])]
@@ -286,15 +314,23 @@ class Builder:
         outer = self.emitter.product(p.outer, [self.emitter.exponential(m, c) for m, c in p.outer_weights])
         added: list[Expr | float] = []
         for t in residual:
-            factors = [self.emitter.exponential(m, float(f.const)) for m, f in t.exp.lin if m]
             coef = t.coef * math.exp(sum(float(f.const) for m, f in t.exp.lin if not m))
-            piece = self.emitter.product(t.accs, factors)
-            piece = None if piece is None else self.emitter.summed(piece, p.key_features)
+            piece = self._summed_product(p, t)
             if piece is None:
                 added.append(coef)
             else:
                 added.append(in_target(piece) if coef == 1 else Call(torch.mul, (in_target(piece), coef)))
         return None if outer is None else in_target(outer), added
+
+
+def _rows(x: Expr, start: int | None, end: int | None) -> Expr:
+    """Some positions of ``[B,H,N,D]``."""
+    return Call(operator.getitem, (x, (slice(None), slice(None), slice(start, end))))
+
+
+def _no_row(x: Expr) -> Expr:
+    """Zeros for one position."""
+    return Call(torch.zeros_like, (_rows(x, 0, 1),))
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -67,6 +67,14 @@ class Causes:
             )
         if refused and any(self._by_channel(t) for t in terms):
             return Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+        if refused and self._scaled_apart(terms):
+            return Refused(
+                "single-term",
+                "one sum over j <= i",
+                "sums that are each divided by a maximum of their own, as those of chunks are",
+                5,
+                "the maximum is one of the scores and states inside each chunk, which the operator never holds",
+            )
         tied = {found[1] for t in terms if (found := sequence_index(self.engine, t)) is not None}
         sums = [t for t in terms if t.bound(self.space)]  # beside terms of single positions
         if sums and all(self._elementwise(t, tied) for t in sums):
@@ -163,6 +171,11 @@ class Causes:
         return frozenset(v for v in self.space.vars_of(a[1]) if v >= 0)
 
     # -------------------------------------------------------------------------------------------------------- weights
+
+    def _scaled_apart(self, terms: Sequence[Term]) -> bool:
+        """Whether every sum has a factor made by a maximum, and no two of them the same one."""
+        made = [{leaf for leaf in t.signature if self._maxima[leaf]} for t in terms if t.bound(self.space)]
+        return len(made) > 1 and all(made) and not set.intersection(*made)
 
     def _by_channel(self, t: Term) -> bool:
         """Whether a weight moves at a rate of its own for each feature that is contracted."""

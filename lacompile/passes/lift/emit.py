@@ -18,6 +18,7 @@ from torch import fx
 from ..facts import Call, Const, Expr, Value
 from .affine import FIRST_DIV, FIRST_MIXED, ONE, ZERO, Aff
 from .engine import Engine
+from .holders import place_of
 from .leaves import Argument, Extended, Number, Opaque, Symbol, Table
 from .term import Access, Mono
 
@@ -162,27 +163,40 @@ class Emitter:
             numbers = Const(_nested(kind.array), self.like, self.exact)
             return self._indexed(numbers, leaf.shape, idx, self.exact)
         if isinstance(kind, Extended):
-            return self.access((kind.of, idx))
+            return self._extended(kind.of, idx)
         assert isinstance(kind, Symbol)
         return self._symbol(kind, idx, leaf.dtype)
 
-    def _through(self, node: fx.Node, pattern: tuple[Aff, ...], idx: tuple[Aff, ...]) -> Piece | None:
+    def _extended(self, leaf_id: int, idx: tuple[Aff, ...]) -> Piece:
+        """A leaf read beyond its ends too, where it is zero: a value of the graph, padded."""
+        leaf = self.engine.leaves[leaf_id]
+        if isinstance(leaf.kind, Opaque) and leaf.kind.node is not None:
+            return self._indexed(Value(leaf.kind.node), leaf.shape, idx, leaf.dtype, padded=True)
+        if leaf_id in self.held:
+            node, pattern = self.held[leaf_id]
+            sizes = {d: n for p, n in zip(pattern, leaf.shape, strict=True) if (d := place_of(p)) is not None}
+            shape = self.engine.shape(node.meta["example_value"])
+            whole = all(sizes[d] == shape[d] for d in sizes)
+            if whole and (found := self._through(node, pattern, idx, padded=True)) is not None:
+                return found
+        return self.access((leaf_id, idx))
+
+    def _through(
+        self, node: fx.Node, pattern: tuple[Aff, ...], idx: tuple[Aff, ...], padded: bool = False
+    ) -> Piece | None:
         """Reads a symbol leaf from a node that holds it: pattern tells which dimension of the node each index is."""
         example = node.meta.get("example_value")
         if not isinstance(example, torch.Tensor):
             return None
         at: dict[int, Aff] = {}
         for p, i in zip(pattern, idx, strict=True):
-            if p.is_const:
-                if p != i:
-                    return None
-                continue
-            d = p.terms[0][0]
-            if at.setdefault(d, i) != i:
+            if (d := place_of(p)) is not None and at.setdefault(d, i) != i:
                 return None
+        if any(self.engine.space.sub(p, at) != i for p, i in zip(pattern, idx, strict=True)):
+            return None
         shape = self.engine.shape(example)
         index = tuple(at.get(d, ZERO) for d in range(len(shape)))
-        return self._indexed(Value(node), shape, index, example.dtype)
+        return self._indexed(Value(node), shape, index, example.dtype, padded)
 
     def _symbol(self, kind: Symbol, idx: tuple[Aff, ...], dtype: torch.dtype) -> Piece:
         args: list[Any] = []
@@ -202,13 +216,19 @@ class Emitter:
                 args.append(arg)
         return Piece(Call(kind.op, tuple(args), dict(kind.kwargs)), present, dtype)
 
-    def _indexed(self, base: Expr, shape: Sequence[Aff], idx: Sequence[Aff], dtype: torch.dtype) -> Piece:
-        """Views that turn ``base[idx]`` into one dimension per digit."""
+    def _indexed(
+        self, base: Expr, shape: Sequence[Aff], idx: Sequence[Aff], dtype: torch.dtype, padded: bool = False
+    ) -> Piece:
+        """Views that turn ``base[idx]`` into one dimension per digit; ``padded`` with zeros where it is none."""
         expr = base
         held: list[int] = []  # the digit each remaining dimension runs over
         dim = 0
         for size, a in zip(shape, idx, strict=True):
-            expr, digits = self._dimension(expr, dim, size, self._over_digits(a))
+            a = self._over_digits(a)
+            if padded and (around := self._beyond(size, a)) is not None:
+                expr, size = _with_zeros(expr, dim, *around), self.sizes[a.terms[0][0]]
+                a = a - a.const
+            expr, digits = self._dimension(expr, dim, size, a)
             held += digits
             dim += len(digits)
         if len(set(held)) != len(held):
@@ -259,6 +279,16 @@ class Emitter:
         expr = self._narrow(expr, dim + 1, Aff.lit(outer), Aff.lit(offset), length)
         expr, digits = self._dimension(expr, dim, self._quotient(size, outer), _divided(rest, outer, offset))
         return expr, [*digits, v]
+
+    def _beyond(self, size: Aff, a: Aff) -> tuple[int, int] | None:
+        """How far an index that moves by one leaves a dimension in front and behind; None if it stays inside."""
+        if len(a.terms) != 1 or a.terms[0][1] != 1 or a.terms[0][0] not in self.sizes:
+            return None
+        before, after = -a.const, self.sizes[a.terms[0][0]] + a.const - size
+        if not after.is_const or (before <= 0 and after.const <= 0):
+            return None
+        longest = max(int(before), int(after.const))
+        return (int(before), int(after.const)) if self.engine.space.lower(size - longest - 1, {}) >= 0 else None
 
     def _split_off(self, expr: Expr, dim: int, size: Aff, m: int, rest: Aff) -> tuple[Expr, int]:
         if any(c % m for _, c in rest.terms):
@@ -400,6 +430,18 @@ def squeezed(expr: Expr, dim: int) -> Expr:
     if isinstance(expr, Call) and expr.op is torch.mul and isinstance(expr.args[1], float):
         return Call(torch.mul, (squeezed(expr.args[0], dim), expr.args[1]))
     return Call(torch.squeeze, (expr, dim))
+
+
+def _with_zeros(expr: Expr, dim: int, before: int, after: int) -> Expr:
+    """Zeros in front and behind; fewer of them than there are entries, and where less than none, entries less."""
+
+    def part(start: int | None, end: int | None) -> Expr:
+        return Call(operator.getitem, (expr, (*[slice(None)] * dim, slice(start, end))))
+
+    kept = part(max(-before, 0) or None, min(after, 0) or None) if min(before, after) < 0 else expr
+    front = [Call(torch.zeros_like, (part(0, before),))] if before > 0 else []
+    behind = [Call(torch.zeros_like, (part(0, after),))] if after > 0 else []
+    return Call(torch.cat, ([*front, kept, *behind], dim))
 
 
 def cast(piece: Piece, dtype: torch.dtype) -> Piece:

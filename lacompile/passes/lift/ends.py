@@ -17,7 +17,7 @@ from .term import Term
 Ends = tuple[Aff, Aff]
 
 
-def _ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> Ends | None:
+def only_ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> Ends | None:
     """The range of ``var`` in this term, if it has one lower and one upper end."""
     found = all_ends(algebra, term, var, shape)
     return found[0] if len(found) == 1 else None
@@ -69,7 +69,7 @@ def _movable(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]
     """Indices of ``ranged`` whose range the point may change, each with its ends."""
     fixed = points(algebra, point, shape)
     for var in sorted({v for g in ranged.guards for v, _ in g.terms if v < 100}):
-        ends = _ends(algebra, ranged, var, shape)
+        ends = only_ends(algebra, ranged, var, shape)
         if ends is None or (var >= 0 and (var not in fixed or not all(v >= 100 for e in ends for v, _ in e.terms))):
             continue
         yield var, *ends
@@ -94,6 +94,11 @@ def _is_there(
     return there.guards == point.guards or not (
         own_guards(algebra, there, point, shape) or own_guards(algebra, point, there, shape)
     )
+
+
+def point(algebra: Algebra, ranged: Term, var: int, ends: Ends, at: Aff, shape: tuple[Aff, ...]) -> Term | None:
+    """What a ranged term is at one place of its range."""
+    return algebra.normalise(_without_range(algebra, ranged, var, ends).sub(algebra.space, {var: at}), shape)
 
 
 def _without_range(algebra: Algebra, term: Term, var: int, ends: Ends) -> Term:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from .affine import FIRST_DIV, ONE, Aff
+from .affine import ONE, Aff
 from .engine import Engine
 from .interpret import Fact, Interpreter
 from .leaves import Symbol
@@ -47,19 +47,22 @@ def holders(interpreter: Interpreter) -> Holders:
 
 
 def _held(engine: Engine, fact: Fact) -> tuple[int, tuple[Aff, ...]] | None:
-    """The symbol that a value is, every entry once, and its index; None if it is something else."""
+    """The symbol that a value is, and its index; None if it is something else.
+
+    Some entry of the index says where along each dimension of the value it is; the others follow from those.
+    """
     t = fact.value.one
     if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or not t.poly.is_const:
         return None
     leaf, idx = t.accs[0]
     if not isinstance(engine.leaves[leaf].kind, Symbol):
         return None
-    for size, a in zip(engine.leaf_shapes[leaf], idx, strict=True):
-        if a.is_const:
-            whole = size == ONE
-        else:
-            alone = len(a.terms) == 1 and a.terms[0][1] == 1 and not a.const and a.terms[0][0] < FIRST_DIV
-            whole = alone and size == fact.value.shape[a.terms[0][0]]
-        if not whole:
-            return None
-    return leaf, idx
+    alone = {d for a in idx if (d := place_of(a)) is not None}
+    held = {v for v in engine.space.vars_of(idx) if v < 100}
+    whole = all(size == ONE for size, a in zip(engine.leaf_shapes[leaf], idx, strict=True) if a.is_const)
+    return (leaf, idx) if whole and held <= alone else None
+
+
+def place_of(a: Aff) -> int | None:
+    """The dimension that an index is; None if it is more than that."""
+    return a.terms[0][0] if len(a.terms) == 1 and a.terms[0][1] == 1 and not a.const and a.terms[0][0] < 100 else None

@@ -15,7 +15,7 @@ from ..._compat import outside_modes
 from ..capture import Capture, Memory, ViewStep
 from .engine import Engine, GiveUp, Unmerged
 from .leaves import Opaque
-from .statics import Statics
+from .statics import Statics, fitted_constant
 from .term import Precision, Val
 from .transfer import Op, transfer
 from .transfer.reshaping import view_map
@@ -80,6 +80,8 @@ class Interpreter:
         if real.is_complex():
             return self.engine.leaf(tensor, Opaque(None, "complex constant"))
         with outside_modes():
+            if (weights := fitted_constant(self.engine, self.engine.shape(tensor), real.detach())) is not None:
+                return weights
             numbers = real.detach().to("cpu", torch.float64).numpy()
         try:
             known = self.engine.table_value(numbers, self.engine.shape(tensor))
@@ -197,6 +199,7 @@ class Interpreter:
         assert self.capture is not None
         for tensor, val in outputs:
             val = self._rooted(node, val, tensor) if single else val
+            val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.contracts(val)):
                 val = self._readable(node, val, tensor)
             out.append(val)
@@ -257,6 +260,12 @@ class Interpreter:
             fresh = self.engine.leaf(tensor, replace(kind, node=node))
             return replace(val, alt=fresh.one) if t is val.alt else fresh
         return val
+
+    def _written_anew(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
+        """What this node wrote into, as the tensor that it is now: what a product held before is gone from memory."""
+        if node not in self._memory.record(tensor).root.writers[-1:]:
+            return val
+        return replace(val, alt=self.engine.leaf(tensor, Opaque(node, node.name, _leaves_of([val]))).one)
 
     def _readable(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
         """The value with the one of the graph beside it, as a leaf of which it is known what it is."""

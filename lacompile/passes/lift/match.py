@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import fx
 
 from ..facts import DecayedAttention, Expr, Match, Refusal, attentions_of, values_of
 from ..schedule import Schedule
+from .affine import Aff
 from .build import Builder
 from .causes import Causes
 from .holders import Holders
 from .interpret import Fact, Interpreter
 from .proof import Proof, Refused
-from .prove import explain_missing, prove
+from .prove import explain_missing, prove, sequence_index
 from .states import final_states, looks_like_state
 from .step import prove_step
+from .term import value
 
 MAX_STEPS_BACK = 24
 EXPLAINED = 1  # progress of a refusal that names a tensor of the program, and not what became of the normal form
@@ -30,12 +34,13 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
     explained: set[int] = set()
     causes = Causes(interpreter.engine)
     elementwise: list[Fact] = []
+    row_sums: list[Fact] = []
     for node in interpreter.demanded:
         fact = interpreter.facts[node]
         if node in done:
             continue
         if not interpreter.engine.contracts(fact.value):
-            elementwise.append(fact)
+            (elementwise if any(t.accs for c in fact.value.cases for t in c.terms) else row_sums).append(fact)
             continue
         best: Refusal | None = None
         found = False
@@ -94,8 +99,29 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
         if not rewritten & data(leaf for c in fact.value.cases for t in c.terms for leaf in t.signature):
             refusals += _told(causes, fact, None)
     matches += final_states(interpreter, states, proofs)
+    matches += [m for fact in row_sums if matches and (m := _row_sum(interpreter, builder, fact)) is not None]
     inside = _inside(schedule, matches)
     return matches, sorted((r for r in refusals if r.node not in inside), key=lambda r: -r.progress)
+
+
+def _row_sum(interpreter: Interpreter, builder: Builder, fact: Fact) -> Match | None:
+    """The row sums of a decay's square, by which it is normalised: an attention of ones, that needs no square.
+
+    No factor says where its index counts from: the normal form may count positions, or distances.
+    """
+    t = fact.value.one
+    if t is None or (found := sequence_index(interpreter.engine, t)) is None:
+        return None
+    j, i = found
+    for counted in (t, t.sub(interpreter.engine.space, {j: Aff.var(i) - Aff.var(j)})):
+        try:
+            proof = prove(interpreter.engine, replace(fact, value=value(fact.value.shape, [counted])))
+            attention, replacement = builder.build(proof)
+        except Refused:
+            continue
+        if attention.formulation == "parallel":
+            return Match(fact.node, replacement, attentions_of(replacement), fact.after)
+    return None
 
 
 def _inside(schedule: Schedule, matches: list[Match]) -> set[fx.Node]:

@@ -7,11 +7,12 @@ size does not depend on the number of chunks. The index may be bound (a sum that
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .affine import Aff
-from .ends import all_ends, extend, same, shorten
+from .ends import all_ends, extend, only_ends, point, same, shorten
 from .lines import free_line, line, own_guards, staircase
+from .lines import points as places
 from .normal import Algebra
 from .term import Term
 
@@ -49,6 +50,10 @@ def merge_sum(
                 if len(done) > limit:
                     raise TooManyTerms
                 break
+    for group in alike.values():
+        if len(group) > 2 and (again := _apart(algebra, group, shape)) is not None:
+            others = [t for t in done if t not in group]
+            return merge_sum(algebra, (*others, *again), shape, limit)
     return tuple(done)
 
 
@@ -114,6 +119,40 @@ def _split(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term |
             if joined is not None and (out := _merge(algebra, joined, outside, shape)) is not None:
                 return out
     return None
+
+
+def _apart(algebra: Algebra, group: Sequence[Term], shape: tuple[Aff, ...]) -> list[Term] | None:
+    """The same sum, a line through two points taken apart again where each point belongs to another term.
+
+    The second token of a loop that weighs its own token in another way holds two that lie on a line, by accident.
+    """
+    for t in group:
+        rest = [x for x in group if x is not t]
+        for var in sorted(t.bound(algebra.space)):
+            ends = only_ends(algebra, t, var, shape)
+            if ends is None or ends[1] - ends[0] != Aff.lit(1) or algebra.bounds(var, t.guards).other:
+                continue
+            joined = _each_elsewhere(algebra, [point(algebra, t, var, ends, at, shape) for at in ends], rest, shape)
+            if joined is not None:
+                return joined
+    return None
+
+
+def _each_elsewhere(
+    algebra: Algebra, points: Sequence[Term | None], rest: Sequence[Term], shape: tuple[Aff, ...]
+) -> list[Term] | None:
+    """``rest`` with each of the points merged into another of its terms; None where one does not."""
+    free, out = sorted(rest, key=lambda x: len(places(algebra, x, shape))), []  # those that go on first
+    for p in points:
+        for x in free if p is not None else ():
+            joined = _merged(algebra, x, p, shape) if p is not None and p.signature == x.signature else None
+            if joined is not None:
+                free.remove(x)
+                out.append(joined)
+                break
+        else:
+            return None
+    return [*free, *out]
 
 
 def _cuts(algebra: Algebra, whole: Term, part: Term, shape: tuple[Aff, ...]) -> list[Aff]:

@@ -32,6 +32,8 @@ class Proof:
     roles: dict[int, Aff]  # batch-like roles first, then N_ROLE, the key features, E_ROLE
     batch_like: list[int]
     place: dict[int, int]  # role -> dimension of the target (features of keys have none)
+    later: bool = False
+    """Whether a position reads the sum up to the one before it: the attention's row i is read by row i + 1."""
     q: list[Access] = field(default_factory=list)
     k: list[Access] = field(default_factory=list)
     v: list[Access] = field(default_factory=list)

@@ -149,10 +149,13 @@ class _Prover:
         j, i = Aff.var(self.j), Aff.var(self.n)
         bound = self.main.bound(self.space)
         about_j = {g for g in self.main.guards if self.j in self.space.vars(g)}
+        self.later = about_j == {j, i - j - 1}
+        if self.later:  # a sum over earlier positions, i included, is what the next position reads
+            self.main = self._one_later(self.main)
+            about_j = {j, i - j}
         if about_j != {j, i - j}:
             found = ", ".join(self._spoken(g) for g in sorted(about_j))
-            hint = "the diagonal is left out" if i - j - 1 in about_j else ""
-            raise Refused("causal-range", "0 <= j <= i", found, 3, hint)
+            raise Refused("causal-range", "0 <= j <= i or 0 <= j < i", found, 3)
         self.features: dict[int, tuple[int, Aff]] = {}
         for d in sorted(bound - {self.j}, reverse=True):
             ends = self.engine.bounds(d, self.main.guards)
@@ -175,6 +178,10 @@ class _Prover:
             )
         if len(self.features) > 4:
             raise Refused("whole-features", "at most four feature indices", f"{len(self.features)}", 3)
+
+    def _one_later(self, t: Term) -> Term:
+        """The term at the position after i."""
+        return t.sub(self.space, {self.n: Aff.var(self.n) + 1})
 
     def _spoken(self, guard: Aff) -> str:
         """A guard as an end of the range of j where it is one: ``j <= i + 3``."""
@@ -218,7 +225,7 @@ class _Prover:
         place = dict(enumerate(batch_like))
         roles[N_ROLE], place[N_ROLE] = self.shape[self.n], self.n
         self.rename: dict[int, Aff] = {d: Aff.var(r) for r, d in enumerate(batch_like) if self.shape[d] != ONE}
-        self.rename[self.n] = Aff.var(N_ROLE)
+        self.rename[self.n] = Aff.var(N_ROLE) - int(self.later)  # factors of a row stay those of the row that reads
         self.rename[self.j] = Aff.var(N_ROLE)
         for n, (d, (low, length)) in enumerate(self.features.items()):
             roles[D_ROLE + n] = length
@@ -228,7 +235,13 @@ class _Prover:
             if self.e is not None:
                 self.rename[self.e] = Aff.var(E_ROLE)
         self.proof = Proof(
-            self.fact, roles, list(range(len(batch_like))), place, scale=self.main.coef, shapes=self.engine.leaf_shapes
+            self.fact,
+            roles,
+            list(range(len(batch_like))),
+            place,
+            self.later,
+            scale=self.main.coef,
+            shapes=self.engine.leaf_shapes,
         )
 
     def _monos(self) -> Iterable[Mono]:
@@ -256,7 +269,7 @@ class _Prover:
 
     def _check_operands(self) -> None:
         p = self.proof
-        if not (p.q or p.q_weights) or not (p.k or p.k_weights or p.v):
+        if self.main.accs and (not (p.q or p.q_weights) or not (p.k or p.k_weights or p.v)):
             raise Refused("separable", "queries and keys", "a plain decayed sum without queries", 1)
 
     def _has_role(self, a: Access, role: int) -> bool:
@@ -331,8 +344,10 @@ class _Prover:
             raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
         if any(self.space.vars(x) & {self.n, self.j} for _, idx in mono for x in idx):
             raise Refused("decay", "one decay per head", "a slope that differs by position", 5)
-        if f.const:
+        if f.const and not self.later:
             raise Refused("unit-diagonal", "weight 1 at j = i", f"a weight off by {f.const} steps of the decay", 5)
+        if f.const:  # the decay of the row that reads, where that comes before it reads
+            self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
         self.proof.fixed.append((self._renamed_mono(mono), float(step)))
 
     def _token_decays(self) -> None:
@@ -344,6 +359,10 @@ class _Prover:
             holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set())
             if holders & set(self.features) or (self.e is not None and self.e in holders):
                 raise Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+            own = self.later and set(ends) == {up + 1, down}  # the row that reads has decayed by then
+            if own:
+                ends[up] = ends.pop(up + 1)
+                self.proof.q_weights.append((self._renamed_mono(at_position(mono)), float(ends[up])))
             if set(ends) != {up, down} or abs(ends[up] + ends[down]) > 1e-9:
                 shown = ", ".join(f"{c:+g} P({p})" for p, c in ends.items())
                 raise Refused("unit-diagonal", "prefix sums P(i+1) - P(j+1)", shown, 5)
@@ -366,7 +385,10 @@ class _Prover:
         raise Refused("single-term", "one sum over j <= i (and an initial state)", f"also {self._spoken_term(t)}", 6)
 
     def _over_features(self, t: Term) -> Term | None:
-        """A plain term, summed indices among the key features: ``q (z + eps)`` adds the sum of each row of q."""
+        """A plain term, summed indices among the key features.
+
+        ``q (z + eps)`` adds the sum of each row of q, a weight of its own for each token ``(q u k) v``.
+        """
         left = {n: length for n, (_, length) in enumerate(self.features.values())}
         mapping: dict[int, Aff] = {}
         ranges: set[Aff] = set()
@@ -381,7 +403,10 @@ class _Prover:
             del left[role]
             mapping[v] = Aff.var(D_ROLE + role) + low
             ranges |= {self.space.guard(Aff.var(v) - low), self.space.guard(high - Aff.var(v))}
-        if t.guards != ranges or (mapping and self.e is not None and self.e in t.vars(self.space)):
+        both = self.e is not None and any(
+            self._holds(a, self.e) and mapping.keys() & self.space.vars_of(a[1]) for a in t.accs
+        )
+        if t.guards != ranges or both:  # a product with every feature of both kinds is no small thing beside the sum
             return None
         return t.but(guards=()).sub(self.space, mapping)
 
@@ -394,20 +419,22 @@ class _Prover:
 
     def _is_state_term(self, t: Term) -> bool:
         """exp(G_i) q_i S_init: the weight is the main one at j = -1 times a number, the query the same."""
-        wanted = self.main.exp.sub(self.space, {self.j: Aff.lit(-1)})
-        expected = self._without_keys(wanted)
-        apart = (t.exp - expected).number
-        if self.proof.state is not None or apart is None or not t.poly.is_const:
+        t = self._one_later(t) if self.later else t
+        expected = self._without_keys(self.main.exp).sub(self.space, {self.j: Aff.lit(-1)})
+        if self.proof.state is not None or not t.poly.is_const:
             return False
         bound = t.bound(self.space)
         queries = [a for a in t.accs if any(self._same_query(a, b, bound) for b in self._main_queries())]
         states = [a for a in t.accs if a not in queries]
-        mapping = self._feature_map(t, queries)
+        mapping = self._feature_map(t, [*queries, *_factors_by_exp(t)])
         if mapping is None or not states:
             return False
         if any(self._holds(a, self.n) for a in states):
             return False
         rename = {**self.rename, **mapping}
+        apart = (t.exp.sub(self.space, rename) - expected.sub(self.space, self.rename)).number
+        if apart is None:
+            return False
         renamed = [sub_access(self.space, a, rename) for a in states]
         seen = sorted(sub_access(self.space, a, rename) for a in queries)
         if seen != sorted([*self.proof.q, *self.proof.outer]):
@@ -444,8 +471,9 @@ class _Prover:
     def _feature_map(self, t: Term, queries: Sequence[Access]) -> dict[int, Aff] | None:
         """Feature indices of the state term over the roles of the main term, read off the shared query."""
         out: dict[int, Aff] = {}
+        theirs = [*self._main_queries(), *(a for a in _factors_by_exp(self.main) if not self._holds(a, self.j))]
         for a in queries:
-            for b in self._main_queries():
+            for b in theirs:
                 if not self._same_query(a, b, set()):
                     continue
                 for x, y in zip(a[1], b[1], strict=True):
@@ -461,3 +489,8 @@ class _Prover:
         mine = {self.space.sub(g, rename) for g in t.guards}
         theirs = {self.space.sub(g, self.rename) for g in self.main.guards if self.j not in self.space.vars(g)}
         return mine != theirs
+
+
+def _factors_by_exp(t: Term) -> list[Access]:
+    """What an exponential of plain data reads, as one of a feature map is a factor."""
+    return [a for m, f in t.exp.lin if f.is_const for a in m]

@@ -168,23 +168,41 @@ class Statics:
 
     def _enter(self, node: fx.Node, found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> None:
         shape = self.engine.shape(node.meta["example_value"])
-        mask = truth(self.engine, shape, found.guards)
-        inside = self._weight(found, distance, slope)
-        outside = (Term(float("-inf")),) if found.log_space else ()
-        cases = tuple(Case(c.guards, inside if c.terms else outside) for c in mask.cases)
-        made = self.engine.join_cases(Val(shape, cases))
-        # Zeros and ones are what they are; of a weight only what its format leaves of it is known.
-        self._values[node] = replace(made, precision=Precision.EXACT) if slope is None else made
+        self._values[node] = as_value(self.engine, shape, found, distance, slope)
         self._used.add(node)
 
-    @staticmethod
-    def _weight(found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> tuple[Term, ...]:
-        if slope is None:
-            return () if found.log_space else (Term(1.0),)
-        mono, sign = slope
-        if found.log_space:
-            return (Term(float(sign), distance, mono),)
-        return (Term(1.0, exp=Exponent.of([(mono, distance * sign)], ())),)
+
+def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> Val:
+    """What was fitted, with this slope in steps of this distance; without one where it only selects."""
+    mask = truth(engine, shape, found.guards)
+    inside = _weight(found, distance, slope)
+    outside = (Term(float("-inf")),) if found.log_space else ()
+    cases = tuple(Case(c.guards, inside if c.terms else outside) for c in mask.cases)
+    made = engine.join_cases(Val(shape, cases))
+    # Zeros and ones are what they are; of a weight only what its format leaves of it is known.
+    return replace(made, precision=Precision.EXACT) if slope is None else made
+
+
+def _weight(found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> tuple[Term, ...]:
+    if slope is None:
+        return () if found.log_space else (Term(1.0),)
+    mono, sign = slope
+    if found.log_space:
+        return (Term(float(sign), distance, mono),)
+    return (Term(1.0, exp=Exponent.of([(mono, distance * sign)], ())),)
+
+
+def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tensor) -> Val | None:
+    """Numbers that the program writes down, for all pairs of positions, read as those of a buffer are."""
+    if numbers.dtype not in (torch.float32, torch.float64) or (found := fit(numbers)) is None:
+        return None  # of a shorter format too little is left to call it the same weight
+    if found.selects:
+        return as_value(engine, shape, found, ONE, None)
+    if found.constant or not found.guards:
+        return None
+    middle = found.slopes.middle
+    table = engine.leaves.table(middle, tuple(Aff.lit(n) for n in middle.shape))
+    return as_value(engine, shape, found, found.distances[0], (((table, head_index(found)),), -1))
 
 
 def belongs_to_module(node: fx.Node, real: torch.Tensor) -> bool:

@@ -59,7 +59,7 @@ def _weigh(leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
             else:
                 break
         else:
-            if not extra:
+            if not extra or _newest(t, target):
                 return t
             accs = list(t.accs)
             moved: list[Access] = []
@@ -74,6 +74,22 @@ def _weigh(leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
             if ok:
                 return t.but(accs=tuple(accs), exp=t.exp + logarithm(leaves, moved))
     return t
+
+
+def _newest(t: Term, other: Term) -> bool:
+    """Whether ``t`` is one token, and the other term those before it: what ``t`` has beyond that is no decay."""
+    seen = dict(other.accs)
+    places = [(x, y) for leaf, idx in t.accs if leaf in seen for x, y in zip(idx, seen[leaf], strict=True) if x != y]
+    return bool(places) and all(_before(y, x, other) for x, y in places)
+
+
+def _before(y: Aff, x: Aff, term: Term) -> bool:
+    """Whether the place ``y`` of this term is, wherever it counts, before the single place ``x``."""
+    bound = [v for v, _ in y.terms if v < 0]
+    if any(v < 0 for v, _ in x.terms) or len(bound) > 1 or any(y.coef(v) != 1 for v in bound):
+        return False
+    ends = [y.without(v) + g.without(v) for v in bound for g in term.guards if g.coef(v) == -1] if bound else [y]
+    return any((room := x - 1 - end).is_const and room.const >= 0 for end in ends)
 
 
 def scalar_factors(space: Space, state: Term, update: Term) -> list[Access]:

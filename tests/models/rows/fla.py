@@ -250,5 +250,5 @@ ROWS = [
     row("`naive_log_linear_attn`", "other", log_linear, 8, 0, "causal-range"),
     row("`naive_forgetting_attn`", "other", forgetting, 24, 0, "separable"),
     row("`naive_parallel_attn`, gated", "other", softmax, 24, 0, "separable"),
-    row("`naive_stickbreaking_attn`", "other", stickbreaking, 24, 0, "causal-range"),
+    row("`naive_stickbreaking_attn`", "other", stickbreaking, 24, 0, "separable"),
 ]

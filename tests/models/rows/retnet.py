@@ -89,7 +89,7 @@ def by_chunks(n):
 
 YET_ANOTHER = "yet-another-retnet"
 ROWS = [
-    Row("torchscale", "`MultiScaleRetention`, its normaliser too", "parallel", torchscale(False), 40, 0, "single-term"),
+    Row("torchscale", "`MultiScaleRetention`, its normaliser too", "parallel", torchscale(False), 40, 3, before=48),
     Row(
         "torchscale",
         "`MultiScaleRetention`, `chunkwise_recurrent=True`",
@@ -97,7 +97,7 @@ ROWS = [
         torchscale(True),
         24,
         0,
-        "separable",
+        "single-term",
     ),
     Row(YET_ANOTHER, "`MultiScaleRetention.forward_parallel`", "parallel", parallel, 40, before=48),
     Row(YET_ANOTHER, "`retention_recurrent` over tokens, state in and out", "recurrent", by_tokens, 8),

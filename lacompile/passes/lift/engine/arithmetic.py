@@ -35,7 +35,7 @@ class Arithmetic(Symbols):
             t = x.one
             if t is not None and not t.accs and not t.exp and not t.guards and t.poly.is_const:
                 return self.scale(y, t.coef)
-        moving = [v for v in (a, b) if self.structured(v) or not v.single or any(t.exp.lin for t in v.terms)]
+        moving = [v for v in (a, b) if self.structured(v) or not v.single or any(map(_weighted, v.terms))]
         if not moving:
             a, b = self.pick_beside(a, b), self.pick_beside(b, a)
         else:
@@ -191,6 +191,11 @@ class Arithmetic(Symbols):
         held = [self.space.vars_of(idx) for _, idx in update.accs]
         whole = frozenset().union(*held)
         return whole not in held and len(state.accs) == 1 and self.space.vars_of(state.accs[0][1]) == whole
+
+
+def _weighted(t: Term) -> bool:
+    """Whether some weight is more than a number, which the size of a coefficient is."""
+    return any(m or not f.is_const for m, f in t.exp.lin)
 
 
 def _moves(v: Val) -> bool:

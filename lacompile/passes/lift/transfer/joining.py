@@ -51,6 +51,7 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
     cases: list[Case] = []
     pieces: list[list[Term]] = []
     masked = any(not p.single or any(math.isinf(t.coef) for t in p.terms) for p in parts)
+    of_one = _parts_of_one(engine, parts)
     for p in parts:
         end = start + p.shape[d]
         guards = frozenset({x - start, end - 1 - x})
@@ -62,7 +63,7 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
                 if inside is not None:
                     cases.append(Case(inside, tuple(t.sub(engine.space, mapping) for t in c.terms)))
         else:
-            reading = engine.pick(p) if not engine.contracts(p) else p
+            reading = engine.pick(p) if of_one or not engine.contracts(p) else p
             moved_terms = [t.sub(engine.space, mapping) for t in reading.terms]
             pieces.append([t.but(guards=t.guards | guards) for t in moved_terms])
         start = end
@@ -70,6 +71,12 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
         return engine.join_cases(Val(shape, tuple(cases)))
     out = engine.sum_of(shape, one_function(engine, shape, pieces))
     return _side_by_side(op, out) if len(out.terms) > 1 and _different_data(engine, out) else out
+
+
+def _parts_of_one(engine: Engine, parts: Sequence[Val]) -> bool:
+    """Parts of one plain tensor, such as the halves that rotary positions exchange, whatever it was computed from."""
+    held = [p.alt.signature if p.alt is not None and p.single and not engine.structured(p) else None for p in parts]
+    return held[0] is not None and len(held[0]) == 1 and all(h == held[0] for h in held)
 
 
 def _different_data(engine: Engine, v: Val) -> bool:
@@ -113,7 +120,7 @@ def _pad_dim(engine: Engine, v: Val, d: int, low: Aff, high: Aff, fill: float) -
     inside = frozenset({x - low, low + n - 1 - x})
     if fill == 0 and v.single and not any(math.isinf(t.coef) for t in v.terms):
         reading = engine.pick(v)
-        extended = [_extend_by_zeros(engine, t, d, n) for t in reading.terms]
+        extended = [_extend_by_zeros(engine, t, d, n, high) for t in reading.terms]
         if all(t is not None for t in extended):
             plain = value(v.shape, [t for t in extended if t is not None])
             return engine.index(plain, mapping, shape)
@@ -132,20 +139,23 @@ def _pad_dim(engine: Engine, v: Val, d: int, low: Aff, high: Aff, fill: float) -
     return engine.join_cases(Val(shape, tuple(cases) or (Case(NO_GUARDS, ()),)))
 
 
-def _extend_by_zeros(engine: Engine, t: Term, d: int, n: Aff) -> Term | None:
-    """Zero padding of a plain product: one of its leaves is continued by zeros, and no guard is needed."""
+def _extend_by_zeros(engine: Engine, t: Term, d: int, n: Aff, behind: Aff) -> Term | None:
+    """Zero padding of a plain product: one of its leaves is continued by zeros, and no guard is needed.
+
+    What is padded is whole at the ends that padding reaches, or zero there already; ``behind`` is how much is added at
+    the end.
+    """
     if not engine.plain_term(t) or n == ONE:
         return None
     for k, (leaf, idx) in enumerate(t.accs):
         axis = [m for m, a in enumerate(idx) if d in engine.space.vars(a)]
-        if len(axis) != 1 or idx[axis[0]] != Aff.var(d):
+        if len(axis) != 1 or not (first := idx[axis[0]] - Aff.var(d)).is_const:
             continue
-        beyond = n - engine.leaf_shapes[leaf][axis[0]]
-        if isinstance(engine.leaves[leaf].kind, Extended):
-            if engine.space.lower(beyond, {}) < 0:
-                continue  # it was cut inside: what is continued is not zero there
-        elif beyond != ZERO:
-            continue
+        beyond = first + n - engine.leaf_shapes[leaf][axis[0]]
+        extended = isinstance(engine.leaves[leaf].kind, Extended)
+        ends_inside = engine.space.upper(behind, {}) > 0 and engine.space.lower(beyond, {}) < 0
+        if first.const > 0 or ends_inside or not (extended or first.const == 0):
+            continue  # it was cut inside: what is continued is not zero there
         accs = (*t.accs[:k], (engine.leaves.extended(leaf), idx), *t.accs[k + 1 :])
         return t.but(accs=tuple(sorted(accs)))
     return None

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .._compat import always_equal, hint, suppressed_guards
-from .effects import ANYWHERE, NOWHERE, Effects, overlap
+from .effects import ANYWHERE, NOWHERE, overlap
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
 from .schedule import Schedule
 
@@ -36,7 +36,7 @@ def rewrite(schedule: Schedule, matches: Sequence[Match], operator_call: OpCall)
     Raises:
         CannotRewrite: a replacement of another shape or dtype than its target.
     """
-    gm, effects = schedule.gm, schedule.effects
+    gm = schedule.gm
     mapping: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     output = graph.graph_copy(gm.graph, mapping)
@@ -51,7 +51,7 @@ def rewrite(schedule: Schedule, matches: Sequence[Match], operator_call: OpCall)
     writer = _Writer(copied, mapping, operator_call, finals, schedule)
     for match in sorted(matches, key=lambda m: schedule.order[m.behind]):
         writer.replace(match)
-    _erase_dead(graph, {new: old for old, new in mapping.items()}, effects)
+    _erase_dead(graph, _Memory({new: old for old, new in mapping.items()}, writer.stand_ins, schedule))
     graph.lint()
     copied.recompile()
     alive = set(graph.nodes)
@@ -120,6 +120,7 @@ class _Writer:
         self.known_by_strides, self.deciding = _known_by_strides(schedule), _decide_values(schedule)
         self.place = {new: schedule.order[old] for old, new in mapping.items()}  # of the nodes that were copied
         self.made: dict[int, fx.Node] = {}
+        self.stand_ins: dict[fx.Node, tuple[fx.Node, int]] = {}  # new values: for which target, and from where on
         self.calls: dict[int, fx.Node] = {}  # by the id of the fact: a call of the operator
         self.kept: list[Any] = []  # recipes stay alive while their ids are keys
         self.origin: fx.Node | None = None
@@ -145,6 +146,7 @@ class _Writer:
             if not _same_strides(new.meta["example_value"], want) and match.target in self.deciding:
                 raise CannotRewrite(f"{target.name} has strides {want.stride()}, which its replacement cannot have")
         at = self.order[match.after or match.target]
+        self.stand_ins[new] = match.target, at
         target.replace_all_uses_with(new, lambda user: self.place.get(user, -1) > at, propagate_meta=False)
 
     def _with_strides_of(self, new: fx.Node, want: torch.Tensor) -> fx.Node:
@@ -238,45 +240,74 @@ def _as_list(values: Any) -> Any:
 # -------------------------------------------------------------------------------------------------------- dead code
 
 
-def _erase_dead(graph: fx.Graph, origin: dict[fx.Node, fx.Node], effects: Effects) -> None:
-    """Removes what nobody reads: pure nodes, and writes into tensors made in this graph that nobody reads.
+class _Memory:
+    """Which memory each node of the copy lives in or writes into.
 
-    ``origin`` is the node of the original graph that a node is a copy of; what is not in it is pure.
+    What stands in for a target has memory of its own, and from there on it is that which the program's views of the
+    target and its writes into it are about: storages are counted anew behind each such place.
     """
+
+    def __init__(
+        self, origin: dict[fx.Node, fx.Node], stand_ins: dict[fx.Node, tuple[fx.Node, int]], schedule: Schedule
+    ):
+        self.origin, self.stand_ins, self.order, self.effects = origin, stand_ins, schedule.order, schedule.effects
+        self.cuts: dict[int, set[int]] = {}
+        for target, at in stand_ins.values():
+            for storage in self.effects.lives.get(target, NOWHERE):
+                self.cuts.setdefault(storage, set()).add(at)
+
+    def of(self, node: fx.Node) -> frozenset[tuple[int, int]]:
+        """The storages of a node, each with how often it had been replaced by then."""
+        if node in self.stand_ins:
+            target, at = self.stand_ins[node]
+            storages, behind = self.effects.lives.get(target, NOWHERE), at + 1
+        elif (old := self.origin.get(node)) is not None:
+            storages = self.effects.lives.get(old, NOWHERE) | self.effects.writes.get(old, NOWHERE)
+            behind = self.order[old]
+        else:
+            return frozenset()
+        return frozenset((s, sum(cut < behind for cut in self.cuts.get(s, ()))) for s in storages)
+
+    def writes(self, node: fx.Node) -> bool:
+        return self.origin.get(node) in self.effects.writes
+
+    def is_impure(self, node: fx.Node) -> bool:
+        return self.origin.get(node) in self.effects.impure
+
+    def is_outside(self, storage: tuple[int, int]) -> bool:
+        """Whether it may be seen from outside of the graph."""
+        return storage[0] == ANYWHERE or storage[0] in self.effects.outside
+
+
+def _erase_dead(graph: fx.Graph, memory: _Memory) -> None:
+    """Removes what nobody reads: pure nodes, and writes into tensors made in this graph that nobody reads."""
     while True:
         for node in reversed(graph.nodes):
-            old = origin.get(node)
-            pure = old is None or (old not in effects.impure and old not in effects.writes)
+            pure = not memory.is_impure(node) and not memory.writes(node)
             if pure and not node.users and node.op not in ("placeholder", "output"):
                 graph.erase_node(node)
-        dead = _dead_memory(graph, origin, effects)
+        dead = _dead_memory(graph, memory)
         if not dead:
             return
         for node in reversed(dead):
             graph.erase_node(node)
 
 
-def _dead_memory(graph: fx.Graph, origin: dict[fx.Node, fx.Node], effects: Effects) -> list[fx.Node]:
+def _dead_memory(graph: fx.Graph, memory: _Memory) -> list[fx.Node]:
     """The nodes, in order, of storages made in this graph whose every user only views or writes the same storage."""
-    members: dict[int, list[fx.Node]] = {}
-    where: dict[fx.Node, frozenset[int]] = {}
-    for node in graph.nodes:
-        old = origin.get(node)
-        if old is not None:
-            where[node] = effects.lives.get(old, NOWHERE) | effects.writes.get(old, NOWHERE)
-            for storage in where[node]:
-                members.setdefault(storage, []).append(node)
+    where = {node: memory.of(node) for node in graph.nodes}
+    members: dict[tuple[int, int], list[fx.Node]] = {}
+    for node, storages in where.items():
+        for storage in storages:
+            members.setdefault(storage, []).append(node)
     dead = {
         storage
         for storage, nodes in members.items()
-        if storage not in effects.outside
-        and storage != ANYWHERE
-        and any(origin[n] in effects.writes for n in nodes)
+        if not memory.is_outside(storage)
+        and any(memory.writes(n) for n in nodes)
         and all(
-            origin[n] not in effects.impure
-            and where[n] == {storage}
-            and all(where.get(u) == {storage} for u in n.users)
+            not memory.is_impure(n) and where[n] == {storage} and all(where.get(u) == {storage} for u in n.users)
             for n in nodes
         )
     }
-    return [n for n in graph.nodes if where.get(n, NOWHERE) & dead]
+    return [n for n in graph.nodes if where[n] & dead]

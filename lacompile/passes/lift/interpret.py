@@ -190,9 +190,9 @@ class Interpreter:
         gave_up, self._gave_up = self._gave_up, None
         if gave_up is not None:
             self.give_ups[node] = gave_up
-            self._demand(node.all_input_nodes)
+            self._demand(node.all_input_nodes, by=node)
         kinds = [self.engine.leaves[leaf].kind for leaf in self.engine.taken_whole]
-        self._demand(k.node for k in kinds if isinstance(k, Opaque) and k.node is not None)
+        self._demand((k.node for k in kinds if isinstance(k, Opaque) and k.node is not None), by=node)
         self.engine.taken_whole.clear()
         out = []
         single = len(outputs) == 1
@@ -211,9 +211,9 @@ class Interpreter:
 
     # -------------------------------------------------------------------------------------------------------- details
 
-    def _demand(self, nodes: Iterable[fx.Node]) -> None:
+    def _demand(self, nodes: Iterable[fx.Node], by: fx.Node | None = None) -> None:
         for node in nodes:
-            fact = self._current(node)
+            fact = self._current(node, by)
             if fact is None or node in self.demanded:
                 continue
             if self.engine.contracts(fact.value) or self.engine.accumulates(fact.value):
@@ -224,14 +224,18 @@ class Interpreter:
         assert self.capture is not None
         return self.capture.memory
 
-    def _current(self, node: fx.Node) -> Fact | None:
-        """What is known of a node's tensor now, writes into it included."""
+    def _current(self, node: fx.Node, by: fx.Node | None = None) -> Fact | None:
+        """What is known of a node's tensor now, or before what ``by`` writes, which reads it, or before all that was
+        written over a sum of products by what holds none.
+        """
         fact = self.facts.get(node)
         if fact is None:
             return None
         record = self._memory.record(fact.tensor)
         writers = record.root.writers
-        if writers and (value := self._memory.read(record)) is not fact.value:
+        if not writers or writers == [by] or (value := self._memory.read(record)) is fact.value:
+            return fact
+        if self.engine.contracts(value) or not self.engine.contracts(fact.value):
             fact = self.facts[node] = Fact(node, value, fact.tensor, fact.compute, writers[-1])
         return fact
 

@@ -33,6 +33,8 @@ def cast(op: Op) -> Val:
         return v
     if op.engine.index_only(v) and not floats and target is not torch.bool:
         return v
+    if source is torch.bool and target.is_floating_point and not op.engine.plain(v):
+        return v  # a mask of tokens on a part of the positions
     return op.engine.pointwise(aten._to_copy.default, [v], {"dtype": target}, op.out)
 
 

@@ -11,7 +11,7 @@ import torch
 from ..affine import ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..precision import decidable
-from ..term import NO_GUARDS, Case, Guards, Term, Val, constant
+from ..term import NO_GUARDS, Case, Guards, Term, Val, constant, value
 from . import Op, rule
 from .arith import operand
 
@@ -132,25 +132,51 @@ def equal(op: Op) -> Val:
 
 @rule(aten.logical_and, aten.bitwise_and, aten.__and__)
 def both(op: Op) -> Val:
-    return _logic(op, lambda a, b: bool(a) and bool(b))
+    found = _where_known(op, lambda known, other: other if known else ())
+    if found is None and _truths_of_tokens(op):
+        found = op.engine.multiply(operand(op, 0), operand(op, 1))
+    return op.symbol() if found is None else found
 
 
 @rule(aten.logical_or, aten.bitwise_or, aten.__or__)
 def either(op: Op) -> Val:
-    return _logic(op, lambda a, b: bool(a) or bool(b))
+    found = _where_known(op, lambda known, other: (Term(1.0),) if known else other)
+    return op.symbol() if found is None else found
 
 
-def _logic(op: Op, f: Callable[[Any, Any], bool]) -> Val:
-    a, b = operand(op, 0), operand(op, 1)
-    x, y = known_condition(op.engine, a), known_condition(op.engine, b)
-    if op.out.dtype is not torch.bool or x is None or y is None:
-        return op.symbol()
-    return op.engine.zip_cases([x, y], lambda g: (Term(1.0),) if f(g[0], g[1]) else ())
+Terms = tuple[Term, ...]
+
+
+def _truths_of_tokens(op: Op) -> bool:
+    """Whether both are truths of data that is looked into, such as those of two masks of tokens."""
+    return set(op.dtypes) == {torch.bool} and all(v.alt is None for v in (operand(op, 0), operand(op, 1)))
+
+
+def _where_known(op: Op, f: Callable[[Terms, Terms], Terms]) -> Val | None:
+    """``f`` of a condition on positions and of another truth, as of a mask of tokens; None if neither is the one."""
+    if op.out.dtype is torch.bool and set(op.dtypes) == {torch.bool}:
+        a, b = operand(op, 0), operand(op, 1)
+        for one, other in ((a, b), (b, a)):
+            if (known := known_condition(op.engine, one)) is not None:
+                return op.engine.zip_cases([known, other], lambda g: f(g[0], g[1]))
+    return None
 
 
 @rule(aten.logical_not, aten.bitwise_not)
 def negate(op: Op) -> Val:
-    known = known_condition(op.engine, op.args[0]) if op.out.dtype is torch.bool else None
-    if known is None:
-        return op.symbol()
-    return op.engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))
+    return complement(op, op.args[0]) if set(op.dtypes) == {torch.bool} else op.symbol()
+
+
+def complement(op: Op, truth: Val) -> Val:
+    """``1 - truth``, of zeros and ones."""
+    if (known := known_condition(op.engine, truth)) is not None:
+        return op.engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))
+
+    def opposite(terms: Terms) -> Terms:
+        if not terms or not any(t.accs for t in terms):
+            return () if terms else (Term(1.0),)
+        return op.engine.pointwise(aten.logical_not.default, [value(truth.shape, terms)], {}, op.out).terms
+
+    if truth.single:
+        return op.engine.pointwise(aten.logical_not.default, [truth], {}, op.out)
+    return op.engine.zip_cases([truth], lambda g: opposite(g[0]))

@@ -13,7 +13,7 @@ import torch
 from ..engine import Engine, GiveUp
 from ..leaves import Table
 from ..precision import EXACT_UP_TO, WIDE, ends
-from ..term import Term, Val
+from ..term import Case, Term, Val
 
 
 def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
@@ -45,11 +45,21 @@ def _positions(engine: Engine, v: Val, dtype: torch.dtype, limit: int) -> None:
 
 def _truths(engine: Engine, v: Val) -> None:
     for c in v.cases:
-        for t in c.terms:
-            if t.accs and not _is_table(engine, t):
-                _plain_of(engine, v, torch.bool)
-            elif len(c.terms) > 1 or not {t.coef * x for x in ends(engine, v, c, t)} <= {0.0, 1.0}:
-                raise GiveUp("arithmetic of truths")
+        data = [t for t in c.terms if t.accs and not _is_table(engine, t)]
+        if data and v.alt is not None:
+            _plain_of(engine, v, torch.bool)
+        elif len(c.terms) > 1 or not (all(_all_hold(engine, t) for t in data) if data else _known_truth(engine, v, c)):
+            raise GiveUp("arithmetic of truths")
+
+
+def _known_truth(engine: Engine, v: Val, c: Case) -> bool:
+    return all({t.coef * x for x in ends(engine, v, c, t)} <= {0.0, 1.0} for t in c.terms)
+
+
+def _all_hold(engine: Engine, t: Term) -> bool:
+    """Whether a term is the product of truths."""
+    plain = t.coef == 1 and t.poly.is_const and not t.exp and not t.guards
+    return plain and all(engine.leaves[leaf].dtype == torch.bool for leaf, _ in t.accs)
 
 
 def _integers(engine: Engine, v: Val, dtype: torch.dtype) -> None:

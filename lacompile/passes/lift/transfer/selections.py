@@ -11,7 +11,7 @@ from ..engine import GiveUp
 from ..term import Term, Val
 from . import Op, rule
 from .arith import number, operand
-from .conditions import known_condition, truth
+from .conditions import complement, known_condition, truth
 
 aten = torch.ops.aten
 
@@ -44,8 +44,8 @@ def _choose_by_data(op: Op, cond: Val, yes: Val, no: Val) -> Val:
     zero = number(no) == 0
     if (zero or number(yes) == 0) and not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
         kept = yes if zero else no
-        as_number = cond if zero else op.engine.pointwise(aten.logical_not.default, [cond], {}, op.out)
-        if op.engine.structured(kept) or kept.alt is not None:
+        as_number = cond if zero else complement(op, cond)
+        if op.engine.structured(kept) or kept.alt is not None or not kept.single:
             return op.engine.multiply(kept, as_number)
     return op.engine.pointwise(aten.where.self, [cond, yes, no], {}, op.out)
 

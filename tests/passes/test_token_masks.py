@@ -1,0 +1,82 @@
+"""Masks of tokens, as of padding, beside the causal one: truths of data on a part of the positions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lacompile.testing import assert_refused, assert_rewritten
+
+from .forms import B, D, E, H, mask
+
+N = 12
+
+
+def arguments(n=N):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(B, H, n, D), torch.randn(B, H, n, D), torch.randn(B, H, n, E)
+    kept = torch.rand(B, n) > 0.3
+    return [*(x.requires_grad_() for x in (q, k, v, torch.tensor([0.02, 0.1, 0.4]))), kept]
+
+
+def causal(n):
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def of_keys(kept):
+    return kept[:, None, None, :]
+
+
+def of_queries(kept):
+    return kept[:, None, :, None]
+
+
+MASKS = {
+    "where": lambda s, n, kept: torch.where(of_keys(kept) & causal(n), s, 0.0),
+    "not both": lambda s, n, kept: s.masked_fill(~(of_keys(kept) & causal(n)), 0.0),
+    "either not": lambda s, n, kept: s.masked_fill(~of_keys(kept) | ~causal(n), 0.0),
+    "a product": lambda s, n, kept: s * (of_keys(kept) & causal(n)),
+    "as numbers": lambda s, n, kept: s * (causal(n) & of_keys(kept)).float(),
+    "keys and queries": lambda s, n, kept: s * (of_keys(kept) & of_queries(kept) & causal(n)),
+    "logical": lambda s, n, kept: s * torch.logical_and(of_keys(kept), causal(n)).to(s.dtype),
+    "filled": lambda s, n, kept: s * (of_keys(kept) & causal(n)).masked_fill(~of_queries(kept), False),
+}
+
+# Each differs from all of the above somewhere, or may.
+TWINS = {
+    "or": lambda s, n, kept: s * (of_keys(kept) | causal(n)),
+    "not": lambda s, n, kept: s * ~(of_keys(kept) & causal(n)),
+    "both positions": lambda s, n, kept: s * ((s.detach() > 0) & causal(n)),
+    "exclusive or": lambda s, n, kept: s * (of_keys(kept) ^ causal(n)),
+    "whole numbers": lambda s, n, kept: s * (of_keys(kept).long() * 2 & causal(n)),
+    "a sum of truths": lambda s, n, kept: s * ((of_keys(kept) & causal(n)) + causal(n).mT),
+    "signs": lambda s, n, kept: s * ((of_keys(kept) & causal(n)) * 2 - 1),
+}
+
+
+def form(put):
+    def run(q, k, v, slope, kept):
+        n = q.shape[2]
+        return (put(q @ k.mT, n, kept) * mask(slope, n)) @ v
+
+    return run
+
+
+def without_decay(put):
+    return lambda q, k, v, slope, kept: put(q @ k.mT, q.shape[2], kept) @ v
+
+
+@pytest.mark.parametrize("made", [form, without_decay])
+@pytest.mark.parametrize("name", MASKS)
+def test_is_rewritten(name, made):
+    assert_rewritten(made(MASKS[name]), *arguments(), compiled=False)
+
+
+@pytest.mark.parametrize("name", ["where", "either not", "keys and queries"])
+def test_any_length(name):
+    assert_rewritten(form(MASKS[name]), *arguments(17), after=arguments(), compiled=False)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_near_twins_are_left_alone(name):
+    assert_refused(without_decay(TWINS[name]), *arguments())

@@ -23,6 +23,7 @@ from .affine import ONE, Aff
 
 MAX_ENTRIES = 2**27
 EXPONENT_ERROR = 2.0**-22  # of an exponent computed in fp32: its own rounding grows with its size
+EXPONENT_ERROR_FP64 = 2.0**-51  # of one computed in fp64
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,13 @@ class Fit:
         return self.constant and bool(self.guards)
 
 
-def fit(tensor: torch.Tensor) -> Fit | None:
-    """The guarded exponential that explains every entry of ``tensor``, or None."""
+def fit(tensor: torch.Tensor, error: float = EXPONENT_ERROR) -> Fit | None:
+    """The guarded exponential that explains every entry of ``tensor``, or None.
+
+    Args:
+        tensor: the numbers.
+        error: how far an exponent may be off, relative to itself and to 1: the rounding of what it was computed in.
+    """
     if tensor.numel() > MAX_ENTRIES or tensor.dim() > 6:
         return None
     dims = [d for d, n in enumerate(tensor.shape) if n > 1]
@@ -80,7 +86,7 @@ def fit(tensor: torch.Tensor) -> Fit | None:
         heads = tuple(d for d in dims if d not in moving)
         if max((tensor.shape[d] for d in heads), default=1) > 4096:
             continue
-        found = _fit_moving(tensor, heads, moving, log_space)
+        found = _fit_moving(tensor, heads, moving, log_space, error)
         if found is not None:
             return found
     return None
@@ -130,7 +136,9 @@ def _moving_dims(shape: Sequence[int], dims: Sequence[int]) -> Iterable[tuple[in
 # ------------------------------------------------------------------------------------------------------- one partition
 
 
-def _fit_moving(tensor: torch.Tensor, heads: tuple[int, ...], moving: tuple[int, ...], log_space: bool) -> Fit | None:
+def _fit_moving(
+    tensor: torch.Tensor, heads: tuple[int, ...], moving: tuple[int, ...], log_space: bool, error: float
+) -> Fit | None:
     others = [d for d in range(tensor.dim()) if d not in heads and d not in moving]
     values = tensor.detach().to("cpu").permute(*heads, *moving, *others)
     values = values.reshape([tensor.shape[d] for d in (*heads, *moving)])
@@ -143,7 +151,7 @@ def _fit_moving(tensor: torch.Tensor, heads: tuple[int, ...], moving: tuple[int,
     constant = bool((flat == (0 if log_space else 1)).logical_or(~_support(flat, log_space)).all())
     readings: list[tuple[Aff, Slopes]] = []
     for coefs in _candidates(flat, moving, log_space, constant, band):
-        ends = _intervals(flat, coefs, band, log_space, tensor.dtype)
+        ends = _intervals(flat, coefs, band, log_space, tensor.dtype, error)
         if ends is None:
             continue
         low, high = (x.reshape([tensor.shape[d] for d in heads]) for x in ends)
@@ -246,7 +254,12 @@ def _line(flat: torch.Tensor, log_space: bool) -> tuple[int, ...] | None:
 
 
 def _intervals(
-    flat: torch.Tensor, coefs: tuple[int, ...], band: tuple[int, int] | None, log_space: bool, dtype: torch.dtype
+    flat: torch.Tensor,
+    coefs: tuple[int, ...],
+    band: tuple[int, int] | None,
+    log_space: bool,
+    dtype: torch.dtype,
+    error: float,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Per head the slopes that explain every entry; None if some head has none."""
     grid = np.meshgrid(*(np.arange(n, dtype=np.float64) for n in flat.shape[1:]), indexing="ij")
@@ -257,7 +270,7 @@ def _intervals(
         inside = (difference >= band[0]) & (difference <= band[1])
     out = []
     for head in flat:
-        ends = _head_interval(head.to(torch.float64).numpy(), distance, inside, log_space, dtype)
+        ends = _head_interval(head.to(torch.float64).numpy(), distance, inside, log_space, dtype, error)
         if ends is None:
             return None
         out.append(ends)
@@ -266,7 +279,7 @@ def _intervals(
 
 
 def _head_interval(
-    values: np.ndarray, distance: np.ndarray, inside: np.ndarray, log_space: bool, dtype: torch.dtype
+    values: np.ndarray, distance: np.ndarray, inside: np.ndarray, log_space: bool, dtype: torch.dtype, error: float
 ) -> tuple[float, float] | None:
     nothing = -math.inf if log_space else 0.0
     if (values[~inside] != nothing).any():
@@ -278,13 +291,13 @@ def _head_interval(
     if log_space:
         if np.isinf(kept).any():
             return None
-        exponent, slack = -kept, np.abs(kept) * (rounding + EXPONENT_ERROR)
+        exponent, slack = -kept, np.abs(kept) * (rounding + error)
         lost = np.zeros(kept.shape, dtype=bool)
     else:
         smallest = 0.0 if dtype is torch.bool else 4 * float(torch.finfo(dtype).smallest_normal)
         lost = kept < smallest  # subnormal or underflowed: only that it is tiny is known
         exponent = -np.log(np.where(lost, 1.0, kept))
-        slack = math.log1p(rounding) + EXPONENT_ERROR * (1 + exponent)
+        slack = math.log1p(rounding) + error * (1 + exponent)
     low, high = 0.0, math.inf
     if lost.any():
         if (at[lost] <= 0).any():

@@ -37,7 +37,7 @@ def holders(interpreter: Interpreter) -> Holders:
     found = Holders()
     for node, fact in interpreter.facts.items():
         held = _held(interpreter.engine, fact)
-        if held is None:
+        if held is None or fact.after not in (None, node):  # what was written into it later is held by the writer
             continue
         leaf, idx = held
         found.all.setdefault(leaf, (node, idx))

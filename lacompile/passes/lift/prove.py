@@ -482,7 +482,9 @@ class _Prover:
                         continue
                     v = bound[0][0]
                     out.setdefault(v, self.space.sub(y, self.rename) - self.space.sub(x.without(v), self.rename))
-        return out if t.bound(self.space) <= out.keys() else None
+        bound = t.bound(self.space)
+        # two indices that are summed over apart are no one index, even if each is read like it
+        return out if bound <= out.keys() and len({out[v] for v in bound}) == len(bound) else None
 
     def _extra_guards(self, t: Term, mapping: dict[int, Aff]) -> bool:
         rename = {**self.rename, **mapping}

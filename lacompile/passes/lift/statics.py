@@ -13,7 +13,7 @@ from ..._compat import outside_modes
 from ..facts import Assumption, unchanged
 from ..names import from_a_closure, source_name, spoken
 from .affine import ONE, Aff
-from .buffers import Family, Fit, aligned, families, fit, head_index
+from .buffers import EXPONENT_ERROR, EXPONENT_ERROR_FP64, Family, Fit, aligned, families, fit, head_index
 from .engine import Engine, GiveUp
 from .leaves import Opaque
 from .precision import EXACT_UP_TO
@@ -194,8 +194,11 @@ def _weight(found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> tuple[
 
 def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tensor) -> Val | None:
     """Numbers that the program writes down, for all pairs of positions, read as those of a buffer are."""
-    if numbers.dtype not in (torch.float32, torch.float64) or (found := fit(numbers)) is None:
+    if numbers.dtype not in (torch.float32, torch.float64):
         return None  # of a shorter format too little is left to call it the same weight
+    found = fit(numbers, EXPONENT_ERROR_FP64 if numbers.dtype is torch.float64 else EXPONENT_ERROR)
+    if found is None:
+        return None
     if found.selects:
         return as_value(engine, shape, found, ONE, None)
     if found.constant or not found.guards:

@@ -154,8 +154,9 @@ def _extend_by_zeros(engine: Engine, t: Term, d: int, n: Aff, behind: Aff) -> Te
         beyond = first + n - engine.leaf_shapes[leaf][axis[0]]
         extended = isinstance(engine.leaves[leaf].kind, Extended)
         ends_inside = engine.space.upper(behind, {}) > 0 and engine.space.lower(beyond, {}) < 0
-        if first.const > 0 or ends_inside or not (extended or first.const == 0):
-            continue  # it was cut inside: what is continued is not zero there
+        whole = first.const == 0 and engine.space.upper(beyond, {}) <= 0
+        if first.const > 0 or ends_inside or not (extended or whole):
+            continue  # it was cut inside, or is read beyond its ends: what is continued is not zero there
         accs = (*t.accs[:k], (engine.leaves.extended(leaf), idx), *t.accs[k + 1 :])
         return t.but(accs=tuple(sorted(accs)))
     return None

@@ -145,7 +145,19 @@ def a_zero_that_is_amplified(i):
     return causal(i) * torch.sigmoid((i * 0.3 - 0.9) * 1e9)[None, :]
 
 
+def what_a_large_number_swallowed(i):
+    rows, columns = pairs(i, i)
+    return causal(i) * torch.exp(-((rows - columns) * 0.1 + 1e9 - 1e9))
+
+
+def what_a_mask_swallowed(i):
+    rows, columns = pairs(i, i)
+    return torch.exp((rows - columns) * -0.1 - 1e9 + causal(i) * 1e9)
+
+
 ATTACKS = [
+    what_a_large_number_swallowed,
+    what_a_mask_swallowed,
     floor_of_there_and_back,
     ceil_of_there_and_back,
     floor_division,

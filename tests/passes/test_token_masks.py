@@ -80,3 +80,41 @@ def test_any_length(name):
 @pytest.mark.parametrize("name", TWINS)
 def test_near_twins_are_left_alone(name):
     assert_refused(without_decay(TWINS[name]), *arguments())
+
+
+ADDED = {
+    "less a billion": lambda d, s, kept: torch.exp(-s * d + (1 - kept) * -1e9),
+    "from a triangle": lambda d, s, kept: torch.exp(-s * d + torch.triu(torch.full_like(d, -1e9), 1)),
+    "less ten thousand": lambda d, s, kept: torch.exp(-s * d + (1 - kept) * -1e4),
+    "times the rate": lambda d, s, kept: torch.exp(s * (-d - (1 - kept) * 1e7)),
+}
+
+
+def added(put, known):
+    def run(q, k, v, slope, kept):
+        i = torch.arange(q.shape[2], dtype=torch.float32)
+        rate = torch.tensor([0.1, 0.2, 0.3]) if known else 0.1
+        d = i[:, None] - i[None, :]
+        m = put(d, rate[:, None, None] if known else rate, torch.ones_like(d).tril())
+        return (q @ k.mT * m) @ v
+
+    return run
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["one rate", "a rate for each head"])
+@pytest.mark.parametrize("name", ADDED)
+def test_a_mask_that_is_added_in_the_exponent(name, known):
+    assert_rewritten(added(ADDED[name], known), *arguments(), compiled=False)
+
+
+def test_a_diagonal_of_its_own():
+    def run(q, k, v, slope, kept):
+        weighted = (q @ k.mT * mask(slope, q.shape[2])).tril(-1)
+        return (weighted + torch.diag_embed(0.3 * (q * k).sum(-1))) @ v
+
+    assert_rewritten(run, *arguments(), compiled=False)
+    assert_rewritten(run, *arguments(17), after=arguments(), compiled=False)
+
+
+def test_too_little_is_added_to_hide():
+    assert_refused(added(lambda d, s, kept: torch.exp(-s * d + (1 - kept) * -90.0), False), *arguments())

@@ -17,7 +17,7 @@ from .affine import Aff
 from .engine import Engine
 from .leaves import Opaque, Symbol
 from .proof import Refused
-from .prove import sequence_index
+from .roles import sequence_index
 from .term import Access, Mono, Term
 
 aten = torch.ops.aten

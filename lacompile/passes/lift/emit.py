@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -156,9 +157,10 @@ class Emitter:
             return self._indexed(Value(kind.node), leaf.shape, idx, leaf.dtype)
         if leaf_id in self.held:
             node, pattern = self.held[leaf_id]
-            found = self._through(node, pattern, idx)
-            if found is not None:
-                return found
+            with suppress(CannotEmit):  # a part of it is held, and another read: then it is computed
+                found = self._through(node, pattern, idx)
+                if found is not None:
+                    return found
         if isinstance(kind, Table):
             numbers = Const(_nested(kind.array), self.like, self.exact)
             return self._indexed(numbers, leaf.shape, idx, self.exact)

@@ -18,7 +18,7 @@ Place = tuple[fx.Node, tuple[Aff, ...]]
 
 @dataclass
 class Holders:
-    """By leaf the first node that holds it: of all, and of those that recorded gradients.
+    """By leaf the first node that holds it, a part if none holds all: of all, and of those that recorded gradients.
 
     For autograd a value computed without gradients is data: a target that records them must not read it in place of
     the function that it was computed by.
@@ -34,16 +34,22 @@ class Holders:
 def holders(interpreter: Interpreter) -> Holders:
     capture = interpreter.capture
     assert capture is not None
-    found = Holders()
+    found, parts = Holders(), Holders()
     for node, fact in interpreter.facts.items():
         held = _held(interpreter.engine, fact)
         if held is None or fact.after not in (None, node):  # what was written into it later is held by the writer
             continue
         leaf, idx = held
-        found.all.setdefault(leaf, (node, idx))
+        of_leaf = parts if _is_part(interpreter.engine, fact, leaf, idx) else found
+        of_leaf.all.setdefault(leaf, (node, idx))
         if capture.records_gradients_at(node):
-            found.with_gradients.setdefault(leaf, (node, idx))
-    return found
+            of_leaf.with_gradients.setdefault(leaf, (node, idx))
+    return Holders(parts.all | found.all, parts.with_gradients | found.with_gradients)
+
+
+def _is_part(engine: Engine, fact: Fact, leaf: int, idx: tuple[Aff, ...]) -> bool:
+    at = [(place_of(a), size) for a, size in zip(idx, engine.leaf_shapes[leaf], strict=True)]
+    return any(d is not None and fact.value.shape[d] != size for d, size in at)
 
 
 def _held(engine: Engine, fact: Fact) -> tuple[int, tuple[Aff, ...]] | None:

@@ -14,7 +14,8 @@ from .causes import Causes
 from .holders import Holders
 from .interpret import Fact, Interpreter
 from .proof import Proof, Refused
-from .prove import explain_missing, prove, sequence_index
+from .prove import explain_missing, prove
+from .roles import sequence_index
 from .states import final_states, looks_like_state
 from .step import prove_step
 from .term import value

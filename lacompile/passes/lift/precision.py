@@ -186,17 +186,32 @@ def amplifies(op: Op, out: Val) -> bool:
     engine, packet = op.engine, op.func.overloadpacket
     given = [v for v in _values(op.args) if v.precision is not Precision.EXACT and positional(engine.leaves, v)]
     if packet in PRODUCTS:
-        return any(v.precision is Precision.ROUNDED for v in given) and _step(engine, out) > NOISE
-    if packet not in SUMS or len(given) < 2 or given[0] is given[1]:
+        steps = (_size(engine, c.terms, steps_only=True) for c in out.cases)
+        return any(v.precision is Precision.ROUNDED for v in given) and max(steps) > NOISE
+    if packet not in SUMS or not given or (len(given) > 1 and given[0] is given[1]):
         return False
-    return _step(engine, out) * NOISE < min(_step(engine, v) for v in given)
+    lost = []
+
+    def compare(terms: list[tuple[Term, ...]]) -> tuple[Term, ...]:
+        left, *before = (_size(engine, t) for t in terms)
+        lost.append(left * NOISE < max(before) and not any(math.isinf(t.coef) for t in terms[0]))
+        return ()
+
+    engine.zip_cases([out, *(engine.broadcast(v, out.shape) for v in given)], compare)
+    return any(lost)
 
 
-def _step(engine: Engine, v: Val) -> float:
-    """The largest step of a term from one position to the next, or its number; weights and data left out."""
+def _size(engine: Engine, terms: tuple[Term, ...], steps_only: bool = False) -> float:
+    """The largest step from one position to the next, or number, of some terms; weights and data are left out.
+
+    With ``steps_only``, of a term that has steps these alone, wherever it starts from.
+    """
     most = 0.0
-    for t in (t for c in v.cases for t in c.terms):
-        size = abs(t.coef) * max((abs(k) for _, k in t.poly.terms), default=abs(t.poly.const))
+    for t in terms:
+        if math.isinf(t.coef):
+            continue  # of a mask
+        steps = [abs(k) for _, k in t.poly.terms]
+        size = abs(t.coef) * max(steps if steps and steps_only else [*steps, abs(t.poly.const)])
         for leaf, _ in t.accs:
             largest = max(map(abs, engine.leaves[leaf].interval))
             size *= largest if math.isfinite(largest) else 1.0

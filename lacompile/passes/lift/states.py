@@ -14,7 +14,7 @@ from .engine import Engine
 from .interpret import Fact, Interpreter
 from .leaves import NINE_DIGITS
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
-from .prove import sequence_index
+from .roles import sequence_index
 from .step import prove_step
 from .term import Exponent, Term, sub_access
 from .weights import as_update

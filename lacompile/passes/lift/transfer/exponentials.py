@@ -8,12 +8,14 @@ import torch
 
 from ..affine import TAU, Aff
 from ..engine import Engine, GiveUp
-from ..term import NO_EXPONENT, Case, Exponent, Guards, Mono, Term, Val
+from ..precision import ends
+from ..term import NO_EXPONENT, Case, Exponent, Guards, Mono, Term, Val, value
 from . import Op, rule
 
 aten = torch.ops.aten
 
 UNDERFLOW = -800.0  # exp of it is less than half of the smallest number of fp64
+COARSEST = 2.0**-7  # how far off a sum of numbers may be, as a share of them, in any format
 
 
 @rule(aten.exp)
@@ -45,7 +47,7 @@ def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) ->
         if all(t.coef < 0 for t in c.terms if math.isinf(t.coef)) and factor > 0:
             return [Case(c.guards, ())]
         raise GiveUp("exp(+inf)")
-    if _is_nothing(c.terms, factor):
+    if _is_nothing(engine, c, factor, shape):
         return [Case(c.guards, ())]
     lin: list[tuple[Mono, Aff]] = []
     sums: list[tuple[tuple[Mono, Aff], float]] = []
@@ -84,10 +86,15 @@ def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) ->
     return [Case(c.guards, () if term is None else (term,))]
 
 
-def _is_nothing(terms: tuple[Term, ...], factor: float) -> bool:
-    """Whether exp(factor * x) of a number x is 0 in every format, as of the -1e9 that stands for -inf in a mask."""
-    numbers = all(not t.accs and not t.exp and not t.guards and t.poly.is_const for t in terms)
-    return numbers and sum(t.coef * t.poly.const for t in terms) * factor < UNDERFLOW
+def _is_nothing(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> bool:
+    """Whether exp(factor * x) is 0 in every format wherever the case holds, as of the -1e9 that stands for -inf."""
+    if not c.terms or any(t.exp or t.guards or t.bound(engine.space) for t in c.terms):
+        return False
+    most = largest = 0.0
+    for t in c.terms:
+        both = [t.coef * factor * x for x in ends(engine, value(shape, c.terms), c, t)]
+        most, largest = most + max(both), largest + max(map(abs, both))
+    return most + largest * COARSEST < UNDERFLOW
 
 
 def _without_exponential(engine: Engine, t: Term) -> Term:

@@ -37,7 +37,8 @@ def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
 def _positions(engine: Engine, v: Val, dtype: torch.dtype, limit: int) -> None:
     for c in v.cases:
         for t in c.terms:
-            if not t.poly.is_const and not t.accs and not t.exp and float(t.coef).is_integer():
+            counts = all(float(t.coef * c).is_integer() for _, c in t.poly.terms)  # what is not, is rounded anyway
+            if not t.poly.is_const and not t.accs and not t.exp and counts:
                 reach = max(abs(x) for x in ends(engine, v, c, t))
                 if reach > limit and not (math.isinf(reach) and dtype in WIDE):
                     raise GiveUp(f"positions computed in {dtype}, which cannot hold them exactly")

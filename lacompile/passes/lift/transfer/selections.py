@@ -61,9 +61,26 @@ def triu(op: Op) -> Val:
 
 
 def _triangle(op: Op, guard: Aff) -> Val:
-    v, shape = op.args[0], op.shape
-    guard = op.engine.space.sub(guard, {d: ZERO for d in range(len(shape)) if shape[d] == ONE})
+    return _only_where(op, op.args[0], guard)
+
+
+@rule(aten.diag_embed)
+def diag_embed(op: Op) -> Val:
+    rank = len(op.shape)
+    if op.arg(1, "offset", 0) != 0 or {op.arg(2, "dim1", -2) % rank, op.arg(3, "dim2", -1) % rank} != {
+        rank - 2,
+        rank - 1,
+    }:
+        raise GiveUp("a diagonal that is not that of the last two dimensions")
+    row, col = Aff.var(rank - 2), Aff.var(rank - 1)
+    along = op.engine.index(op.args[0], {d: Aff.var(d) for d in range(rank - 1)}, op.shape)
+    return _only_where(op, along, row - col, col - row)
+
+
+def _only_where(op: Op, v: Val, *guards: Aff) -> Val:
+    shape = op.shape
+    at = {d: ZERO for d in range(len(shape)) if shape[d] == ONE}
+    guards = tuple(op.engine.space.sub(g, at) for g in guards)
     if op.engine.contracts(v) and v.single:
-        return op.engine.sum_of(shape, (t.but(guards=t.guards | {guard}) for t in v.terms))
-    mask = truth(op.engine, shape, [guard])
-    return op.engine.zip_cases([mask, v], lambda g: g[1] if g[0] else ())
+        return op.engine.sum_of(shape, (t.but(guards=t.guards | {*guards}) for t in v.terms))
+    return op.engine.zip_cases([truth(op.engine, shape, guards), v], lambda g: g[1] if g[0] else ())

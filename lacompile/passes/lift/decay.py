@@ -1,0 +1,112 @@
+"""The weight of a sum: a decay ``exp(G_i - G_j)`` of each head, and factors of rows, of keys and of features.
+
+The obligations of prove.py that ask for this: decay, unit-diagonal, bounded-weights.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .affine import Aff
+from .proof import Refused, at_position
+from .roles import Roles
+from .term import Mono
+
+LARGEST_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
+
+
+class Decay(Roles):
+    """The exponents of the main term, each of them put where it belongs."""
+
+    def sort_weights(self) -> None:
+        i, j = self.n, self.j
+        for mono, f in self.main.exp.lin:
+            holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set()) | self.space.vars(f)
+            if holders & set(self.features) or (self.e is not None and self.e in holders):
+                self._feature_weight(mono, f, holders)
+            elif not mono:
+                self._constant_weight(f)
+            elif i not in holders and j not in holders:
+                if not f.is_const:
+                    raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
+                raise Refused("unit-diagonal", "weight 1 at j = i", "a weight off by a power of the decay", 5)
+            elif f.is_const:
+                if i in holders and j in holders:
+                    raise Refused("separable", "weights exp(G_i - G_j)", "an exponent holding both positions", 4)
+                into = self.proof.outer_weights if i in holders else self.proof.k_weights
+                into.append((self._renamed_mono(mono), float(f.const)))
+            else:
+                self._fixed_decay(mono, f)
+        self._token_decays()
+
+    def check_finite(self) -> None:
+        """exp(I_j - m_i) is finite where exp(I_j) is not: a key's weight must be bounded without the row's."""
+        if not self.proof.outer_weights:
+            return
+        for mono, c in self.proof.k_weights:
+            low, high = -math.inf, math.inf
+            if len(mono) == 1:
+                leaf = self.engine.leaves[mono[0][0]]
+                low, high = leaf.interval
+                self.proof.looked_at |= leaf.rests_on
+            if max(c * low, c * high) > LARGEST_EXPONENT:
+                raise Refused(
+                    "bounded-weights",
+                    "a weight of the keys that is finite by itself",
+                    "an exponential gate that a factor of the row (a running maximum) keeps finite",
+                    5,
+                    "apart, the exponential of the gate may overflow where the stabilised one does not",
+                )
+
+    def _feature_weight(self, mono: Mono, f: Aff, holders: set[int] | frozenset[int]) -> None:
+        """exp of plain data (a feature map) is a factor of its side; a decay that differs by feature is refused."""
+        if not f.is_const or (self.n in holders and self.j in holders):
+            raise Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+        with_e = self.e is not None and self.e in holders
+        if self.j in holders and not with_e:
+            self.proof.k_weights.append((self._renamed_mono(mono), float(f.const)))
+        elif self.n in holders and not with_e:
+            self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
+        else:
+            raise Refused("decay", "one decay per head", "an exponential of a value feature", 5)
+
+    def _constant_weight(self, f: Aff) -> None:
+        step = f.coef(self.n)
+        if f != Aff.var(self.n) * step - Aff.var(self.j) * step + f.const:
+            raise Refused("decay", "a weight of i - j", f"exp({f})", 5)
+        if step:
+            self.proof.fixed.append(((), float(step)))
+        self.proof.scale *= math.exp(f.const)
+
+    def _fixed_decay(self, mono: Mono, f: Aff) -> None:
+        step = f.coef(self.n)
+        shape = Aff.var(self.n) * step - Aff.var(self.j) * step
+        if f.without(self.n).without(self.j).terms or f - f.const != shape or not step:
+            raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
+        if any(self.space.vars(x) & {self.n, self.j} for _, idx in mono for x in idx):
+            raise Refused("decay", "one decay per head", "a slope that differs by position", 5)
+        if f.const and not self.later:
+            raise Refused("unit-diagonal", "weight 1 at j = i", f"a weight off by {f.const} steps of the decay", 5)
+        if f.const:  # the decay of the row that reads, where that comes before it reads
+            self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
+        self.proof.fixed.append((self._renamed_mono(mono), float(step)))
+
+    def _token_decays(self) -> None:
+        groups: dict[Mono, dict[Aff, float]] = {}
+        for (mono, pos), c in self.main.exp.sums:
+            groups.setdefault(mono, {})[pos] = c
+        for mono, ends in groups.items():
+            up, down = Aff.var(self.n) + 1, Aff.var(self.j) + 1
+            holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set())
+            if holders & set(self.features) or (self.e is not None and self.e in holders):
+                raise Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+            own = self.later and set(ends) == {up + 1, down}  # the row that reads has decayed by then
+            if own:
+                ends[up] = ends.pop(up + 1)
+                self.proof.q_weights.append((self._renamed_mono(at_position(mono)), float(ends[up])))
+            if set(ends) != {up, down} or abs(ends[up] + ends[down]) > 1e-9:
+                shown = ", ".join(f"{c:+g} P({p})" for p, c in ends.items())
+                raise Refused("unit-diagonal", "prefix sums P(i+1) - P(j+1)", shown, 5)
+            if holders & {self.n, self.j}:
+                raise Refused("decay", "one decay per token", "a decay that depends on both positions", 5)
+            self.proof.tokens.append((self._renamed_mono(at_position(mono)), float(ends[up])))

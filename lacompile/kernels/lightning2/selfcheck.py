@@ -2,7 +2,7 @@
 
 Compilers of GPU code have been seen to lose products that read their operands from registers. Without decay sums of
 small integers are exact in every dtype, so that one lost or doubled product shows, and so does a state that arrives
-wrong. It costs a few milliseconds.
+wrong. It costs about ten milliseconds.
 """
 
 from __future__ import annotations

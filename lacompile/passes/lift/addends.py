@@ -67,8 +67,7 @@ class Addends(Decay):
         expected = self._without_keys(self.main.exp).sub(self.space, {self.j: Aff.lit(-1)})
         if self.proof.state is not None or not t.poly.is_const:
             return False
-        bound = t.bound(self.space)
-        queries = [a for a in t.accs if any(self._same_query(a, b, bound) for b in self._main_queries())]
+        queries = [a for a in t.accs if any(self._same_query(a, b) for b in self._main_queries())]
         states = [a for a in t.accs if a not in queries]
         mapping = self._feature_map(t, [*queries, *_factors_by_exp(t)])
         if mapping is None or not states:
@@ -103,7 +102,7 @@ class Addends(Decay):
     def _main_queries(self) -> list[Access]:
         return [a for a in self.main.accs if not self._holds(a, self.j)]
 
-    def _same_query(self, a: Access, b: Access, bound: frozenset[int] | set[int]) -> bool:
+    def _same_query(self, a: Access, b: Access) -> bool:
         if a[0] != b[0]:
             return False
         for x, y in zip(a[1], b[1], strict=True):
@@ -118,7 +117,7 @@ class Addends(Decay):
         theirs = [*self._main_queries(), *(a for a in _factors_by_exp(self.main) if not self._holds(a, self.j))]
         for a in queries:
             for b in theirs:
-                if not self._same_query(a, b, set()):
+                if not self._same_query(a, b):
                     continue
                 for x, y in zip(a[1], b[1], strict=True):
                     bound = [(v, c) for v, c in x.terms if v < 0]

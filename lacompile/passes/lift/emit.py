@@ -19,7 +19,7 @@ from torch import fx
 from ..facts import Call, Const, Expr, Value
 from .affine import FIRST_DIV, FIRST_MIXED, ONE, ZERO, Aff
 from .engine import Engine
-from .holders import place_of
+from .holders import is_part, place_of
 from .leaves import Argument, Extended, Number, Opaque, Symbol, Table
 from .term import Access, Mono
 
@@ -176,9 +176,7 @@ class Emitter:
             return self._indexed(Value(leaf.kind.node), leaf.shape, idx, leaf.dtype, padded=True)
         if leaf_id in self.held:
             node, pattern = self.held[leaf_id]
-            sizes = {d: n for p, n in zip(pattern, leaf.shape, strict=True) if (d := place_of(p)) is not None}
-            shape = self.engine.shape(node.meta["example_value"])
-            whole = all(sizes[d] == shape[d] for d in sizes)
+            whole = not is_part(self.engine.shape(node.meta["example_value"]), pattern, leaf.shape)
             if whole and (found := self._through(node, pattern, idx, padded=True)) is not None:
                 return found
         return self.access((leaf_id, idx))

@@ -40,16 +40,17 @@ def holders(interpreter: Interpreter) -> Holders:
         if held is None or fact.after not in (None, node):  # what was written into it later is held by the writer
             continue
         leaf, idx = held
-        of_leaf = parts if _is_part(interpreter.engine, fact, leaf, idx) else found
+        of_leaf = parts if is_part(fact.value.shape, idx, interpreter.engine.leaf_shapes[leaf]) else found
         of_leaf.all.setdefault(leaf, (node, idx))
         if capture.records_gradients_at(node):
             of_leaf.with_gradients.setdefault(leaf, (node, idx))
     return Holders(parts.all | found.all, parts.with_gradients | found.with_gradients)
 
 
-def _is_part(engine: Engine, fact: Fact, leaf: int, idx: tuple[Aff, ...]) -> bool:
-    at = [(place_of(a), size) for a, size in zip(idx, engine.leaf_shapes[leaf], strict=True)]
-    return any(d is not None and fact.value.shape[d] != size for d, size in at)
+def is_part(shape: tuple[Aff, ...], pattern: tuple[Aff, ...], sizes: tuple[Aff, ...]) -> bool:
+    """Whether a value of this shape, which holds a leaf of these sizes, ends before it does along some dimension."""
+    at = [(place_of(a), size) for a, size in zip(pattern, sizes, strict=True)]
+    return any(d is not None and shape[d] != size for d, size in at)
 
 
 def _held(engine: Engine, fact: Fact) -> tuple[int, tuple[Aff, ...]] | None:

@@ -57,6 +57,11 @@ def known_condition(engine: Engine, cond: Val) -> Val | None:
     return engine.join_cases(Val(cond.shape, tuple(out)))
 
 
+def opposite(engine: Engine, known: Val) -> Val:
+    """Where a known condition does not hold."""
+    return engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))
+
+
 def decided(op: Op, a: Val, b: Val) -> Aff | None:
     """A form with integer coefficients and any constant whose sign is that of ``a - b``; None if there is none.
 
@@ -122,9 +127,7 @@ def equal(op: Op) -> Val:
     if difference is None:
         return op.symbol()
     inside = truth(op.engine, op.shape, [at_least_zero(difference), at_least_zero(-difference)])
-    if op.func.overloadpacket is aten.eq:
-        return inside
-    return op.engine.zip_cases([inside], lambda g: () if g[0] else (Term(1.0),))
+    return inside if op.func.overloadpacket is aten.eq else opposite(op.engine, inside)
 
 
 # ----------------------------------------------------------------------------------------------------------- logic
@@ -170,13 +173,13 @@ def negate(op: Op) -> Val:
 def complement(op: Op, truth: Val) -> Val:
     """``1 - truth``, of zeros and ones."""
     if (known := known_condition(op.engine, truth)) is not None:
-        return op.engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))
+        return opposite(op.engine, known)
 
-    def opposite(terms: Terms) -> Terms:
+    def of_case(terms: Terms) -> Terms:
         if not terms or not any(t.accs for t in terms):
             return () if terms else (Term(1.0),)
         return op.engine.pointwise(aten.logical_not.default, [value(truth.shape, terms)], {}, op.out).terms
 
     if truth.single:
         return op.engine.pointwise(aten.logical_not.default, [truth], {}, op.out)
-    return op.engine.zip_cases([truth], lambda g: opposite(g[0]))
+    return op.engine.zip_cases([truth], lambda g: of_case(g[0]))

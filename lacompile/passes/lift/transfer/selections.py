@@ -8,10 +8,10 @@ import torch
 
 from ..affine import ONE, ZERO, Aff
 from ..engine import GiveUp
-from ..term import Term, Val
+from ..term import Val
 from . import Op, rule
 from .arith import number, operand
-from .conditions import complement, known_condition, truth
+from .conditions import complement, known_condition, opposite, truth
 
 aten = torch.ops.aten
 
@@ -35,8 +35,7 @@ def choose(op: Op, cond: Val, yes: Val, no: Val) -> Val:
         return _choose_by_data(op, cond, yes, no)
     if engine.contracts(yes) or engine.contracts(no):
         if not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
-            opposite = engine.zip_cases([known], lambda g: () if g[0] else (Term(1.0),))
-            return engine.add(engine.multiply(yes, known), engine.multiply(no, opposite), op.out)
+            return engine.add(engine.multiply(yes, known), engine.multiply(no, opposite(engine, known)), op.out)
     return engine.zip_cases([known, yes, no], lambda g: g[1] if g[0] else g[2])
 
 

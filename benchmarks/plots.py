@@ -218,7 +218,7 @@ def layers(tables: dict[str, tuple[dict[str, str], Table]]) -> Figure:
     footer(
         figure, next(iter(tables.values()))[0],
         "Solid: a training step; dashed: forward. One sequence, bf16. A line ends where the layer does not fit into "
-        "80 GB, or where Inductor did not compile it within 300 s;\non the Mamba-2 mixer Inductor alone fails.",
+        "the GPU, or where Inductor did not compile it in time;\non the Mamba-2 mixer Inductor alone fails.",
     )  # fmt: skip
     return figure
 

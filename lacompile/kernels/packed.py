@@ -55,7 +55,7 @@ def backward(
     want_decay: bool,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, log_decay (zero unless wanted) and the initial states (empty without them)."""
+    """Gradients of q, k, v, log_decay (empty unless wanted) and the initial states (empty without them)."""
     one = implementation(q, v)
     grads = []
     for n, part in _parts(cu_seqlens):
@@ -65,7 +65,7 @@ def backward(
         grads.append(one.backward(do[:, :, part], last, *args, scale, first, want_decay))
     dq, dk, dv = (torch.cat([g[n] for g in grads], 2) for n in range(3))
     if not want_decay:
-        dg = torch.zeros_like(log_decay)
+        dg = log_decay.new_empty(0)
     elif log_decay.dim() == 1:
         dg = torch.stack([g[3] for g in grads]).sum(0)
     else:

@@ -177,8 +177,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (in their dtype), of log_decay and of the initial state (fp32).
 
-    Without ``want_decay`` the gradient of log_decay is zero and costs nothing; without an initial state its gradient
-    is empty.
+    Without ``want_decay`` the gradient of log_decay is empty and costs nothing, without an initial state its gradient
+    is.
     """
     with launch.on_device_of(q):
         q, k, v, do = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v), launch.unit_last(do)
@@ -215,17 +215,16 @@ def _prepare(
     def gradients(*inputs: Tensor) -> Iterable[Tensor]:
         return (launch.grad_like(x, heads) for x in inputs)
 
-    def finished(dq: Tensor, dk: Tensor, dv: Tensor, d_decay: Tensor | None, d_initial: Tensor) -> Gradients:
+    def finished(dq: Tensor, dk: Tensor, dv: Tensor, d_decay: Tensor, d_initial: Tensor) -> Gradients:
         dq, dk, dv = (launch.fold(g, n) for g, n in zip((dq, dk, dv), own_heads, strict=True))
-        if d_decay is None:
-            d_decay = torch.zeros(decay_shape, dtype=torch.float32, device=dq.device)
         return dq, dk, dv, d_decay, d_initial if has_start else d_initial.new_empty(0)
 
-    decay_shape, end_shape = log_decay.shape, (batch, heads, dk, dv)
+    end_shape = batch, heads, dk, dv
     if rows * length == 0:
         return lambda do, d_end, q, k, v, log_decay, initial: finished(
-            *gradients(q, k, v), None, torch.zeros(end_shape, device=q.device) if d_end is None else d_end.clone()
-        )
+            *gradients(q, k, v), torch.zeros(log_decay.shape if want_decay else (0,), device=q.device),
+            torch.zeros(end_shape, device=q.device) if d_end is None else d_end.clone(),
+        )  # fmt: skip
 
     dq, dk_, dv_ = gradients(q, k, v)
     tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
@@ -295,7 +294,7 @@ def _prepare(
             q, k, v, do, q, k, do, dq, dk, dv, decays, q_rows, k_rows, q_rows if start is None else start,
             q_rows if d_start is None else d_start, marks, d_marks, d_initial,
         )  # fmt: skip
-        d_decay = None
+        d_decay = q_rows
         if want_decay:
             d_decay = decay_grad(q_rows, k_rows, marks, d_marks, log_decay, initial, d_end, span)
         return finished(dq, dk, dv, d_decay, d_initial)
@@ -307,7 +306,7 @@ def _prepare(
         *found, d_decay, d_start = backward(
             known.do, d_end, known.q, known.k, known.v, known.log_decay, 1.0, start, want_decay
         )
-        return equal([*found, d_decay if want_decay else d_decay[:0], d_start], known.gradients(start, d_end))
+        return equal([*found, d_decay, d_start], known.gradients(start, d_end))
 
     kind = "backward", for_k, for_v, q.dtype, tma, *constants.values(), q.device
     if not is_right(kind, q.device, computes_integers):

@@ -149,7 +149,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (in their dtype), of log_decay and of the states before the sequences (fp32).
 
-    Without ``want_decay`` the gradient of log_decay is zero; without initial states theirs is empty.
+    Without ``want_decay`` the gradient of log_decay is empty, without initial states theirs is.
     """
     with torch.cuda.device_of(q):
         heads, per_token = head_count(q, k, v, log_decay, initial_state), log_decay.dim() == 3
@@ -183,10 +183,9 @@ def backward(
             DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype),
             num_warps=max(for_k.warps, for_v.warps), num_stages=min(for_k.stages, for_v.stages),
         )  # fmt: skip
+        d_decay = q_rows
         if want_decay:
             d_decay = packed_decay_grad((q_rows, k_rows), (marks, d_marks), (states, d_states), pieces, span, per_token)
-        else:
-            d_decay = torch.zeros(log_decay.shape, **fp32)
         d_initial = d_initial if initial_state is not None else d_initial.new_empty(0)
         dq, dk_, dv_ = (launch.fold(grad, x.shape[1]) for grad, x in ((dq, q), (dk_, k), (dv_, v)))
         return dq, dk_, dv_, d_decay, d_initial

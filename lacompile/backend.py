@@ -50,7 +50,7 @@ def lightning(
     else:
         again = _Again(gm, settings, hand_over, decision.rewritten, compiled)
         assumed = _to_check(decision.assumed, settings)
-        compiled = guards.guarded(compiled, lambda: hand_over(gm, example_inputs), assumed, example_inputs, again)
+        compiled = guards.guarded(compiled, lambda: again.original(example_inputs), assumed, example_inputs, again, gm)
     final = replace(decision.report, notes=decision.report.notes + tuple(hand_over.notes))
     report.publish(final)
     if settings.strict and (final.near_misses or not final.rewrites):
@@ -69,6 +69,12 @@ class _Again:
         self.known = {code_of(rewritten): compiled}
         self.symbolic = any(n.op == "placeholder" and _is_symbolic(n) for n in gm.graph.nodes)
 
+    def original(self, args: Sequence[Any]) -> Callable[..., Any]:
+        """The graph as it was. For sizes that are symbolic Dynamo has to trace it again, since it is done with this."""
+        if self.symbolic:
+            return torch.compile(self.gm, backend=self.hand_over, dynamic=True)
+        return self.hand_over(self.gm, args)
+
     def __call__(self, args: Sequence[Any]) -> tuple[Callable[..., Any], guards.Assumed] | None:
         decision = decide(self.gm, args, self.settings)
         if decision.rewritten is None:
@@ -83,7 +89,7 @@ class _Again:
 
 
 def _to_check(assumed: guards.Assumed, settings: Options) -> guards.Assumed:
-    """What is looked at before each call: that buffers stay what they are may be trusted, a sign is never."""
+    """What is looked at before each call: that buffers stay what they are may be trusted, and nothing else."""
     return [(i, a) for i, a in assumed if a.kind != "values" or settings.buffers != "trust"]
 
 

@@ -245,7 +245,7 @@ def _unmet(match: Match, inputs: Mapping[fx.Node, Any]) -> Refusal | None:
 
     Those on values were read off these very inputs.
     """
-    for assumption in (a for f in match.facts for a in f.assumptions if a.kind != "values"):
+    for assumption in (a for f in match.facts for a in f.assumptions if a.kind == "positive"):
         real = inputs.get(assumption.node)
         if isinstance(real, torch.Tensor) and not _compat.is_fake(real) and assumption.holds(real.detach()):
             continue

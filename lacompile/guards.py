@@ -3,7 +3,12 @@
 Layers of one class share one graph, so the same graph is called with the buffers of each. Where an assumption does not
 hold of them the graph is analysed again, with their values: what comes out serves those buffers from then on.
 
-A tensor is taken for unchanged if it is the same object at the same address, PyTorch has counted no write into it, and,
+A mask that is passed in is looked at in every call, all of it: it may be another one each time, as one that hides the
+padding of a batch is, and whatever fills it need not count its writes. After a few different ones the original graph
+serves all that are new. A CUDA graph that is being recorded gets the original operations, since nobody looks when it is
+replayed.
+
+A buffer is taken for unchanged if it is the same object at the same address, PyTorch has counted no write into it, and,
 on the CPU, the entries of a fixed sample are what they were. The sample is for writes that PyTorch does not count
 (through ``.data`` or memory shared with NumPy): all entries of a small tensor, every few of a large one. Two such
 writes stay unseen: one that leaves the sample of a large tensor as it was, and any on a GPU, where looking would wait
@@ -29,6 +34,8 @@ Assumed = Sequence[tuple[int, Assumption]]
 """Positions among the inputs, and what is assumed of the tensors there."""
 
 MAX_VARIANTS = 64
+MAX_PASSED = 4
+"""Variants where something is assumed of an argument."""
 MAX_KNOWN = 256
 SMALL = 4096
 """Entries up to which all are compared."""
@@ -42,6 +49,7 @@ def guarded(
     assumptions: Assumed,
     example_inputs: Sequence[Any],
     specialise: Callable[[Sequence[Any]], tuple[Compiled, Assumed] | None] | None = None,
+    uncompiled: Compiled | None = None,
 ) -> Compiled:
     """``compiled`` while the assumptions hold, else what ``specialise`` makes of the new values, else the original.
 
@@ -51,18 +59,23 @@ def guarded(
         assumptions: of the rewritten graph.
         example_inputs: the tensors of which they are known to hold.
         specialise: analyses the original graph again for other inputs; None where it cannot be rewritten for them.
+        uncompiled: the original graph as it stands.
     """
     if not assumptions:
         return compiled
     variants = [_Variant(compiled, assumptions, example_inputs)]
+    passed = any(a.kind == "argument" for _, a in assumptions)
+    most = MAX_PASSED if passed else MAX_VARIANTS
     original: Compiled | None = None
 
     def call(*args: Any) -> Any:
         nonlocal original
+        if passed and uncompiled is not None and recording():
+            return uncompiled(*args)
         for variant in variants:
             if variant.holds(args):
                 return (variant.compiled or original)(*args)  # type: ignore[misc]
-        if specialise is not None and len(variants) < MAX_VARIANTS:
+        if specialise is not None and len(variants) < most:
             found = specialise(args)
             if found is not None:
                 variants.append(_Variant(*found, args))
@@ -70,7 +83,7 @@ def guarded(
         if original is None:
             original = fallback()
             log.warning("%s no longer holds; running the original graph", variants[0].broken(args))
-        if specialise is not None and len(variants) < MAX_VARIANTS:
+        if specialise is not None and len(variants) < most:
             # These values are known to have no rewrite: no second analysis while they last.
             as_now = [(i, Assumption(a.node, a.kind, a.text, unchanged(args[i]))) for i, a in assumptions]
             variants.append(_Variant(None, as_now, args))
@@ -78,6 +91,11 @@ def guarded(
 
     call._boxed_call = False  # type: ignore[attr-defined]
     return call
+
+
+def recording() -> bool:
+    """Whether what runs now is recorded into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class _Variant:
@@ -135,7 +153,8 @@ class _Check:
 
     def __call__(self, args: Sequence[Any]) -> bool:
         tensor = args[self.position]
-        if tensor.is_inference():  # PyTorch does not count what is written into these
+        # PyTorch does not count what is written into inference tensors
+        if self.assumption.kind == "argument" or tensor.is_inference():
             return self.assumption.holds(tensor.detach())
         seen = self.known.get(id(tensor))
         if seen is not None and seen.is_now(tensor):
@@ -145,7 +164,7 @@ class _Check:
         return held
 
     def _note(self, tensor: torch.Tensor, held: bool) -> None:
-        if tensor.is_inference():
+        if self.assumption.kind == "argument" or tensor.is_inference():
             return
         if len(self.known) >= MAX_KNOWN:
             self.known.clear()

@@ -25,7 +25,7 @@ class Options:
 
     Attributes:
         buffers: how values of buffers may be used: "check" them before each call, "trust" that they never change, or
-            "never" use them.
+            "never" use them. Masks that are passed in are looked at in each call, unless "never".
         validate: run every match against the original on random inputs: within a time "budget", "always", or "off".
         strict: an error instead of a report where a decayed attention was not rewritten, or none was found.
         dry_run: analyse and report, rewrite nothing.

@@ -333,3 +333,50 @@ def test_a_compiled_model_follows_its_buffer(change, monkeypatch):
     assert (after - before).norm() > 0.1 * before.norm()
     for _ in range(2):
         torch.testing.assert_close(compiled(q, k, v), after)
+
+
+class TestPassed:
+    """What is assumed of an argument is asked in each call."""
+
+    def make(self, calls):
+        node = fx.Graph().placeholder("mask")
+        assumption = Assumption(node, "argument", "mask is causal", lambda t: calls.append(t) or bool((t > 0).all()))
+        graphs = {"compiled": lambda x: "rewritten", "fallback": lambda: lambda x: "original"}
+        assumed = {"assumptions": [(0, assumption)], "example_inputs": [torch.ones(2)]}
+        return guarded(**graphs, **assumed, uncompiled=lambda x: "as it stands")
+
+    def test_the_same_tensor_is_asked_about_again(self):
+        calls, mask = [], torch.ones(2)
+        call = self.make(calls)
+        assert [call(mask) for _ in range(3)] == ["rewritten"] * 3 and len(calls) == 3
+        mask.data[0] = -1.0  # a write that nobody counts
+        assert call(mask) == "original"
+
+    def test_a_recorded_graph_gets_the_original_operations(self, monkeypatch):
+        calls = []
+        call = self.make(calls)
+        monkeypatch.setattr(guards, "recording", lambda: True)
+        assert call(torch.ones(2)) == "as it stands" and not calls
+
+
+def test_the_original_graph_serves_symbolic_sizes():
+    """It is compiled when it is first needed, when Dynamo is done with the sizes it traced for."""
+    mask = torch.ones(40, 40).tril()
+
+    class Masked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mask", mask.clone())
+
+        def forward(self, q, k, v):
+            n = q.shape[1]
+            return (q @ k.mT * self.mask[:n, :n]) @ v
+
+    torch._dynamo.reset()
+    module = Masked()
+    run = torch.compile(module, backend="lightning", dynamic=True)
+    for n, changed in ((12, False), (17, True), (9, True), (25, True)):
+        if changed:
+            module.mask.fill_(0.5)
+        x = torch.randn(3, 2, n, 4)
+        torch.testing.assert_close(run(*x), module(*x))

@@ -107,11 +107,12 @@ def attentions_of(expr: Expr) -> tuple[DecayedAttention, ...]:
 class Assumption:
     """Something that is true of an input tensor now and is checked again before every call that relies on it.
 
-    ``node`` is the placeholder of the Dynamo graph; ``holds(tensor)`` re-verifies the property on new values.
+    ``node`` is the placeholder of the Dynamo graph; ``holds(tensor)`` re-verifies the property on new values. The
+    values of an ``argument`` may be others in every call, those of a module's buffer are expected to stay.
     """
 
     node: fx.Node
-    kind: Literal["values", "positive"]
+    kind: Literal["values", "argument", "positive"]
     text: str
     holds: Callable[[torch.Tensor], bool] = field(compare=False)
 

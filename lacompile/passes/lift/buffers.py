@@ -69,27 +69,45 @@ class Fit:
         return self.constant and bool(self.guards)
 
 
-def fit(tensor: torch.Tensor, error: float = EXPONENT_ERROR) -> Fit | None:
+def fit(tensor: torch.Tensor, error: float = EXPONENT_ERROR, *, square: bool = False) -> Fit | None:
     """The guarded exponential that explains every entry of ``tensor``, or None.
 
     Args:
         tensor: the numbers.
         error: how far an exponent may be off, relative to itself and to 1: the rounding of what it was computed in.
+        square: only as a mask, which is zero for some pairs of positions out of as many rows as columns.
     """
     if tensor.numel() > MAX_ENTRIES or tensor.dim() > 6:
         return None
     dims = [d for d, n in enumerate(tensor.shape) if n > 1]
-    if len(dims) < 2 or (kind := _kind(tensor)) is None:
+    pairs = list(_moving_dims(tensor.shape, dims)) if len(dims) > 1 else []
+    if square:
+        pairs = [p for p in pairs if len(p) == 2 and tensor.shape[p[0]] == tensor.shape[p[1]]]
+    if not pairs or (kind := _kind(tensor)) is None:
         return None
     log_space = kind == "log"
-    for moving in _moving_dims(tensor.shape, dims):
+    for moving in pairs:
         heads = tuple(d for d in dims if d not in moving)
         if max((tensor.shape[d] for d in heads), default=1) > 4096:
             continue
         found = _fit_moving(tensor, heads, moving, log_space, error)
-        if found is not None:
+        if found is not None and (found.guards or not square):
             return found
     return None
+
+
+def selected(fit: Fit, like: torch.Tensor) -> torch.Tensor:
+    """What a mask that only selects looks like in the shape, format and place of another tensor."""
+    inside = torch.ones((), dtype=torch.bool, device=like.device)
+    for guard in fit.guards:
+        at = torch.full((), int(guard.const), device=like.device)
+        for d, c in guard.terms:
+            steps = torch.arange(like.shape[d], device=like.device) * int(c)
+            at = at + steps.reshape([-1 if n == d else 1 for n in range(like.dim())])
+        inside = inside & (at >= 0)
+    made = torch.zeros(inside.shape, dtype=like.dtype, device=like.device)
+    made = made.masked_fill(~inside, float("-inf")) if fit.log_space else made.masked_fill(inside, 1)
+    return made.expand(like.shape)
 
 
 def slope_of(tensor: torch.Tensor) -> Iterable[tuple[str, np.ndarray, Slopes]]:
@@ -115,12 +133,12 @@ def _kind(tensor: torch.Tensor) -> str | None:
     """Cheap signs that a tensor is a weight (in [0, 1]) or its logarithm (at most 0)."""
     if tensor.dtype is torch.bool:
         return "weight"
-    if not tensor.is_floating_point():
+    if tensor.is_complex():
         return None
     low, high = (float(x) for x in torch.aminmax(tensor.detach()))
     if low >= 0 and 0 < high <= 1:
         return "weight"
-    return "log" if high == 0 and low < 0 else None
+    return "log" if high == 0 and low < 0 and tensor.is_floating_point() else None
 
 
 def _moving_dims(shape: Sequence[int], dims: Sequence[int]) -> Iterable[tuple[int, ...]]:
@@ -285,16 +303,17 @@ def _head_interval(
     if (values[~inside] != nothing).any():
         return None
     kept, at = values[inside], distance[inside]
-    if dtype is torch.bool and not kept.all():
+    whole = not dtype.is_floating_point
+    if whole and not kept.all():
         return None
-    rounding = 0.0 if dtype is torch.bool else _rounding(dtype)
+    rounding = 0.0 if whole else _rounding(dtype)
     if log_space:
         if np.isinf(kept).any():
             return None
         exponent, slack = -kept, np.abs(kept) * (rounding + error)
         lost = np.zeros(kept.shape, dtype=bool)
     else:
-        smallest = 0.0 if dtype is torch.bool else 4 * float(torch.finfo(dtype).smallest_normal)
+        smallest = 0.0 if whole else 4 * float(torch.finfo(dtype).smallest_normal)
         lost = kept < smallest  # subnormal or underflowed: only that it is tiny is known
         exponent = -np.log(np.where(lost, 1.0, kept))
         slack = math.log1p(rounding) + error * (1 + exponent)
@@ -351,6 +370,30 @@ def families(fits: dict[int, Fit], vectors: dict[int, torch.Tensor]) -> list[Fam
         if f.constant and not _joined(out, n, f):
             _joined(tiny, n, f)
     return out + [g for g in tiny if g.members]
+
+
+def block_decays(groups: Sequence[Family], vectors: dict[int, torch.Tensor]) -> dict[int, Fit]:
+    """Vectors that decay by several steps of a family at once, as from chunk to chunk; they join it.
+
+    One number alone proves nothing: only vectors over several heads are read so.
+    """
+    out: dict[int, Fit] = {}
+    for n, vector in vectors.items():
+        heads = tuple(d for d, size in enumerate(vector.shape) if size > 1)
+        several = next((s for how, _, s in slope_of(vector) if how == "decay"), None) if heads else None
+        if several is None or any(n in {m for m, _, _ in g.direct} for g in groups):
+            continue
+        for family in sorted(groups, key=lambda g: abs(g.place - n)):
+            if family.slopes.low.shape != several.low.shape or not family.slopes.middle.all():
+                continue
+            steps = round(float(np.median(several.middle / family.slopes.middle)))
+            both = family.slopes.meet(Slopes(several.low / steps, several.high / steps)) if steps > 1 else None
+            if both is not None:
+                family.slopes = both
+                family.members.append(n)
+                out[n] = Fit(heads, (Aff.lit(steps),), (), both, log_space=False)
+                break
+    return out
 
 
 def _joined(groups: list[Family], n: int, f: Fit) -> bool:

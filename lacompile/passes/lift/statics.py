@@ -1,19 +1,34 @@
-"""Buffers whose numbers the lift looks at, and the assumptions that come with looking."""
+"""Inputs whose numbers the lift looks at, and the assumptions that come with looking.
+
+These are the buffers of a module, and masks that are passed in: a function that takes its mask as an argument is as
+common as a module that keeps one, and the part of a program behind a graph break gets all that it needs that way.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
-from ..._compat import outside_modes
+from ..._compat import is_fake, outside_modes
 from ..facts import Assumption, unchanged
 from ..names import from_a_closure, source_name, spoken
 from .affine import ONE, Aff
-from .buffers import EXPONENT_ERROR, EXPONENT_ERROR_FP64, Family, Fit, aligned, families, fit, head_index
+from .buffers import (
+    EXPONENT_ERROR,
+    EXPONENT_ERROR_FP64,
+    Family,
+    Fit,
+    aligned,
+    block_decays,
+    families,
+    fit,
+    head_index,
+    selected,
+)
 from .engine import Engine, GiveUp
 from .leaves import Opaque
 from .precision import EXACT_UP_TO
@@ -22,10 +37,11 @@ from .transfer.conditions import truth
 
 MAX_VECTOR = 4096
 MAX_POSITIONS = 2**24
+MAX_FACTORS = 2**22
 
 
 class Statics:
-    """The buffers of one graph that are read by value.
+    """The inputs of one graph that are read by value.
 
     Args:
         engine: the analysis they become part of.
@@ -41,25 +57,33 @@ class Statics:
         self.ambiguous = 0
         self._reading = reading
         self.real: dict[fx.Node, torch.Tensor] = {}
+        self._passed: dict[fx.Node, Fit | None] = {}  # arguments, and what a mask was fitted to
         self._values: dict[fx.Node, Val] = {}
         self._used: set[fx.Node] = set()
+        self._sloped: set[fx.Node] = set()
         nodes: list[fx.Node] = []
         fits: dict[int, Fit] = {}
         vectors: dict[int, torch.Tensor] = {}
+        passed: dict[int, torch.Tensor] = {}
         for n, (node, real) in enumerate(zip(placeholders, example_inputs, strict=False)):
             nodes.append(node)
-            if not isinstance(real, torch.Tensor) or real.requires_grad or not belongs_to_module(node, real):
+            if not isinstance(real, torch.Tensor) or real.requires_grad or is_fake(real):
                 continue
             if real.is_floating_point() and real.dtype not in EXACT_UP_TO:
                 continue  # eight bits: PyTorch computes nothing in them
+            if not belongs_to_module(node, real):
+                passed[n] = real
+                continue
             self.real[node] = real
-            if real.is_floating_point() and sum(s > 1 for s in real.shape) <= 1 and 0 < real.numel() <= MAX_VECTOR:
+            if is_vector(real):
                 vectors[n] = real
+                self._signed(node)
             elif (found := fit(real)) is not None:
                 fits[n] = found
-        for n in vectors:
-            self._signed(nodes[n])
-        for family in families(fits, vectors):
+        self._read_passed(passed, nodes, fits, vectors)
+        groups = families(fits, vectors)
+        fits |= block_decays(groups, vectors)
+        for family in groups:
             self._family(family, nodes, fits)
         for n, found in fits.items():
             if found.selects and nodes[n] not in self._values:
@@ -76,7 +100,7 @@ class Statics:
 
         A line of one sign in a floating format may also be slopes, one for each head: that reading comes first.
         """
-        real = self.real.get(node)
+        real = None if node in self._passed else self.real.get(node)
         if real is None or real.is_complex() or real.dtype is torch.bool or not 1 < real.numel() <= MAX_POSITIONS:
             return None
         with outside_modes():
@@ -100,10 +124,36 @@ class Statics:
     def assumptions(self, nodes: Iterable[fx.Node], looked_at: Iterable[fx.Node]) -> Iterable[Assumption]:
         """What a rewrite takes for granted that rests on these inputs, and on the signs of those looked at."""
         for node in dict.fromkeys((*(n for n in nodes if n in self._used), *looked_at)):
-            if node in self.real:
+            if node in self._passed:
+                yield Assumption(node, "argument", f"the values of {spoken(node)}, an argument", self._still(node))
+            elif node in self.real:
                 yield Assumption(node, "values", f"the values of {spoken(node)}", unchanged(self.real[node]))
 
+    def _still(self, node: fx.Node) -> Callable[[torch.Tensor], bool]:
+        """Whether another tensor is the mask that this argument is; one without a slope may be of any length."""
+        found, seen = self._passed[node], self.real[node]
+        if found is None or not found.selects or node in self._sloped:
+            return unchanged(seen)
+        dtype, rank = seen.dtype, seen.dim()
+        return lambda now: now.dtype == dtype and now.dim() == rank and bool(torch.equal(now, selected(found, now)))
+
     # -------------------------------------------------------------------------------------------------------- details
+
+    def _read_passed(
+        self,
+        passed: dict[int, torch.Tensor],
+        nodes: Sequence[fx.Node],
+        fits: dict[int, Fit],
+        vectors: dict[int, torch.Tensor],
+    ) -> None:
+        """Adds the arguments that are masks or decay factors, and with them the vectors that may be their slopes."""
+        found = {n: f for n, real in passed.items() if not is_vector(real) and (f := _passed_fit(real)) is not None}
+        fits |= found
+        lines = {n: real for n, real in passed.items() if is_vector(real)} if found else {}
+        vectors |= lines
+        for n in (*found, *lines):
+            self.real[nodes[n]] = passed[n]
+            self._passed[nodes[n]] = found.get(n)
 
     def _leaf(self, node: fx.Node) -> int:
         """The leaf that is this input as it stands."""
@@ -170,6 +220,8 @@ class Statics:
         shape = self.engine.shape(node.meta["example_value"])
         self._values[node] = as_value(self.engine, shape, found, distance, slope)
         self._used.add(node)
+        if slope is not None:
+            self._sloped.add(node)
 
 
 def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> Val:
@@ -206,6 +258,19 @@ def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tenso
     middle = found.slopes.middle
     table = engine.leaves.table(middle, tuple(Aff.lit(n) for n in middle.shape))
     return as_value(engine, shape, found, found.distances[0], (((table, head_index(found)),), -1))
+
+
+def is_vector(real: torch.Tensor) -> bool:
+    """Whether a tensor may be slopes or decay factors, one for each head."""
+    return real.is_floating_point() and sum(s > 1 for s in real.shape) <= 1 and 0 < real.numel() <= MAX_VECTOR
+
+
+def _passed_fit(real: torch.Tensor) -> Fit | None:
+    """An argument as a mask or as factors that decay; most arguments are neither, and are much larger."""
+    found = fit(real, square=True)
+    if found is None and real.is_floating_point() and real.numel() <= MAX_FACTORS:
+        found = fit(real)
+    return None if found is None or (found.constant and not found.guards) else found
 
 
 def belongs_to_module(node: fx.Node, real: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..names import spoken
 from .addends import Addends
 from .affine import Aff
 from .engine import Engine
@@ -26,7 +27,7 @@ from .leaves import Opaque, Table
 from .proof import Proof, Refused
 from .roles import sequence_index
 from .step import prove_step
-from .term import Term
+from .term import Access, Term
 
 
 def prove(engine: Engine, fact: Fact, explained: set[int] | None = None) -> Proof:
@@ -103,7 +104,8 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                 if len(holders) < 2 or not square or not features or _given(engine, leaf) or leaf in explained:
                     continue
                 explained.add(leaf)
-                label = kind.label if isinstance(kind, Opaque) else "a function"
+                rows = {x for n in square for x, _ in idx[n].terms}
+                label = _label(engine, leaf, [a for a in holders if rows <= engine.space.vars_of(a[1])])
                 raise Refused(
                     "separable",
                     "weights exp(G_i - G_j) that are visible in the graph",
@@ -111,6 +113,16 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                     1,
                     "softmax and other functions of the scores are not decayed linear attention",
                 )
+
+
+def _label(engine: Engine, leaf: int, weights: Sequence[Access]) -> str:
+    """What a tensor over pairs of positions is called; of scores that are known, what they are weighted by is meant."""
+    kind = engine.leaves[leaf].kind
+    if isinstance(kind, Opaque) and kind.reading is not None:
+        kind = next((engine.leaves[w].kind for w, _ in weights if w != leaf), kind)
+    if not isinstance(kind, Opaque):
+        return "a function"
+    return spoken(kind.node) if kind.node is not None and kind.node.op == "placeholder" else kind.label
 
 
 def _given(engine: Engine, leaf: int) -> bool:

@@ -154,3 +154,16 @@ def test_a_recurrence_that_is_reset(reset):
     gates = -randn(B, H, N, seed=7).detach().abs()
     gates[..., 3] = reset
     assert_rewritten(run, *arguments(), gates.requires_grad_(), compiled=False, options=OFF)
+
+
+# ----------------------------------------------------------------------------------------------- zero times infinity
+
+
+@pytest.mark.parametrize("made", [lambda m: (1 - m) * float("-inf"), lambda m: m * m.log()])
+def test_a_mask_that_is_no_number_where_it_selects(made):
+    """What the program computes is no number in some place of each row: no mask may come of it."""
+
+    def run(q, k, v):
+        return (q @ k.mT * made(torch.ones(N, N).tril()).exp()) @ v
+
+    assert_refused(run, *arguments(), options=OFF)

@@ -18,6 +18,8 @@ from .reference import expand_heads, head_count
 
 CHUNK = 64
 BLOCK = 64
+NOTHING = {torch.float64: -800.0, torch.float32: -110.0}
+"""Log-decays whose exponential is 0 in the format they are computed in: lower ones are no other decay."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -71,8 +73,13 @@ class Decays:
 
 
 def decays(log_decay: Tensor, block: Block, dtype: torch.dtype) -> Decays:
-    """Differences are masked before the exponential: for log-decays of at most 0 no exponent is ever positive."""
+    """Differences are masked before the exponential: for log-decays of at most 0 no exponent is ever positive.
+
+    A full reset (-inf, or a number that stands for it) is taken for NOTHING: the difference of two sums that hold it
+    would be no number, or what is left of the decays behind it.
+    """
     size, device = block.size, log_decay.device
+    log_decay = log_decay.clamp(min=NOTHING[dtype])
     if log_decay.dim() == 1:
         g = log_decay.to(dtype)[None, :, None, None]
         after = torch.arange(1, size + 1, dtype=dtype, device=device)

@@ -54,6 +54,24 @@ class TestForward:
         check_error("o", out, want)
         check_error("state", last, want_last)
 
+    @pytest.mark.parametrize("reset", [float("-inf"), -1e38, -1e9, -1e4])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @DECAYS
+    def test_decays_behind_a_full_reset_are_what_they_were(self, per_token, dtype, reset):
+        """Sums that hold such a number hold nothing else: its differences are no decays."""
+        q, k, v, g, scale, initial = arguments(2 * C + 7, per_token, dtype)
+        g[(..., slice(5, None, 60)) if per_token else slice(1, 2)] = reset
+        given = [x.requires_grad_() for x in (q, k, v, g, initial)]
+        out, last = cpu.forward(q, k, v, g, scale, initial)
+        want, want_last = reference.recurrence(*promoted((q, k, v, g, scale, initial)))
+        check_error("o", out, want)
+        check_error("state", last, want_last)
+        do, d_state = torch.randn_like(out), torch.randn_like(last)
+        found = cpu.backward(do, d_state, q, k, v, g, scale, initial)
+        wanted = torch.autograd.grad((want, want_last), given, (do.double(), d_state.double()))
+        for name, mine, exact in zip("q k v g S".split(), found, wanted, strict=True):
+            check_error(f"gradient of {name}", mine, exact, kind="gradient")
+
     def test_a_group_is_made_of_neighbouring_heads(self):
         q, k, v, g, scale, initial = arguments(9, groups={"k_heads": 2, "v_heads": 2})
         out, _ = cpu.forward(q, k, v, g, scale, initial)

@@ -135,3 +135,35 @@ def test_listed_numbers_in_fp64():
     inputs = [x.detach().double().requires_grad_() for x in arguments()]
     assert_rewritten(listed(1.0), *inputs, compiled=False, options=OFF)
     assert_refused(listed(1 + 1e-8), *inputs, options=OFF)
+
+
+# --------------------------------------------------------------------------------------------- gates that forget all
+
+
+@pytest.mark.parametrize("reset", [float("-inf"), -1e38, -1e9])
+def test_a_recurrence_that_is_reset(reset):
+    """The decays behind a reset are what they are: a sum that holds the reset keeps nothing of them."""
+
+    def run(q, k, v, g):
+        state, out = 0, []
+        for t in range(N):
+            state = state * g[:, :, t, None, None].exp() + k[:, :, t, :, None] * v[:, :, t, None, :]
+            out.append((q[:, :, t, None] @ state).squeeze(2))
+        return torch.stack(out, 2)
+
+    gates = -randn(B, H, N, seed=7).detach().abs()
+    gates[..., 3] = reset
+    assert_rewritten(run, *arguments(), gates.requires_grad_(), compiled=False, options=OFF)
+
+
+# ----------------------------------------------------------------------------------------------- zero times infinity
+
+
+@pytest.mark.parametrize("made", [lambda m: (1 - m) * float("-inf"), lambda m: m * m.log()])
+def test_a_mask_that_is_no_number_where_it_selects(made):
+    """What the program computes is no number in some place of each row: no mask may come of it."""
+
+    def run(q, k, v):
+        return (q @ k.mT * made(torch.ones(N, N).tril()).exp()) @ v
+
+    assert_refused(run, *arguments(), options=OFF)

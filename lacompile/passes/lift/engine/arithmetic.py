@@ -24,7 +24,11 @@ class Arithmetic(Symbols):
     """What is multiplied out, what is added term by term, and what is taken as it is."""
 
     def scale(self, v: Val, k: float) -> Val:
+        if math.isinf(k) and any(len(c.terms) != 1 for c in v.cases):
+            raise GiveUp("zero, or a sum, times infinity")
         if k == 0:
+            if any(math.isinf(t.coef) for c in v.cases for t in c.terms):
+                raise GiveUp("zero times infinity")
             return constant(v.shape, 0)
         return v if k == 1 else v.with_terms(lambda t: t.but(coef=t.coef * k))
 
@@ -43,6 +47,8 @@ class Arithmetic(Symbols):
 
         def times(groups: list[tuple[Term, ...]]) -> Iterable[Term]:
             left, right = groups
+            if not (left and right) and any(math.isinf(t.coef) for t in (*left, *right)):
+                raise GiveUp("zero times infinity")
             if len(left) * len(right) > MAX_TERMS * 4:
                 raise GiveUp("a product of long sums")
             for x in left:

@@ -92,7 +92,7 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
         for v in sorted(t.bound(engine.space)):
             holders = [a for a in t.accs if any(v in engine.space.vars(i) for i in a[1])]
             for leaf, idx in holders:
-                kind, sizes = engine.leaves[leaf].kind, engine.leaf_shapes[leaf]
+                sizes = engine.leaf_shapes[leaf]
                 summed = [n for n, i in enumerate(idx) if i == Aff.var(v)]
                 square = [
                     n

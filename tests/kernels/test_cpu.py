@@ -69,7 +69,7 @@ class TestForward:
         do, d_state = torch.randn_like(out), torch.randn_like(last)
         found = cpu.backward(do, d_state, q, k, v, g, scale, initial)
         wanted = torch.autograd.grad((want, want_last), given, (do.double(), d_state.double()))
-        for name, mine, exact in zip("q k v g S".split(), found, wanted, strict=True):
+        for name, mine, exact in zip(("q", "k", "v", "g", "S"), found, wanted, strict=True):
             check_error(f"gradient of {name}", mine, exact, kind="gradient")
 
     def test_a_group_is_made_of_neighbouring_heads(self):

@@ -236,6 +236,8 @@ class Builder:
             if kind.op is aten.log.default and children and self.interpreter.statics is not None:
                 yield from self.interpreter.statics.assumptions((), sorted(self.engine.leaves[children[0]].rests_on))
             if kind.op is aten.log.default and children and self.engine.leaves[children[0]].interval[0] <= 0:
+                if leaf in resets:
+                    return
                 base = self.engine.leaves[children[0]].kind
                 if not isinstance(base, Opaque) or base.node is None or base.node.op != "placeholder":
                     raise Refused(
@@ -251,11 +253,19 @@ class Builder:
             for c in children:
                 yield from visit(c)
 
-        weights = [*p.fixed, *p.tokens, *p.q_weights, *p.k_weights, *p.outer_weights]
-        monos = [m for m, _ in weights] + [m for t in p.residual for m, _ in t.exp.lin]
+        # The operator takes a decay of nothing: the state begins anew. As a factor elsewhere it might be a divisor.
+        resets = {m[0][0] for m, c in p.tokens if len(m) == 1 and c > 0 and self._is_reset(m[0][0])}
+        others = [m for m, _ in (*p.fixed, *p.q_weights, *p.k_weights, *p.outer_weights)]
+        others += [m for t in p.residual for m, _ in t.exp.lin]
+        resets -= {leaf for mono in others for leaf, _ in mono}
+        monos = [m for m, _ in p.tokens] + others
         for mono in monos:
             for leaf, _ in mono:
                 yield from visit(leaf)
+
+    def _is_reset(self, leaf: int) -> bool:
+        kind = self.engine.leaves[leaf].kind
+        return isinstance(kind, Symbol) and kind.op is aten.log.default and self.engine.leaves.truth(kind.args[0].leaf)
 
     def _replacement(
         self,

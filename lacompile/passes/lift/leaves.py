@@ -213,9 +213,31 @@ class Leaves:
             return None
         kind = Symbol(op, tuple(spec), tuple(sorted(kwargs.items())))
         interval = interval_of(op, intervals)
+        if interval == ANY and self._makes_truth(kind, dtype):
+            interval = (0.0, 1.0)
         key = (kind, dtype)
         leaf = self.intern(key, Leaf(kind, tuple(shape), dtype, interval, rests_on))
         return (leaf, tuple(idx))
+
+    def truth(self, leaf: int) -> bool:
+        """Whether a leaf is zeros and ones that a condition made: no gradient flows through it."""
+        kind, dtype = self[leaf].kind, self[leaf].dtype
+        return dtype is torch.bool or (isinstance(kind, Symbol) and self._makes_truth(kind, dtype))
+
+    def _makes_truth(self, kind: Symbol, dtype: torch.dtype) -> bool:
+        if dtype is torch.bool:
+            return True
+        given = [a for a in kind.args if isinstance(a, Argument)]
+        if len(given) != 1:
+            return False
+        if kind.op is aten._to_copy.default:
+            return self.truth(given[0].leaf)
+        of = self[given[0].leaf].kind
+        if kind.op is not aten.add.Tensor or 1.0 not in kind.args or not isinstance(of, Symbol):
+            return False
+        # 1 - x
+        negated = of.op is aten.mul.Tensor and -1.0 in of.args and isinstance(of.args[0], Argument)
+        return negated and self.truth(of.args[0].leaf)
 
     def made_of(self, leaf: int) -> tuple[int, ...]:
         """The leaves that this one is a function of, or a continuation."""

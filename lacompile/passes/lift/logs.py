@@ -1,4 +1,8 @@
-"""The logarithm of a factor, taken apart as far as its function symbols go: a decay is one however it was raised."""
+"""The logarithm of a factor, taken apart as far as its function symbols go: a decay is one however it was raised.
+
+A factor that is nothing at some tokens, as where a new sequence begins, is one that a condition chose: a truth, whose
+logarithm is 0 or minus infinity and needs no gradient.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .leaves import Argument, Leaves, Symbol, Table
+from .leaves import Argument, Leaves, Number, Symbol, Table
 from .term import Access
 
 aten = torch.ops.aten
@@ -27,7 +31,7 @@ def log_summands(leaves: Leaves, access: Access) -> list[Summand]:
     if isinstance(kind, Table) and leaves[leaf].interval[0] > 0:
         return [(1.0, (leaves.table(np.log(kind.array), leaves[leaf].shape), idx))]
     if isinstance(kind, Symbol) and (found := _of_symbol(leaves, kind, idx, leaves[leaf].dtype)) is not None:
-        if known_positive(leaves, found) or leaves[leaf].interval[0] <= 0:
+        if kind.op is aten.where.self or known_positive(leaves, found) or leaves[leaf].interval[0] <= 0:
             return found  # else the whole is known to be positive, and its factors are not
     log = leaves.symbol(aten.log.default, [(access, None)], {}, leaves[leaf].dtype)
     assert log is not None
@@ -35,11 +39,13 @@ def log_summands(leaves: Leaves, access: Access) -> list[Summand]:
 
 
 def known_positive(leaves: Leaves, summands: list[Summand]) -> bool:
-    """Whether every logarithm among the summands is one of something that is positive by its interval."""
+    """Whether every logarithm among the summands is one of something that is positive by its interval, or a truth."""
     for _, access in summands:
         kind = leaves[access[0]].kind if access is not None else None
-        if isinstance(kind, Symbol) and kind.op is aten.log.default and leaves[kind.args[0].leaf].interval[0] <= 0:
-            return False
+        if isinstance(kind, Symbol) and kind.op is aten.log.default:
+            base = kind.args[0].leaf
+            if leaves[base].interval[0] <= 0 and not leaves.truth(base):
+                return False
     return True
 
 
@@ -62,6 +68,8 @@ def _of_symbol(leaves: Leaves, kind: Symbol, idx: tuple[Any, ...], dtype: torch.
         args.append((a.leaf, idx[start : start + a.rank]))
         start += a.rank
     first = args[0]
+    if op is aten.where.self:
+        return _of_choice(leaves, *args, dtype=dtype)
     if op is aten.exp.default:
         return [(1.0, first)]
     if op is aten.mul.Tensor and isinstance(first, tuple):
@@ -76,3 +84,29 @@ def _of_symbol(leaves: Leaves, kind: Symbol, idx: tuple[Any, ...], dtype: torch.
     if op is aten.sqrt.default:
         return [(c / 2, x) for c, x in log_summands(leaves, first)]
     return None
+
+
+def _of_choice(leaves: Leaves, cond: Any, yes: Any, no: Any, *, dtype: torch.dtype) -> list[Summand] | None:
+    """``log(where(c, 0, y))``: the logarithm of ``not c``, and where that holds the logarithm of y."""
+    nothing_if_true = isinstance(yes, Number) and yes.value == 0
+    kept = no if nothing_if_true else yes
+    if not isinstance(cond, tuple) or leaves[cond[0]].dtype is not torch.bool or not isinstance(kept, tuple):
+        return None
+    if not nothing_if_true and not (isinstance(no, Number) and no.value == 0):
+        return None
+    there = cond
+    if nothing_if_true:
+        found = leaves.symbol(aten.logical_not.default, [(cond, None)], {}, torch.bool)
+        assert found is not None
+        there = found
+    out: list[Summand] = []
+    zero = Number(0.0, dtype, True)
+    for c, x in log_summands(leaves, kept):
+        given = Number(1.0, dtype, True) if x is None else (x, None)
+        chosen = leaves.symbol(aten.where.self, [(there, None), given, zero], {}, dtype)
+        if chosen is None:
+            return None
+        out.append((c, chosen))
+    log = leaves.symbol(aten.log.default, [(there, None)], {}, dtype)
+    assert log is not None
+    return [*out, (1.0, log)]

@@ -76,9 +76,11 @@ class Rates(Regions):
                         fixed.setdefault(i, []).append((rank, n, d))
         out = []
         for at, places in fixed.items():
-            dims = {n: d for _, n, d in sorted(places)}
+            best = {n: rank for rank, n, _ in sorted(places)}
+            # a function of several tensors, as where(mask, 0, g) is, has a dimension of tokens for each of them
+            dims = {(n, d) for rank, n, d in places if rank[:2] == best[n][:2]}
             along = (
-                (leaf, tuple(Aff.var(TAU) if dims.get(n) == d else i for d, i in enumerate(idx)))
+                (leaf, tuple(Aff.var(TAU) if (n, d) in dims else i for d, i in enumerate(idx)))
                 for n, (leaf, idx) in enumerate(mono)
             )
             out.append(Reading(tuple(sorted(along)), at, max(places)[0]))

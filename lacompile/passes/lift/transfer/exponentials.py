@@ -126,8 +126,9 @@ def _prefix_sum(engine: Engine, t: Term, bound: frozenset[int]) -> tuple[Mono, A
     mine = [frozenset(v for a in idx for v in engine.space.vars(a)) for _, idx in holders]
     if not holders or not any(all(m <= n for m in mine) for n in mine):
         raise GiveUp("exp of a contraction")
+    # A function of several tensors, as where(mask, 0, g) is, has an entry for each of them.
     where = [a for a in holders[0][1] if b in engine.space.vars(a)]
-    if len(where) != 1 or where[0].coef(b) != 1:
+    if any(a.coef(b) != 1 for a in where):
         raise GiveUp("a prefix sum that does not step by one")
     offset = where[0].without(b)
     shifted = t.sub(engine.space, {b: Aff.var(TAU) - offset})

@@ -27,6 +27,8 @@ def from_a_closure(node: fx.Node) -> bool:
 def spoken(node: fx.Node) -> str:
     """A short readable name: ``self.layers.0.slope`` for an input of the graph, else the node's own name."""
     name = source_name(node)
+    if "___stack" in name:
+        return "a value from before a graph break"
     if not re.match(r"^[LG]\[", name):
         return node.name
     short = _MEMBER.sub(lambda m: "." + (m[1] or m[2]), name[1:])

@@ -56,7 +56,7 @@ FORMS = {
 def test_forms(name):
     form, mask = FORMS[name]
     report = assert_rewritten(form, *operands(), mask())
-    assert [a.endswith(", an argument") for a in report.rewrites[0].assumptions] == [True]
+    assert [a.endswith(", which is passed in") for a in report.rewrites[0].assumptions] == [True]
 
 
 def chunks(q, k, v, mask, from_start, to_end, block):

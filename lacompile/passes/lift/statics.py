@@ -125,7 +125,7 @@ class Statics:
         """What a rewrite takes for granted that rests on these inputs, and on the signs of those looked at."""
         for node in dict.fromkeys((*(n for n in nodes if n in self._used), *looked_at)):
             if node in self._passed:
-                yield Assumption(node, "argument", f"the values of {spoken(node)}, an argument", self._still(node))
+                yield Assumption(node, "argument", f"the values of {spoken(node)}, which is passed in", self._still(node))
             elif node in self.real:
                 yield Assumption(node, "values", f"the values of {spoken(node)}", unchanged(self.real[node]))
 

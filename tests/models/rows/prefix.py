@@ -86,10 +86,10 @@ ROWS = [
         "causal-range",
     ),
     Row("performer-pytorch", "`causal_linear_attention_noncuda`", "chunkwise", performer, 24, 2),
-    Row("leetDecoding", "`linear_attn`", "parallel", masked_by_rows, 8, 0, "separable"),
+    Row("leetDecoding", "`linear_attn`", "parallel", masked_by_rows, 8),
     Row("leetDecoding", "`linear_attn`, no decay", "parallel", lower_triangle, 24, before=32),
     Row("leetDecoding", "`lightningAttention2_torch`", "chunkwise", lightning, 300),
     Row("leetDecoding", "`lightningAttention2_torch`, no decay", "chunkwise", lightning_without_decay, 300),
     Row("leetDecoding", "`FleetAttention`, no decay", "other", fleet, 24),
-    Row("leetDecoding", "`recursive_infer_with_decay`", "other", recursion, 24, 0, "separable"),
+    Row("leetDecoding", "`recursive_infer_with_decay`", "other", recursion, 24, 1, "causal-range"),
 ]

@@ -125,7 +125,8 @@ class Statics:
         """What a rewrite takes for granted that rests on these inputs, and on the signs of those looked at."""
         for node in dict.fromkeys((*(n for n in nodes if n in self._used), *looked_at)):
             if node in self._passed:
-                yield Assumption(node, "argument", f"the values of {spoken(node)}, which is passed in", self._still(node))
+                text = f"the values of {spoken(node)}, which is passed in"
+                yield Assumption(node, "argument", text, self._still(node))
             elif node in self.real:
                 yield Assumption(node, "values", f"the values of {spoken(node)}", unchanged(self.real[node]))
 

@@ -233,11 +233,11 @@ class Leaves:
         if kind.op is aten._to_copy.default:
             return self.truth(given[0].leaf)
         of = self[given[0].leaf].kind
-        if kind.op is not aten.add.Tensor or 1.0 not in kind.args or not isinstance(of, Symbol):
+        if kind.op is not aten.add.Tensor or 1.0 not in kind.args or not isinstance(of, Symbol) or kind.kwargs:
             return False
         # 1 - x
         negated = of.op is aten.mul.Tensor and -1.0 in of.args and isinstance(of.args[0], Argument)
-        return negated and self.truth(of.args[0].leaf)
+        return negated and not of.kwargs and self.truth(of.args[0].leaf)
 
     def made_of(self, leaf: int) -> tuple[int, ...]:
         """The leaves that this one is a function of, or a continuation."""

@@ -40,6 +40,12 @@ MASKS = {
     "keys and queries": lambda s, n, kept: s * (of_keys(kept) & of_queries(kept) & causal(n)),
     "logical": lambda s, n, kept: s * torch.logical_and(of_keys(kept), causal(n)).to(s.dtype),
     "filled": lambda s, n, kept: s * (of_keys(kept) & causal(n)).masked_fill(~of_queries(kept), False),
+    "not all three": lambda s, n, kept: s.masked_fill(~(causal(n) & of_keys(kept) & of_queries(kept)), 0.0),
+    "any of three not": lambda s, n, kept: s.masked_fill(~of_keys(kept) | ~of_queries(kept) | ~causal(n), 0.0),
+    "not both positions": lambda s, n, kept: s.masked_fill(~(of_keys(kept) & of_queries(kept)) | ~causal(n), 0.0),
+    "equal to zero": lambda s, n, kept: s.masked_fill((causal(n) & of_keys(kept) & of_queries(kept)) == 0, 0.0),
+    "a product of truths": lambda s, n, kept: s * (of_keys(kept) * of_queries(kept) * causal(n)),
+    "a product as numbers": lambda s, n, kept: s * ((of_keys(kept) * of_queries(kept)).float() * causal(n)),
 }
 
 # Each differs from all of the above somewhere, or may.
@@ -50,6 +56,11 @@ TWINS = {
     "exclusive or": lambda s, n, kept: s * (of_keys(kept) ^ causal(n)),
     "whole numbers": lambda s, n, kept: s * (of_keys(kept).long() * 2 & causal(n)),
     "a sum of truths": lambda s, n, kept: s * ((of_keys(kept) & causal(n)) + causal(n).mT),
+    "equal to one": lambda s, n, kept: s.masked_fill((causal(n) & of_keys(kept) & of_queries(kept)) == 1, 0.0),
+    "all the others": lambda s, n, kept: s * (~(of_keys(kept) & of_queries(kept)) | causal(n)),
+    "one of two": lambda s, n, kept: s * ((of_keys(kept) ^ of_queries(kept)) & causal(n)),
+    "equal truths": lambda s, n, kept: s * ((of_keys(kept) == of_queries(kept)) & causal(n)),
+    "bits": lambda s, n, kept: s * (of_keys(kept).int() * 2 & of_queries(kept).int() * 3),
     "signs": lambda s, n, kept: s * ((of_keys(kept) & causal(n)) * 2 - 1),
 }
 
@@ -118,3 +129,14 @@ def test_a_diagonal_of_its_own():
 
 def test_too_little_is_added_to_hide():
     assert_refused(added(lambda d, s, kept: torch.exp(-s * d + (1 - kept) * -90.0), False), *arguments())
+
+
+def test_a_choice_by_the_opposite_of_two_truths():
+    """Computed, in a gate, and not looked into: the condition stays one."""
+
+    def run(q, k, v, slope, kept):
+        g = -torch.nn.functional.softplus(v[..., 0]).masked_fill(~(kept & (v[:, 0, :, 1] > 0))[:, None], 0.5)
+        sums = g.cumsum(-1)
+        return (q @ k.mT * (sums[..., :, None] - sums[..., None, :]).exp().tril()) @ v
+
+    assert_rewritten(run, *arguments(), compiled=False)

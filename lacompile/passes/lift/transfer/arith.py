@@ -33,8 +33,9 @@ def cast(op: Op) -> Val:
         return v
     if op.engine.index_only(v) and not floats and target is not torch.bool:
         return v
-    if source is torch.bool and target.is_floating_point and not op.engine.plain(v):
-        return v  # a mask of tokens on a part of the positions
+    if source is torch.bool and target.is_floating_point:
+        if not op.engine.plain(v) or any(len(t.accs) > 1 for t in v.terms):
+            return v  # a mask of tokens on a part of the positions, or masks of both positions
     return op.engine.pointwise(aten._to_copy.default, [v], {"dtype": target}, op.out)
 
 
@@ -60,14 +61,6 @@ def rsub(op: Op) -> Val:
 @rule(aten.neg)
 def neg(op: Op) -> Val:
     return op.engine.scale(op.args[0], -1.0)
-
-
-@rule(aten.mul)
-def mul(op: Op) -> Val:
-    a, b = operand(op, 0), operand(op, 1)
-    if any(d is torch.bool for d in op.dtypes if d) and op.out.dtype is torch.bool:
-        return op.symbol()
-    return op.engine.multiply(a, b)
 
 
 @rule(aten.div)

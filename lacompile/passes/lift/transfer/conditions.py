@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from ..affine import ZERO, Aff
 from ..engine import Engine, GiveUp
+from ..leaves import Argument, Symbol
 from ..precision import decidable
 from ..term import NO_GUARDS, Case, Guards, Term, Val, constant, value
 from . import Op, rule
-from .arith import operand
+from .arith import number, operand
 
 aten = torch.ops.aten
 
@@ -125,6 +127,8 @@ def equal(op: Op) -> Val:
         return constant(op.shape, float(op.func.overloadpacket is aten.eq))
     difference = decided(op, a, b)
     if difference is None:
+        if op.dtypes[0] is torch.bool and a.alt is None and number(b) in (0.0, 1.0):
+            return a if (number(b) == 1) == (op.func.overloadpacket is aten.eq) else complement(op, a)
         return op.symbol()
     inside = truth(op.engine, op.shape, [at_least_zero(difference), at_least_zero(-difference)])
     return inside if op.func.overloadpacket is aten.eq else opposite(op.engine, inside)
@@ -135,6 +139,17 @@ def equal(op: Op) -> Val:
 
 @rule(aten.logical_and, aten.bitwise_and, aten.__and__)
 def both(op: Op) -> Val:
+    return _both(op)
+
+
+@rule(aten.mul)
+def mul(op: Op) -> Val:
+    if any(d is torch.bool for d in op.dtypes if d) and op.out.dtype is torch.bool:
+        return _both(op)
+    return op.engine.multiply(operand(op, 0), operand(op, 1))
+
+
+def _both(op: Op) -> Val:
     found = _where_known(op, lambda known, other: other if known else ())
     if found is None and _truths_of_tokens(op):
         found = op.engine.multiply(operand(op, 0), operand(op, 1))
@@ -144,6 +159,9 @@ def both(op: Op) -> Val:
 @rule(aten.logical_or, aten.bitwise_or, aten.__or__)
 def either(op: Op) -> Val:
     found = _where_known(op, lambda known, other: (Term(1.0),) if known else other)
+    if found is None and _truths_of_tokens(op):
+        neither = op.engine.multiply(complement(op, operand(op, 0)), complement(op, operand(op, 1)))
+        found = complement(op, neither)
     return op.symbol() if found is None else found
 
 
@@ -178,8 +196,36 @@ def complement(op: Op, truth: Val) -> Val:
     def of_case(terms: Terms) -> Terms:
         if not terms or not any(t.accs for t in terms):
             return () if terms else (Term(1.0),)
+        if several(op.engine, terms):
+            return (Term(1.0), *(t.but(coef=-t.coef) for t in terms))
+        if (whole := _opposite_of(op.engine, terms)) is not None:
+            return (whole,)
         return op.engine.pointwise(aten.logical_not.default, [value(truth.shape, terms)], {}, op.out).terms
 
-    if truth.single:
+    if truth.single and (truth.alt is not None or not several(op.engine, truth.terms)):
+        if truth.alt is None and (whole := _opposite_of(op.engine, truth.terms)) is not None:
+            return value(truth.shape, [whole])
         return op.engine.pointwise(aten.logical_not.default, [truth], {}, op.out)
     return op.engine.zip_cases([truth], lambda g: of_case(g[0]))
+
+
+def _opposite_of(engine: Engine, terms: Terms) -> Term | None:
+    """The truth that this one is the opposite of, if it is one."""
+    if len(terms) != 1 or len(terms[0].accs) != 1:
+        return None
+    leaf, idx = terms[0].accs[0]
+    kind = engine.leaves[leaf].kind
+    if not isinstance(kind, Symbol) or kind.op is not aten.logical_not.default or terms[0] != Term(accs=((leaf, idx),)):
+        return None
+    of = kind.args[0]
+    is_truth = isinstance(of, Argument) and engine.leaves[of.leaf].dtype is torch.bool
+    return Term(accs=((of.leaf, idx),)) if is_truth else None
+
+
+def several(engine: Engine, terms: Terms) -> bool:
+    """Whether a truth is made of several that differ in what they are of, as the masks of a row and of a column do."""
+    return len(terms) > 1 or any(not (a <= b or b <= a) for t in terms for a, b in pairwise(_places(engine, t)))
+
+
+def _places(engine: Engine, t: Term) -> list[set[int]]:
+    return [set(engine.space.vars_of(idx)) for _, idx in t.accs]

@@ -7,6 +7,7 @@ integer that wraps or was truncated, a sum of truths that is an "or". There the 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -49,8 +50,18 @@ def _truths(engine: Engine, v: Val) -> None:
         data = [t for t in c.terms if t.accs and not _is_table(engine, t)]
         if data and v.alt is not None:
             _plain_of(engine, v, torch.bool)
-        elif len(c.terms) > 1 or not (all(_all_hold(engine, t) for t in data) if data else _known_truth(engine, v, c)):
+        elif not (_of_data(engine, c.terms) if data else len(c.terms) < 2 and _known_truth(engine, v, c)):
             raise GiveUp("arithmetic of truths")
+
+
+def _of_data(engine: Engine, terms: Sequence[Term]) -> bool:
+    """Whether a sum is a product of truths, or 1 less one."""
+    whole = [t for t in terms if t.accs]
+    rest = [t for t in terms if not t.accs]
+    if not rest:
+        return len(whole) == 1 and _all_hold(engine, whole[0])
+    one = len(rest) == 1 and rest[0] == Term(1.0)
+    return one and len(whole) == 1 and whole[0].coef == -1 and _all_hold(engine, whole[0].but(coef=1.0))
 
 
 def _known_truth(engine: Engine, v: Val, c: Case) -> bool:

@@ -52,7 +52,7 @@ def index_put(op: Op) -> Val:
     if not op.engine.index_only(mask) or mask.shape != tuple(base.shape[d] for d in dims):
         raise GiveUp("a write at positions that are data")
     inside = op.engine.index(mask, {n: Aff.var(d) for n, d in enumerate(dims) if base.shape[d] != ONE}, base.shape)
-    return choose(op, inside, op.engine.broadcast(new, base.shape), base)
+    return choose(op, inside, op.engine.broadcast(new, base.shape), base, torch.bool)
 
 
 def written_at(engine: Engine, base: Val, src: Val, d: int, at: Aff) -> Val:

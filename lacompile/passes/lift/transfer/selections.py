@@ -20,18 +20,20 @@ aten = torch.ops.aten
 def where(op: Op) -> Val:
     if len(op.args) < 3:
         raise GiveUp("where without values")
-    return choose(op, operand(op, 0), operand(op, 1), operand(op, 2))
+    return choose(op, operand(op, 0), operand(op, 1), operand(op, 2), op.dtypes[0])
 
 
 @rule(aten.masked_fill)
 def masked_fill(op: Op) -> Val:
-    return choose(op, operand(op, 1), operand(op, 2), operand(op, 0))
+    return choose(op, operand(op, 1), operand(op, 2), operand(op, 0), op.dtypes[1])
 
 
-def choose(op: Op, cond: Val, yes: Val, no: Val) -> Val:
+def choose(op: Op, cond: Val, yes: Val, no: Val, dtype: torch.dtype) -> Val:
     engine = op.engine
     known = known_condition(engine, cond)
     if known is None:
+        if dtype is not torch.bool:
+            return op.engine.pointwise(aten.where.self, [cond, yes, no], {}, op.out)
         return _choose_by_data(op, cond, yes, no)
     if engine.contracts(yes) or engine.contracts(no):
         if not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
@@ -46,6 +48,8 @@ def _choose_by_data(op: Op, cond: Val, yes: Val, no: Val) -> Val:
         as_number = cond if zero else complement(op, cond)
         if op.engine.structured(kept) or kept.alt is not None or not kept.single:
             return op.engine.multiply(kept, as_number)
+    if cond.single and len(cond.terms) > 1:  # the opposite of several truths: they themselves are what can be computed
+        cond, yes, no = complement(op, cond), no, yes
     return op.engine.pointwise(aten.where.self, [cond, yes, no], {}, op.out)
 
 

@@ -153,8 +153,7 @@ class _Check:
 
     def __call__(self, args: Sequence[Any]) -> bool:
         tensor = args[self.position]
-        # PyTorch does not count what is written into inference tensors
-        if self.assumption.kind == "argument" or tensor.is_inference():
+        if self._may_change_unseen(tensor):
             return self.assumption.holds(tensor.detach())
         seen = self.known.get(id(tensor))
         if seen is not None and seen.is_now(tensor):
@@ -163,8 +162,12 @@ class _Check:
         self._note(tensor, held)
         return held
 
+    def _may_change_unseen(self, tensor: torch.Tensor) -> bool:
+        """An argument may be filled by whatever does not count its writes, and inference tensors have no count."""
+        return self.assumption.kind == "argument" or tensor.is_inference()
+
     def _note(self, tensor: torch.Tensor, held: bool) -> None:
-        if self.assumption.kind == "argument" or tensor.is_inference():
+        if self._may_change_unseen(tensor):
             return
         if len(self.known) >= MAX_KNOWN:
             self.known.clear()

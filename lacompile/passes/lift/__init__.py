@@ -32,7 +32,7 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str =
 
     Args:
         gm: the graph as Dynamo hands it to a backend.
-        example_inputs: its inputs; real tensors, whose values are read for buffers only.
+        example_inputs: its inputs; real tensors, whose values are read for buffers and masks only.
         buffers: "never" forbids reading the values of buffers.
     """
     start = time.perf_counter()

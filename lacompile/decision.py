@@ -119,7 +119,7 @@ def _own(
         nodes_before=len(gm.graph.nodes),
         nodes_after=len((rewritten or gm).graph.nodes),
     )
-    assumed = tuple((schedule.inputs[a.node], a) for m in kept for f in m.facts for a in f.assumptions)
+    assumed = tuple((schedule.inputs[a.node], a) for m in kept for a in m.assumed)
     return Decision(rewritten, report, assumed)
 
 
@@ -138,7 +138,7 @@ def _checked(
 
 def _rewrites(kept: Sequence[Match], validated: Sequence[Validation], used: set[int]) -> Iterator[Rewrite]:
     """One for each operator that the rewritten graph runs; ``used`` are the ids of their facts."""
-    with_state = {id(f) for m in kept if _is_state(m) for f in m.facts}
+    states = {id(f): m for m in kept if _is_state(m) for f in m.facts}
     checks: dict[int, list[Validation]] = {}
     places: dict[int, tuple[Match, DecayedAttention]] = {}
     for m, v in zip(kept, validated, strict=True):
@@ -148,7 +148,7 @@ def _rewrites(kept: Sequence[Match], validated: Sequence[Validation], used: set[
                 places.setdefault(id(f), (m, f))
     for key, (m, f) in places.items():
         worst = max(checks[key], key=lambda v: (bool(v.skipped), v.forward_error))
-        yield Rewrite.of(m, f, final_state=key in with_state, validation=str(worst))
+        yield Rewrite.of(m, f, state=states.get(key), validation=str(worst))
 
 
 # ---------------------------------------------------------------------------- graphs that an operator calls
@@ -245,7 +245,7 @@ def _unmet(match: Match, inputs: Mapping[fx.Node, Any]) -> Refusal | None:
 
     Those on values were read off these very inputs.
     """
-    for assumption in (a for f in match.facts for a in f.assumptions if a.kind == "positive"):
+    for assumption in (a for a in match.assumed if a.kind == "positive"):
         real = inputs.get(assumption.node)
         if isinstance(real, torch.Tensor) and not _compat.is_fake(real) and assumption.holds(real.detach()):
             continue

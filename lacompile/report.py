@@ -65,7 +65,9 @@ class Rewrite:
     validation: str = ""
 
     @classmethod
-    def of(cls, match: Match, fact: DecayedAttention, *, final_state: bool, validation: str) -> Rewrite:
+    def of(cls, match: Match, fact: DecayedAttention, *, state: Match | None, validation: str) -> Rewrite:
+        """What became of ``match``; ``state`` is that of the attention's final state, if it was found too."""
+        assumed = dict.fromkeys(a.text for m in (match, state) if m is not None for a in m.assumed)
         return cls(
             source=Source.of(match.target),
             formulation=fact.formulation,
@@ -77,8 +79,8 @@ class Rewrite:
             decay=fact.decay_source,
             decay_per_token=fact.decay_per_token,
             initial_state=fact.initial_state is not None,
-            final_state=final_state,
-            assumptions=tuple(a.text for a in fact.assumptions),
+            final_state=state is not None,
+            assumptions=tuple(assumed),
             validation=validation,
         )
 

@@ -170,6 +170,7 @@ class Match:
     ``replacement`` has exactly the shape of ``target``; the rewrite makes its dtype equal. Uses of ``target`` at or
     before node ``after`` (a mutation of it) keep the old value; None means all uses are replaced. It is computed right
     behind node ``place``, or else behind ``after`` or the target; ``hoisted`` nodes are moved there first.
+    ``assumptions`` are those under which the target is what the facts say; they have their own.
     """
 
     target: fx.Node
@@ -178,6 +179,12 @@ class Match:
     after: fx.Node | None = None
     place: fx.Node | None = None
     hoisted: tuple[fx.Node, ...] = ()
+    assumptions: tuple[Assumption, ...] = ()
+
+    @property
+    def assumed(self) -> tuple[Assumption, ...]:
+        """All that is taken for granted where the target is replaced."""
+        return (*(a for f in self.facts for a in f.assumptions), *self.assumptions)
 
     @property
     def behind(self) -> fx.Node:

@@ -121,7 +121,7 @@ def _compare(
     reference: Reference,
 ) -> Validation | _Disagreement:
     start = time.perf_counter()
-    by_value = region.first(a.node for f in match.facts for a in f.assumptions if a.kind != "positive")
+    by_value = region.first(a.node for a in match.assumed if a.kind != "positive")
     decays = region.first(v.node for f in match.facts for v in values_of(f.log_decay))
     generator = torch.Generator().manual_seed(0)
     env = {n: _input(n, real, decays, by_value, generator) for n in region.inputs}

@@ -111,6 +111,28 @@ def test_other_masks(mask):
     assert_refused(weighted, *operands(), mask)
 
 
+@pytest.mark.parametrize("n", [2, N])
+def test_heads_that_attend_to_themselves_alone(n):
+    """A mask is one for all heads; a head without a past is a decay of nothing."""
+    mask = torch.stack([causal(n), torch.eye(n) > 0, causal(n)]).float()
+    assert_rewritten(weighted, *operands(n), mask)
+
+
+def test_heads_with_windows_of_their_own():
+    assert_refused(weighted, *operands(), torch.stack([causal(), causal().triu(-2), causal().triu(-3)]).float())
+
+
+def test_a_slope_of_a_coarser_format_than_the_mask_that_shows_it():
+    """What the program computes with it elsewhere it computes with its own digits."""
+
+    def run(q, k, v, mask, slope):
+        distance = torch.arange(N)[:, None] - torch.arange(N)
+        again = (-slope.to(q)[:, None, None] * distance).exp().tril()
+        return weighted(q, k, v, mask) + weighted(k, q, v, again)
+
+    assert_rewritten(run, *operands(), decay(), SLOPE.bfloat16(), count=2, dtype=torch.float32)
+
+
 class TestOtherValues:
     """A mask may be another one in every call."""
 
@@ -149,6 +171,18 @@ class TestOtherValues:
             args = [*operands(), mask]
             torch.testing.assert_close(run(*args), weighted(*args))
             mask[3, 1] = 2.0
+
+    def test_factors_that_the_final_state_alone_reads(self):
+        def run(q, k, v, mask, to_end):
+            return weighted(q, k, v, mask), (k * to_end).mT @ v
+
+        def to_end(slope):
+            return (-slope[:, None, None] * (N - 1 - torch.arange(N))[:, None]).exp()
+
+        compiled = torch.compile(run, backend="lightning", dynamic=False)
+        for slope in (SLOPE, 2 * SLOPE, SLOPE):
+            args = [*operands(), decay(), to_end(slope)]
+            torch.testing.assert_close(compiled(*args), run(*args))
 
     def test_trust_is_for_buffers(self):
         run = torch.compile(weighted, backend="lightning", dynamic=False, options={"buffers": "trust"})

@@ -54,12 +54,13 @@ class Aff:
     to nine digits gives a weight that is equal to far below float32's rounding.
     """
 
-    __slots__ = ("_hash", "_key", "const", "terms")
+    __slots__ = ("_hash", "_key", "_vars", "const", "terms")
 
     def __init__(self, terms: tuple[tuple[int, Number], ...] = (), const: Number = 0):
         self.terms = terms
         self.const = const
         self._hash: int | None = None  # of most forms nobody asks
+        self._vars: frozenset[int] | None = None
 
     @staticmethod
     def of(coefs: Mapping[int, Number], const: Number = 0) -> Aff:
@@ -73,6 +74,7 @@ class Aff:
         return Aff(((v, 1),), 0)
 
     @staticmethod
+    @lru_cache(4096)
     def lit(c: Number) -> Aff:
         return Aff((), _const(c))
 
@@ -145,6 +147,18 @@ class Aff:
 
     def without(self, var: int) -> Aff:
         return Aff(tuple(t for t in self.terms if t[0] != var), self.const)
+
+    @property
+    def vars(self) -> frozenset[int]:
+        """The variables that it is written with; a floor division is one of them, and what is inside it is not."""
+        if self._vars is None:
+            self._vars = frozenset([v for v, _ in self.terms])
+        return self._vars
+
+    @property
+    def divides(self) -> bool:
+        """Whether it is written with a floor division."""
+        return bool(self.terms) and self.terms[-1][0] >= FIRST_DIV
 
     @property
     def is_const(self) -> bool:

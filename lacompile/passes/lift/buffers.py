@@ -52,8 +52,9 @@ class Slopes:
 class Fit:
     """A buffer as a guarded exponential.
 
-    ``constant``: every entry that is not zero is one, so it is a mask that only selects, or a decay by a slope too
-    small for its format; then ``distances`` are all the readings that would explain it as the latter.
+    ``constant``: every entry is one inside the same band of all heads and zero outside it, so it is a mask that only
+    selects, or a decay by a slope too small for its format; then ``distances`` are all the readings that would explain
+    it as the latter.
     """
 
     heads: tuple[int, ...]
@@ -115,7 +116,7 @@ def slope_of(tensor: torch.Tensor) -> Iterable[tuple[str, np.ndarray, Slopes]]:
     if not tensor.is_floating_point() or not 0 < tensor.numel() <= 4096:
         return
     x = tensor.detach().to("cpu", torch.float64).numpy().reshape([n for n in tensor.shape if n > 1])
-    error = _rounding(tensor.dtype) + EXPONENT_ERROR
+    error = rounding(tensor.dtype) + EXPONENT_ERROR
     if (x > 0).all():
         yield "slope", x, Slopes(x * (1 - error), x * (1 + error))
     if (x < 0).all():
@@ -125,8 +126,9 @@ def slope_of(tensor: torch.Tensor) -> Iterable[tuple[str, np.ndarray, Slopes]]:
         yield "decay", s, Slopes(np.maximum(s - error, 0), s + error)
 
 
-def _rounding(dtype: torch.dtype) -> float:
-    return float(torch.finfo(dtype).eps) / 2
+def rounding(dtype: torch.dtype) -> float:
+    """How far a number of this format may be from what it was rounded from, relative to itself."""
+    return float(torch.finfo(dtype).eps) / 2 if dtype.is_floating_point else 0.0
 
 
 def _kind(tensor: torch.Tensor) -> str | None:
@@ -166,7 +168,7 @@ def _fit_moving(
         return None
     if len(moving) == 1 and bool((_support(flat, log_space) == 0).any()) and not _may_underflow(flat):
         return None
-    constant = bool((flat == (0 if log_space else 1)).logical_or(~_support(flat, log_space)).all())
+    constant = bool(((flat == (0 if log_space else 1)) == _inside(flat, band)).all())
     readings: list[tuple[Aff, Slopes]] = []
     for coefs in _candidates(flat, moving, log_space, constant, band):
         ends = _intervals(flat, coefs, band, log_space, tensor.dtype, error)
@@ -181,8 +183,7 @@ def _fit_moving(
         size = [tensor.shape[d] for d in heads]
         never = Slopes(np.full(size, 1.0), np.full(size, -1.0))
         guards = _guards(moving, band, flat)
-        selects = constant and guards and _fills_its_band(flat, band, log_space)
-        return Fit(heads, (), guards, never, log_space, constant) if selects else None
+        return Fit(heads, (), guards, never, log_space, constant) if constant and guards else None
     slopes = readings[0][1]
     for _, other in readings[1:]:
         slopes = slopes.meet(other) or slopes
@@ -207,13 +208,13 @@ def _band(flat: torch.Tensor, log_space: bool) -> tuple[int, int] | None:
     return int(distance.min()), int(distance.max())
 
 
-def _fills_its_band(flat: torch.Tensor, band: tuple[int, int] | None, log_space: bool) -> bool:
-    """Whether every entry with a distance in the band is not nothing, in every head."""
+def _inside(flat: torch.Tensor, band: tuple[int, int] | None) -> torch.Tensor:
+    """The entries with a distance in the band; all where there is none."""
     if band is None:
-        return False
+        return torch.ones(flat.shape[1:], dtype=torch.bool)
     rows, columns = (torch.arange(n) for n in flat.shape[1:])
     distance = rows[:, None] - columns[None, :]
-    return bool((_support(flat, log_space) == ((distance >= band[0]) & (distance <= band[1]))).all())
+    return (distance >= band[0]) & (distance <= band[1])
 
 
 def _guards(moving: tuple[int, ...], band: tuple[int, int] | None, flat: torch.Tensor) -> tuple[Aff, ...]:
@@ -306,17 +307,17 @@ def _head_interval(
     whole = not dtype.is_floating_point
     if whole and not kept.all():
         return None
-    rounding = 0.0 if whole else _rounding(dtype)
+    relative = rounding(dtype)
     if log_space:
         if np.isinf(kept).any():
             return None
-        exponent, slack = -kept, np.abs(kept) * (rounding + error)
+        exponent, slack = -kept, np.abs(kept) * (relative + error)
         lost = np.zeros(kept.shape, dtype=bool)
     else:
         smallest = 0.0 if whole else 4 * float(torch.finfo(dtype).smallest_normal)
         lost = kept < smallest  # subnormal or underflowed: only that it is tiny is known
         exponent = -np.log(np.where(lost, 1.0, kept))
-        slack = math.log1p(rounding) + error * (1 + exponent)
+        slack = math.log1p(relative) + error * (1 + exponent)
     low, high = 0.0, math.inf
     if lost.any():
         if (at[lost] <= 0).any():

@@ -77,7 +77,7 @@ class Builder:
         row_factor, added = self._around(p, residual)
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
         read = {v.node for e in recipes for v in values_of(e)}
-        region = self.schedule.ancestors(p.fact.node, read, self._same_form)
+        region = self._region(p.fact.node, read)
         fact = DecayedAttention(
             q=Call(torch.cat, ([_rows(q, 1, None), _no_row(q)], 2)) if p.later else q,
             k=k,
@@ -94,7 +94,7 @@ class Builder:
             decay_per_token=bool(p.tokens),
             formulation=formulation(p, region),
             decay_source=source,
-            assumptions=tuple(self._assumptions(p, read, region)),
+            assumptions=(*self._by_value(read, region, p.looked_at), *self._positive(p)),
         )
         out: Expr = self._one_later(p, fact, q) if p.later else Attend(fact, 0)
         return fact, self._replacement(p, out, batch, heads, e_group, row_factor, added)
@@ -217,12 +217,25 @@ class Builder:
         facts = self.interpreter.facts
         return copy in facts and original in facts and facts[copy].value == facts[original].value
 
-    def _assumptions(self, p: Proof, read: set[fx.Node], region: set[fx.Node]) -> Iterable[Assumption]:
-        """log(x) in a weight is right only where x > 0; and buffers were read by value."""
-        if self.interpreter.statics is not None:
-            looked_at = p.looked_at.union(*(self.engine.relied.get(at, ()) for at in region))
-            inputs = {n for n in region if n.op == "placeholder"}
-            yield from self.interpreter.statics.assumptions(sorted(read | inputs), sorted(looked_at))
+    def _region(self, node: fx.Node, read: set[fx.Node]) -> set[fx.Node]:
+        """What ``node`` is computed from behind the values that its replacement reads."""
+        return self.schedule.ancestors(node, read, self._same_form)
+
+    def state_assumptions(self, node: fx.Node, state: Expr, p: Proof) -> tuple[Assumption, ...]:
+        """What the final state of a proved attention rests on beside the attention: factors that it alone reads."""
+        read = {v.node for v in values_of(state)}
+        return tuple(self._by_value(read, self._region(node, read), p.looked_at))
+
+    def _by_value(self, read: set[fx.Node], region: set[fx.Node], looked_at: set[fx.Node]) -> Iterable[Assumption]:
+        """Inputs that the normal form of this region, or the proof about it, knows the numbers of."""
+        if self.interpreter.statics is None:
+            return
+        looked_at = looked_at.union(*(self.engine.relied.get(at, ()) for at in region))
+        inputs = {n for n in region if n.op == "placeholder"}
+        yield from self.interpreter.statics.assumptions(sorted(read | inputs), sorted(looked_at))
+
+    def _positive(self, p: Proof) -> Iterable[Assumption]:
+        """log(x) in a weight is right only where x > 0."""
         seen: set[int] = set()
 
         def visit(leaf: int) -> Iterable[Assumption]:

@@ -32,14 +32,13 @@ class Divisions:
 
     def vars(self, aff: Aff) -> frozenset[int]:
         """Every variable ``aff`` depends on, those inside floor divisions included."""
-        terms = aff.terms
-        if not terms or terms[-1][0] < FIRST_DIV:
-            return frozenset([v for v, _ in terms])
-        return frozenset().union(*(self._deep[v] if v >= FIRST_DIV else (v,) for v, _ in terms))
+        if not aff.divides:
+            return aff.vars
+        return frozenset().union(*[self._deep[v] if v >= FIRST_DIV else (v,) for v, _ in aff.terms])
 
     def vars_of(self, affs: Iterable[Aff]) -> frozenset[int]:
         """Every variable that some of the forms depend on."""
-        return frozenset().union(*(self.vars(a) for a in affs))
+        return frozenset().union(*[self.vars(a) for a in affs])
 
     def sub(self, aff: Aff, mapping: Mapping[int, Aff]) -> Aff:
         """``aff`` with variables replaced, inside floor divisions too."""

@@ -99,7 +99,7 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
     for fact in elementwise:  # the normaliser's state of an attention that was found is no recurrence of its own
         if not rewritten & data(leaf for c in fact.value.cases for t in c.terms for leaf in t.signature):
             refusals += _told(causes, fact, None)
-    matches += final_states(interpreter, states, proofs)
+    matches += final_states(builder, states, proofs)
     matches += [m for fact in row_sums if matches and (m := _row_sum(interpreter, builder, fact)) is not None]
     inside = _inside(schedule, matches)
     return matches, sorted((r for r in refusals if r.node not in inside), key=lambda r: -r.progress)

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import itemgetter
+from typing import Any
 
 from .affine import FIRST_DIV, ONE, ZERO, Aff, Range
 from .rates import Rates
 from .term import Access, Exponent, Guards, Mono, Term
 
 ROUNDS = 8
+MISSING: Any = object()
 DENSE = 12  # free dimensions whose coefficients are compared one by one
 
 
@@ -33,16 +35,17 @@ class Algebra(Rates):
         if term.coef == 0:
             return None
         key = (term, shape)
-        if key not in self._normal:
-            self._normal[key] = self._normalised(self._unit_coefficient(term), shape)
-        return self._normal[key]
+        found = self._normal.get(key, MISSING)
+        if found is MISSING:
+            found = self._normal[key] = self._normalised(self._unit_coefficient(term), shape)
+        return found
 
     def unmerged_in(self, shape: tuple[Aff, ...]) -> set[tuple[Term, Term]]:
         """Pairs of terms of tensors of this shape that are known not to merge."""
         return self._unmerged.setdefault(shape, set())
 
     def _normalised(self, term: Term, shape: tuple[Aff, ...]) -> Term | None:
-        if not term.guards and not any(v < 0 for a in term.affs() for v, _ in a.terms):
+        if not term.guards and not term.bound(self.space):
             return self._canonical_names(self._settle(term, shape))
         for _ in range(ROUNDS):
             before = term
@@ -75,7 +78,7 @@ class Algebra(Rates):
     def _settle(self, term: Term, shape: tuple[Aff, ...]) -> Term:
         """Floor divisions that the box decides, and exponents in their canonical reading."""
         space = self.space
-        if any(a.terms and a.terms[-1][0] >= FIRST_DIV for a in term.affs()):
+        if any(a.divides for a in term.affs()):
             ranges = self._term_ranges(term, shape)
 
             def mono(m: Mono) -> Mono:

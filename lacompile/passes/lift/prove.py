@@ -89,9 +89,10 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
     Each such tensor is explained once: what follows it in the program holds it too.
     """
     for t in terms:
+        held = [(a, engine.space.vars_of(a[1])) for a in t.accs]
         for v in sorted(t.bound(engine.space)):
-            holders = [a for a in t.accs if any(v in engine.space.vars(i) for i in a[1])]
-            for leaf, idx in holders:
+            holders = [(a, mine) for a, mine in held if v in mine]
+            for (leaf, idx), mine in holders if len(holders) > 1 else ():
                 sizes = engine.leaf_shapes[leaf]
                 summed = [n for n, i in enumerate(idx) if i == Aff.var(v)]
                 square = [
@@ -99,13 +100,12 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                     for n, i in enumerate(idx)
                     if n not in summed and i.terms and summed and sizes[n] == sizes[summed[0]]
                 ]
-                mine = engine.space.vars_of(idx)
-                features = {x for a in holders if a[0] != leaf for x in engine.space.vars_of(a[1]) if x >= 0} - mine
-                if len(holders) < 2 or not square or not features or _given(engine, leaf) or leaf in explained:
+                features = {x for a, theirs in holders if a[0] != leaf for x in theirs if x >= 0} - mine
+                if not square or not features or _given(engine, leaf) or leaf in explained:
                     continue
                 explained.add(leaf)
                 rows = {x for n in square for x, _ in idx[n].terms}
-                label = _label(engine, leaf, [a for a in holders if rows <= engine.space.vars_of(a[1])])
+                label = _label(engine, leaf, [a for a, theirs in holders if rows <= theirs])
                 raise Refused(
                     "separable",
                     "weights exp(G_i - G_j) that are visible in the graph",

@@ -9,9 +9,10 @@ import torch
 
 from ..facts import Attend, Call, DecayedAttention, Expr, Match, attentions_of
 from .affine import ONE, TAU, ZERO, Aff
+from .build import Builder
 from .emit import CannotEmit, size_of
 from .engine import Engine
-from .interpret import Fact, Interpreter
+from .interpret import Fact
 from .leaves import NINE_DIGITS
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 from .roles import sequence_index
@@ -32,7 +33,7 @@ def looks_like_state(engine: Engine, fact: Fact) -> bool:
 
 
 def final_states(
-    interpreter: Interpreter, states: Sequence[Fact], proofs: Sequence[tuple[Proof, DecayedAttention]]
+    builder: Builder, states: Sequence[Fact], proofs: Sequence[tuple[Proof, DecayedAttention]]
 ) -> list[Match]:
     out: list[Match] = []
     by_leaf: dict[int | None, list[tuple[Proof, DecayedAttention]]] = {}
@@ -43,9 +44,10 @@ def final_states(
     for fact in states:
         held = dict.fromkeys(leaf for c in fact.value.cases for t in c.terms for leaf, _ in t.accs)
         for proof, attention in (found for leaf in (*held, None) for found in by_leaf.get(leaf, ())):
-            expr = final_state(interpreter.engine, fact, proof, attention)
+            expr = final_state(builder.engine, fact, proof, attention)
             if expr is not None:
-                out.append(Match(fact.node, expr, attentions_of(expr), fact.after))
+                assumed = builder.state_assumptions(fact.node, expr, proof)
+                out.append(Match(fact.node, expr, attentions_of(expr), fact.after, assumptions=assumed))
                 break
     return out
 

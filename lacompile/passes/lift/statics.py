@@ -27,6 +27,7 @@ from .buffers import (
     families,
     fit,
     head_index,
+    rounding,
     selected,
 )
 from .engine import Engine, GiveUp
@@ -189,8 +190,10 @@ class Statics:
                 self._enter(nodes[n], found, distance, slope)
         self.ambiguous += unclear
         if table is not None:
+            coarsest = max(rounding(self.real[nodes[n]].dtype) for n in family.members)
             for n, how, _ in family.direct:
-                self._rounded(nodes[n], how, table)
+                if rounding(self.real[nodes[n]].dtype) <= coarsest:
+                    self._rounded(nodes[n], how, table)
 
     def _read_slope(self, node: fx.Node, how: str, found: Fit) -> tuple[Mono, int] | None:
         leaf = self._leaf(node)
@@ -209,7 +212,7 @@ class Statics:
         return self.engine.leaves.table(middle, tuple(Aff.lit(n) for n in middle.shape))
 
     def _rounded(self, node: fx.Node, how: str, table: int) -> None:
-        """A slope that was rounded on its own (cast to bf16) stands for the one its sister buffers show."""
+        """A slope that was rounded as its sister buffers were (cast to bf16) stands for the one that they show."""
         if how == "decay":
             return
         shape = self.engine.shape(node.meta["example_value"])

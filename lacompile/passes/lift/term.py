@@ -14,7 +14,7 @@ from enum import IntEnum
 from operator import is_
 from typing import Any
 
-from .affine import FIRST_DIV, ONE, TAU, Aff, Number
+from .affine import ONE, TAU, Aff, Number
 from .space import Space
 
 Access = tuple[int, tuple[Aff, ...]]
@@ -96,16 +96,14 @@ class Exponent:
         )
         return self if same else Exponent.of(lin, sums)
 
-    def affs(self) -> Iterable[Aff]:
+    def affs(self) -> list[Aff]:
         """Every affine form mentioned, those inside monomials included."""
-        for mono, f in self.lin:
-            yield f
+        out: list[Aff] = []
+        for mono, f in (*self.lin, *(key for key, _ in self.sums)):
+            out.append(f)
             for _, idx in mono:
-                yield from idx
-        for (mono, pos), _ in self.sums:
-            yield pos
-            for _, idx in mono:
-                yield from idx
+                out += idx
+        return out
 
     def __repr__(self) -> str:
         parts = [f"{show_mono(m)}*({f})" for m, f in self.lin]
@@ -133,7 +131,7 @@ NO_EXPONENT = Exponent()
 class Term:
     """One guarded, weighted product; see the module docstring. Immutable and hashed."""
 
-    __slots__ = ("_bound", "_hash", "_signature", "_told", "accs", "coef", "exp", "guards", "poly")
+    __slots__ = ("_hash", "_signature", "_told", "_vars", "accs", "coef", "exp", "guards", "poly")
 
     def __init__(
         self,
@@ -151,7 +149,7 @@ class Term:
         self.exp = exp
         self.guards: frozenset[Aff] = frozenset(guards)
         self._hash: int | None = None
-        self._bound: frozenset[int] | None = None
+        self._vars: frozenset[int] | None = None
         self._signature: tuple[int, ...] | None = None
         self._told: dict[Callable[[Term], bool], bool] = {}
 
@@ -194,33 +192,26 @@ class Term:
             get("guards", self.guards),
         )
 
-    def factors(self) -> Iterable[Aff]:
+    def factors(self) -> list[Aff]:
         """Every affine form but the guards."""
-        yield self.poly
+        out = [self.poly]
         for _, idx in self.accs:
-            yield from idx
-        yield from self.exp.affs()
-
-    def affs(self) -> Iterable[Aff]:
-        yield from self.factors()
-        yield from self.guards
-
-    def vars(self, space: Space) -> set[int]:
-        out: set[int] = set()
-        for aff in self.affs():
-            for v, _ in aff.terms:
-                if v >= FIRST_DIV:
-                    out |= space.vars(Aff.var(v))
-                else:
-                    out.add(v)
-        out.discard(TAU)
+            out += idx
+        if self.exp:
+            out += self.exp.affs()
         return out
+
+    def affs(self) -> list[Aff]:
+        return [*self.factors(), *self.guards]
+
+    def vars(self, space: Space) -> frozenset[int]:
+        if self._vars is None:
+            self._vars = space.vars_of(self.affs()) - {TAU}
+        return self._vars
 
     def bound(self, space: Space) -> frozenset[int]:
         """The indices that are summed over."""
-        if self._bound is None:
-            self._bound = frozenset([v for v in self.vars(space) if v < 0])
-        return self._bound
+        return frozenset([v for v in self.vars(space) if v < 0])
 
     def told(self, ask: Callable[[Term], bool]) -> bool:
         """The answer of ``ask``, which an analysis asks of each term, and of a term but once."""

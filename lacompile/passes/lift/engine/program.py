@@ -25,6 +25,7 @@ class Program(Algebra):
         self.symints: dict[Aff, torch.SymInt] = {}
         self.size_nodes: dict[Aff, Any] = {}  # sizes that are inputs of the graph
         self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
+        self.view_maps: dict[tuple[tuple[Aff, ...], tuple[Aff, ...]], dict[int, Aff]] = {}  # from old and new sizes
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
 

@@ -22,8 +22,14 @@ def view(op: Op) -> Val:
     return op.engine.index(v, mapping, op.shape)
 
 
-def view_map(engine: Engine, old: Sequence[Aff], new: Sequence[Aff]) -> dict[int, Aff]:
+def view_map(engine: Engine, old: tuple[Aff, ...], new: tuple[Aff, ...]) -> dict[int, Aff]:
     """Old index variables over the new ones: dimensions of equal products are paired, mixed radix inside a group."""
+    if (old, new) not in engine.view_maps:
+        engine.view_maps[old, new] = _view_map(engine, old, new)
+    return engine.view_maps[old, new]
+
+
+def _view_map(engine: Engine, old: Sequence[Aff], new: Sequence[Aff]) -> dict[int, Aff]:
     mapping: dict[int, Aff] = {}
     for group_old, group_new in _paired(engine, old, new):
         numbers = all(old[d].is_const for d in group_old[1:]) and all(new[d].is_const for d in group_new[1:])

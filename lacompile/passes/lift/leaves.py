@@ -8,7 +8,7 @@ not many. A *table* is a small tensor of known numbers. *Extended* is a leaf con
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,15 @@ RANGE_OF: dict[Any, Interval] = {
 }
 
 
+BOUNDS: dict[Any, tuple[Any, ...]] = {  # which of two the results are: that of the argument and of each bound
+    aten.clamp: (max, min),
+    aten.clamp_min: (max,),
+    aten.clamp_max: (min,),
+    aten.maximum: (max,),
+    aten.minimum: (min,),
+}
+
+
 @dataclass
 class Leaf:
     kind: Opaque | Symbol | Table | Extended
@@ -193,7 +202,7 @@ class Leaves:
         idx: list[Aff] = []
         spec: list[Any] = []
         shape: list[Aff] = []
-        intervals: list[Interval] = []
+        intervals: list[Interval | None] = []
         rests_on: frozenset[fx.Node] = frozenset()
         for arg in args:
             if isinstance(arg, tuple):
@@ -207,8 +216,8 @@ class Leaves:
             else:
                 spec.append(arg)
                 number = arg.value if isinstance(arg, Number) else arg
-                if isinstance(number, int | float) and not isinstance(number, bool):
-                    intervals.append((float(number), float(number)))
+                if number is None or (isinstance(number, int | float) and not isinstance(number, bool)):
+                    intervals.append(None if number is None else (float(number), float(number)))
         if len(idx) > MAX_SYMBOL_INDICES:
             return None
         kind = Symbol(op, tuple(spec), tuple(sorted(kwargs.items())))
@@ -232,12 +241,19 @@ class Leaves:
             return False
         if kind.op is aten._to_copy.default:
             return self.truth(given[0].leaf)
-        of = self[given[0].leaf].kind
-        if kind.op is not aten.add.Tensor or 1.0 not in kind.args or not isinstance(of, Symbol) or kind.kwargs:
-            return False
-        # 1 - x
+        less = self.less_than_one(kind)
+        return less is not None and self.truth(less.leaf)
+
+    def less_than_one(self, kind: Symbol) -> Argument | None:
+        """The x of 1 - x."""
+        if kind.op is not aten.add.Tensor or 1.0 not in kind.args:
+            return None
+        (given,) = (a for a in kind.args if isinstance(a, Argument))
+        of = self[given.leaf].kind
+        if not isinstance(of, Symbol):
+            return None
         negated = of.op is aten.mul.Tensor and -1.0 in of.args and isinstance(of.args[0], Argument)
-        return negated and not of.kwargs and self.truth(of.args[0].leaf)
+        return of.args[0] if negated and not of.kwargs and not kind.kwargs else None
 
     def made_of(self, leaf: int) -> tuple[int, ...]:
         """The leaves that this one is a function of, or a continuation."""
@@ -260,9 +276,14 @@ class Leaves:
         return isinstance(self[leaf].kind, Extended)
 
 
-def interval_of(op: Any, args: list[Interval]) -> Interval:
-    """An interval that the results of ``op`` stay in, given those of its arguments."""
+def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
+    """An interval that the results of ``op`` stay in, given those of its arguments; None for one that is not there."""
     packet = getattr(op, "overloadpacket", op)
+    if packet in BOUNDS:
+        ends = iter(given[1:])
+        bounds = [(side, end) for side in BOUNDS[packet] if (end := next(ends, None)) is not None]
+        return _bounded(given[0] or ANY, bounds)
+    args = [ANY if x is None else x for x in given]
     if packet == aten.softplus and len(args) > 1 and args[1][0] <= 0:  # its beta
         return ANY
     if packet in RANGE_OF:
@@ -278,6 +299,8 @@ def interval_of(op: Any, args: list[Interval]) -> Interval:
         return (args[0][0] + args[1][0], args[0][1] + args[1][1])
     if packet == aten.detach and args:
         return args[0]
+    if packet == aten.where and len(args) > 1:
+        return (min(low for low, _ in args[-2:]), max(high for _, high in args[-2:]))
     if packet == aten.neg and args:
         return (-args[0][1], -args[0][0])
     if packet == aten.log and args and args[0][0] >= 0:
@@ -288,3 +311,9 @@ def interval_of(op: Any, args: list[Interval]) -> Interval:
     if packet == aten.reciprocal and args and args[0][0] > 0:
         return (0.0 if math.isinf(args[0][1]) else 1 / args[0][1], 1 / max(args[0][0], 1e-300))
     return ANY
+
+
+def _bounded(x: Interval, bounds: Iterable[tuple[Callable[[float, float], float], Interval]]) -> Interval:
+    for side, (low, high) in bounds:
+        x = (side(x[0], low), side(x[1], high))
+    return x

@@ -57,6 +57,8 @@ def _of_symbol(leaves: Leaves, kind: Symbol, idx: tuple[Any, ...], dtype: torch.
     if op is aten.sigmoid.default and isinstance(given, Argument):  # exact where the sigmoid itself underflows
         made = leaves.symbol(aten.log_sigmoid.default, [((given.leaf, idx), given.dtype)], {}, dtype)
         return None if made is None else [(1.0, made)]
+    if (less := leaves.less_than_one(kind)) is not None:
+        return _of_complement(leaves, less, idx, dtype)
     args: list[Any] = []
     start = 0
     for a in kind.args:
@@ -84,6 +86,16 @@ def _of_symbol(leaves: Leaves, kind: Symbol, idx: tuple[Any, ...], dtype: torch.
     if op is aten.sqrt.default:
         return [(c / 2, x) for c, x in log_summands(leaves, first)]
     return None
+
+
+def _of_complement(leaves: Leaves, x: Argument, idx: tuple[Any, ...], dtype: torch.dtype) -> list[Summand] | None:
+    """``log(1 - sigmoid(y))`` is ``log_sigmoid(-y)``, finite also where the sigmoid has been rounded to 1."""
+    kind = leaves[x.leaf].kind
+    if not isinstance(kind, Symbol) or kind.op is not aten.sigmoid.default or kind.args[0].dtype or x.dtype:
+        return None
+    against = leaves.symbol(aten.mul.Tensor, [((kind.args[0].leaf, idx), None), -1.0], {}, leaves[x.leaf].dtype)
+    made = None if against is None else leaves.symbol(aten.log_sigmoid.default, [(against, None)], {}, dtype)
+    return None if made is None else [(1.0, made)]
 
 
 def _of_choice(leaves: Leaves, cond: Any, yes: Any, no: Any, *, dtype: torch.dtype) -> list[Summand] | None:

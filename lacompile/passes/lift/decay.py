@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 
-from .affine import Aff
+from .affine import TAU, Aff
+from .logs import log_summands
 from .proof import Refused, at_position
 from .roles import Roles
-from .term import Mono
+from .term import Exponent, Mono, sub_mono
 
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
 
@@ -20,6 +21,8 @@ class Decay(Roles):
 
     def sort_weights(self) -> None:
         i, j = self.n, self.j
+        if not self.later:
+            self.main = self.main.but(exp=self._own_decay_apart(self.main.exp))
         for mono, f in self.main.exp.lin:
             holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set()) | self.space.vars(f)
             if holders & set(self.features) or (self.e is not None and self.e in holders):
@@ -29,7 +32,7 @@ class Decay(Roles):
             elif i not in holders and j not in holders:
                 if not f.is_const:
                     raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
-                raise Refused("unit-diagonal", "weight 1 at j = i", "a weight off by a power of the decay", 5)
+                self.proof.k_weights.append((self._renamed_mono(mono), float(f.const)))
             elif f.is_const:
                 if i in holders and j in holders:
                     raise Refused("separable", "weights exp(G_i - G_j)", "an exponent holding both positions", 4)
@@ -38,6 +41,35 @@ class Decay(Roles):
             else:
                 self._fixed_decay(mono, f)
         self._token_decays()
+
+    def _own_decay_apart(self, exp: Exponent) -> Exponent:
+        """The same exponent, what weighs a token at once as a factor of its key: in ``a (S + k v)``, ``a k``.
+
+        A decay per head by ``i - j + c`` weighs each key by c steps, one by ``P(i + 1) - P(j)`` by the token's own.
+        """
+        lin, sums = [], []
+        for mono, f in exp.lin:
+            apart = f.const if mono and f.coef(self.n) and f.coef(self.j) else 0
+            lin += [(mono, f - apart), (mono, Aff.lit(apart))]
+        for (mono, pos), c in exp.sums:
+            if pos == Aff.var(self.j):
+                lin.append((sub_mono(self.space, mono, {TAU: pos}), Aff.lit(-c)))
+                pos = pos + 1
+            elif pos == Aff.var(self.n) and self._row_decays(mono, c):
+                pos = pos + 1
+            sums.append(((mono, pos), c))
+        return Exponent.of(lin, sums)
+
+    def _row_decays(self, mono: Mono, c: float) -> bool:
+        """Whether each row has its own decay as a factor: ``exp(P(i)) a_i``; that it is one is taken from it here."""
+        own = self._renamed_mono(at_position(mono))
+        for factors in (self.proof.outer, self.proof.q):
+            for a in factors:
+                summands = log_summands(self.engine.leaves, a)
+                if c == 1 and len(own) == 1 and summands == [(1.0, own[0])]:
+                    factors.remove(a)
+                    return True
+        return False
 
     def check_finite(self) -> None:
         """exp(I_j - m_i) is finite where exp(I_j) is not: a key's weight must be bounded without the row's."""
@@ -85,8 +117,6 @@ class Decay(Roles):
             raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
         if any(self.space.vars(x) & {self.n, self.j} for _, idx in mono for x in idx):
             raise Refused("decay", "one decay per head", "a slope that differs by position", 5)
-        if f.const and not self.later:
-            raise Refused("unit-diagonal", "weight 1 at j = i", f"a weight off by {f.const} steps of the decay", 5)
         if f.const:  # the decay of the row that reads, where that comes before it reads
             self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
         self.proof.fixed.append((self._renamed_mono(mono), float(step)))

@@ -326,8 +326,10 @@ class Emitter:
         return out
 
     def exponential(self, mono: Mono, coef: float) -> Piece:
+        """In fp32 at least: what the program computed it in is not known, and it grows with the number of steps."""
         inner = self.product(mono)
         assert inner is not None
+        inner = cast(inner, torch.promote_types(inner.dtype, torch.float32))
         scaled = inner.expr if coef == 1 else Call(torch.mul, (inner.expr, coef))
         return Piece(Call(torch.exp, (scaled,)), inner.present, inner.dtype)
 

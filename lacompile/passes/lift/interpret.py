@@ -16,7 +16,7 @@ from ..capture import Capture, Memory, ViewStep
 from .engine import Engine, GiveUp, Unmerged
 from .leaves import Opaque
 from .statics import Statics, fitted_constant
-from .term import Precision, Val
+from .term import Precision, Val, constant
 from .transfer import Op, transfer
 from .transfer.reshaping import view_map
 from .transfer.scatter import written, written_at
@@ -90,13 +90,27 @@ class Interpreter:
         return replace(known, precision=Precision.EXACT)
 
     def unknown(self, tensor: torch.Tensor, why: str) -> Val:
-        constant = getattr(tensor, "constant", None)
-        if isinstance(constant, torch.Tensor) and constant.numel() <= MAX_BAKED:
-            return self._numbers(tensor, constant)
+        held = getattr(tensor, "constant", None)
+        if isinstance(held, torch.Tensor) and held.numel() <= MAX_BAKED:
+            return self._numbers(tensor, held)
         if type(tensor) is torch.Tensor and tensor.numel() <= MAX_BAKED and tensor.device.type == "cpu":
-            return self._numbers(tensor, tensor)
+            found = self._as_written(tensor)
+            return self._numbers(tensor, tensor) if found is None else found
         self._gave_up = why
         return self.engine.leaf(tensor, Opaque(None, why))
+
+    def _as_written(self, tensor: torch.Tensor) -> Val | None:
+        """The number of the program that PyTorch has made a tensor of, where its format has rounded it."""
+        node = self.capture.node if self.capture is not None else None
+        if node is None or tensor.shape or not tensor.is_floating_point():
+            return None
+        with outside_modes():
+            held = float(tensor)
+            numbers = [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, float)]
+            found = {x for x in numbers if float(torch.tensor(x, dtype=tensor.dtype)) == held}
+        if len(found) != 1 or held in found:
+            return None
+        return replace(constant((), found.pop()), precision=Precision.ROUNDED)
 
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         op = Op(self.engine, func, args, kwargs, out, dtypes)

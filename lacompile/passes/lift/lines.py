@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .affine import Aff, Number
+from .affine import ONE, TAU, Aff, Number
 from .normal import Algebra
 from .term import Access, Exponent, Guards, Mono, Term, sub_mono
 
@@ -115,8 +115,34 @@ def _fit(algebra: Algebra, a: Term, b: Term, t: int, pinned: Points) -> tuple[tu
         if fitted is None:
             return None
         accs.append(fitted)
-    exp = _fit_exponent(algebra, a.exp, b.exp, t, pinned)
-    return None if exp is None else (tuple(accs), exp)
+    first, own = (a.exp, Exponent()) if pinned else _own_decay(a, b, t)
+    exp = _fit_exponent(algebra, first, b.exp, t, pinned)
+    return None if exp is None else (tuple(accs), exp + own)
+
+
+def _own_decay(a: Term, b: Term, t: int) -> tuple[Exponent, Exponent]:
+    """The exponent of ``a`` but for what it has decayed by at its own token, and that, 0 for ``b`` at the next one.
+
+    Where the state decays after it was added to, the earlier of two tokens has ``P(p + 1) - P(p)`` and the later one
+    ``P(p + 1) - P(p + 1)``. It is no rate of a head: that both would have.
+    """
+    steps = {
+        p
+        for (_, x), (_, y) in zip(a.accs, b.accs, strict=True)
+        for p, q in zip(x, y, strict=True)
+        if p.is_const and q - p == ONE
+    }
+    theirs = {mono for mono, _ in b.exp.lin}
+    lin, sums = [], []
+    for mono, f in a.exp.lin:
+        at = {i for _, idx in mono for i in idx if i in steps}
+        if mono in theirs or not f.is_const or len(at) != 1:
+            lin.append((mono, f))
+        else:
+            (p,) = at
+            along = tuple(sorted((leaf, tuple(Aff.var(TAU) if i == p else i for i in idx)) for leaf, idx in mono))
+            sums += [((along, p + 1), f.const), ((along, p + Aff.var(t)), -f.const)]
+    return Exponent.of(lin, a.exp.sums), Exponent.of((), sums)
 
 
 def _moved(p: Aff, there: Aff, q: Aff, t: int) -> Aff | None:
@@ -200,6 +226,8 @@ def _fit_sums(
         groups.setdefault(mono, ({}, {}, mono))[1].setdefault(c, []).append((pos, pos))
     out: list[tuple[tuple[Mono, Aff], Number]] = []
     for left, right, mono in groups.values():
+        if not right:  # what the later of two tokens lacks is a pair that vanished, and what the earlier lacks P(0)
+            _balance(left)
         if not _restore(left, right) or not _restore(right, left) or left.keys() != right.keys():
             return None
         for c in left:
@@ -212,6 +240,13 @@ def _fit_sums(
                     return None
                 out.append(((mono, moved), c))
     return out
+
+
+def _balance(ends: Ends) -> None:
+    """Puts back the P(0) of a difference."""
+    for c, positions in list(ends.items()):
+        for _ in range(len(positions) - len(ends.get(-c, ()))):
+            ends.setdefault(-c, []).append((Aff(), Aff()))
 
 
 def _restore(mine: Ends, theirs: Ends) -> bool:

@@ -77,8 +77,8 @@ def guarded(
                 return (variant.compiled or original)(*args)  # type: ignore[misc]
         if specialise is not None and len(variants) < most:
             found = specialise(args)
-            if found is not None:
-                variants.append(_Variant(*found, args))
+            if found is not None and (variant := _Variant(*found, args)).holds(args):
+                variants.append(variant)
                 return found[0](*args)
         if original is None:
             original = fallback()

@@ -25,12 +25,6 @@ def windowed(q, k, v, slope):
     return (q @ k.mT * torch.where((d >= 0) & (d < 8), torch.exp(-slope[:, None, None] * d), 0.0)) @ v
 
 
-@register(TWINS, "unit-diagonal")
-def off_by_one(q, k, v, slope):
-    d = distance(q.shape[2])
-    return (q @ k.mT * torch.where(d >= 0, torch.exp(-slope[:, None, None] * (d + 1)), 0.0)) @ v
-
-
 @register(TWINS, "causal-range")
 def anti_causal(q, k, v, slope):
     d = distance(q.shape[2])

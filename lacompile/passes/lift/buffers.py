@@ -314,10 +314,10 @@ def _head_interval(
         exponent, slack = -kept, np.abs(kept) * (relative + error)
         lost = np.zeros(kept.shape, dtype=bool)
     else:
-        smallest = 0.0 if whole else 4 * float(torch.finfo(dtype).smallest_normal)
-        lost = kept < smallest  # subnormal or underflowed: only that it is tiny is known
+        smallest, step = (0.0, 0.0) if whole else _smallest(dtype)
+        lost = kept < smallest  # only that it is tiny is known
         exponent = -np.log(np.where(lost, 1.0, kept))
-        slack = math.log1p(relative) + error * (1 + exponent)
+        slack = np.log1p(np.maximum(relative, step / 2 / np.where(lost, 1.0, kept))) + error * (1 + exponent)
     low, high = 0.0, math.inf
     if lost.any():
         if (at[lost] <= 0).any():
@@ -332,6 +332,16 @@ def _head_interval(
         low = max(low, float(np.minimum(first, second).max()))
         high = min(high, float(np.maximum(first, second).min()))
     return (low, high) if low <= high else None
+
+
+def _smallest(dtype: torch.dtype) -> tuple[float, float]:
+    """Below which number an entry may be anything, and the steps that subnormal numbers go in.
+
+    An operation may flush subnormal numbers to zero: none of them makes a difference to a sum, but for those of fp16,
+    which are as large as 6e-5. Those a wider format is rounded to.
+    """
+    normal, eps = float(torch.finfo(dtype).smallest_normal), float(torch.finfo(dtype).eps)
+    return 4 * (normal * eps if dtype is torch.float16 else normal), normal * eps
 
 
 # ------------------------------------------------------------------------------------------------- buffers of one slope

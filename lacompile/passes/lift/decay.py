@@ -45,12 +45,9 @@ class Decay(Roles):
     def _own_decay_apart(self, exp: Exponent) -> Exponent:
         """The same exponent, what weighs a token at once as a factor of its key: in ``a (S + k v)``, ``a k``.
 
-        A decay per head by ``i - j + c`` weighs each key by c steps, one by ``P(i + 1) - P(j)`` by the token's own.
+        ``P(i + 1) - P(j)`` is the decay after the token, and the token's own.
         """
-        lin, sums = [], []
-        for mono, f in exp.lin:
-            apart = f.const if mono and f.coef(self.n) and f.coef(self.j) else 0
-            lin += [(mono, f - apart), (mono, Aff.lit(apart))]
+        lin, sums = list(exp.lin), []
         for (mono, pos), c in exp.sums:
             if pos == Aff.var(self.j):
                 lin.append((sub_mono(self.space, mono, {TAU: pos}), Aff.lit(-c)))
@@ -117,7 +114,7 @@ class Decay(Roles):
             raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
         if any(self.space.vars(x) & {self.n, self.j} for _, idx in mono for x in idx):
             raise Refused("decay", "one decay per head", "a slope that differs by position", 5)
-        if f.const:  # the decay of the row that reads, where that comes before it reads
+        if f.const:  # so many steps at once, as where a row decays before it reads
             self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
         self.proof.fixed.append((self._renamed_mono(mono), float(step)))
 

@@ -115,32 +115,38 @@ def _fit(algebra: Algebra, a: Term, b: Term, t: int, pinned: Points) -> tuple[tu
         if fitted is None:
             return None
         accs.append(fitted)
-    first, own = (a.exp, Exponent()) if pinned else _own_decay(a, b, t)
+    first, own = (a.exp, Exponent()) if pinned else _own_decay(algebra, a, b, t)
     exp = _fit_exponent(algebra, first, b.exp, t, pinned)
     return None if exp is None else (tuple(accs), exp + own)
 
 
-def _own_decay(a: Term, b: Term, t: int) -> tuple[Exponent, Exponent]:
+def _own_decay(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[Exponent, Exponent]:
     """The exponent of ``a`` but for what it has decayed by at its own token, and that, 0 for ``b`` at the next one.
 
     Where the state decays after it was added to, the earlier of two tokens has ``P(p + 1) - P(p)`` and the later one
     ``P(p + 1) - P(p + 1)``. It is no rate of a head: that both would have.
     """
+    sizes = algebra.leaf_shapes
     steps = {
-        p
-        for (_, x), (_, y) in zip(a.accs, b.accs, strict=True)
-        for p, q in zip(x, y, strict=True)
+        (p, size)
+        for (leaf, x), (_, y) in zip(a.accs, b.accs, strict=True)
+        for p, q, size in zip(x, y, sizes[leaf], strict=True)
         if p.is_const and q - p == ONE
     }
     theirs = {mono for mono, _ in b.exp.lin}
     lin, sums = [], []
     for mono, f in a.exp.lin:
-        at = {i for _, idx in mono for i in idx if i in steps}
+        at = {x for leaf, idx in mono for x in zip(idx, sizes[leaf], strict=True) if x in steps}
         if mono in theirs or not f.is_const or len(at) != 1:
             lin.append((mono, f))
         else:
-            (p,) = at
-            along = tuple(sorted((leaf, tuple(Aff.var(TAU) if i == p else i for i in idx)) for leaf, idx in mono))
+            ((p, size),) = at
+            along = tuple(
+                sorted(
+                    (leaf, tuple(Aff.var(TAU) if x == (p, size) else x[0] for x in zip(idx, sizes[leaf], strict=True)))
+                    for leaf, idx in mono
+                )
+            )
             sums += [((along, p + 1), f.const), ((along, p + Aff.var(t)), -f.const)]
     return Exponent.of(lin, a.exp.sums), Exponent.of((), sums)
 

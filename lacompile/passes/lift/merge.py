@@ -71,6 +71,9 @@ def _merged(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term 
 def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
     if a.guards == b.guards and a.body == b.body:
         return a.but(coef=a.coef + b.coef)
+    if a.guards == b.guards and a.accs == b.accs and a.poly == b.poly and not math.isinf(a.coef + b.coef):
+        if (apart := (b.exp - a.exp).number) is not None:
+            return a.but(coef=a.coef + b.coef * math.exp(apart))
     if a.guards == b.guards and a.body[1:] == b.body[1:] and not math.isinf(a.coef + b.coef):
         return a.but(coef=1.0, poly=a.poly * a.coef + b.poly * b.coef)
     if a.body == b.body and same(a.coef, -b.coef):

@@ -1,7 +1,8 @@
 """How far the program's own numbers are those of the normal form, which is computed over the reals.
 
 For positions and known numbers the difference matters where the program decides by them: a comparison, a rounding to
-integers, a clamp. What rounding may have changed decides nothing here; such an operation gives up.
+integers, which piece of a clamp a position is on. What rounding may have changed decides nothing here; such an operation
+gives up.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SMOOTH = {
     aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.reciprocal, aten.square, aten.pow, aten.sqrt,
     aten.rsqrt, aten.exp, aten.exp2, aten.expm1, aten.log, aten.log2, aten.log10, aten.log1p, aten.sigmoid,
     aten.log_sigmoid, aten.softplus, aten.silu, aten.gelu, aten.elu, aten.tanh, aten.sin, aten.cos, aten.erf,
-    aten.where,
+    aten.where, aten.clamp, aten.clamp_min, aten.clamp_max, aten.maximum, aten.minimum,
 }  # fmt: skip
 POSITIVE = (aten.exp, aten.exp2, aten.sigmoid, aten.softplus, aten.pow, aten.sqrt, aten.rsqrt)
 SUMS, PRODUCTS = (aten.add, aten.sub, aten.rsub), (aten.mul, aten.div, aten.reciprocal, aten.square)

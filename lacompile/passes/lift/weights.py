@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .affine import Aff
+from .affine import ONE, Aff
 from .leaves import Leaves
 from .logs import log_summands
 from .space import Space
@@ -20,7 +20,13 @@ def align_weights(space: Space, leaves: Leaves, a: Sequence[Term], b: Sequence[T
     targets = sorted((t for t in (*a, *b) if len(t.accs) >= 2), key=lambda t: len(t.accs))
 
     def lift(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
-        return [_weigh_state(space, leaves, _weigh(leaves, t, targets), others) for t in terms]
+        out = []
+        for t in terms:  # what is taken away from a sum is no token that it is added to
+            alike = [x for x in targets if x.coef * t.coef > 0]
+            out.append(
+                _weigh_state(space, leaves, _weigh(leaves, t, alike), [x for x in others if x.coef * t.coef > 0])
+            )
+        return out
 
     return lift(a, b), lift(b, a)
 
@@ -66,7 +72,7 @@ def _weigh(leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
             ok = True
             for leaf in extra:
                 acc = next(a for a in accs if a[0] == leaf)
-                if any(v < 0 for i in acc[1] for v, _ in i.terms):
+                if any(v < 0 for i in acc[1] for v, _ in i.terms) or _masks_its_token(leaves, t, acc):
                     ok = False
                     break
                 accs.remove(acc)
@@ -74,6 +80,15 @@ def _weigh(leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
             if ok:
                 return t.but(accs=tuple(accs), exp=t.exp + logarithm(leaves, moved))
     return t
+
+
+def _masks_its_token(leaves: Leaves, t: Term, mask: Access) -> bool:
+    """Whether a factor is a truth about the token of this term: a mask of its key, and no decay of what came before."""
+
+    def places(a: Access) -> set[tuple[Aff, Aff]]:
+        return {(i, n) for i, n in zip(a[1], leaves[a[0]].shape, strict=True) if i.is_const and n != ONE}
+
+    return leaves.truth(mask[0]) and any(places(mask) & places(a) for a in t.accs if a != mask)
 
 
 def _newest(t: Term, other: Term) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from ..leaves import Opaque
+from ..multiples import gathered
 from ..running import running_terms
 from ..term import Access, Exponent, Term, Val, constant, value
 from ..weights import align_weights, scalar_factors
@@ -140,14 +141,22 @@ class Arithmetic(Symbols):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
                 alt = self._alt_of_sum(a, b, out)
                 return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
-        left, right = align_weights(self.space, self.leaves, a.terms, b.terms)
+        left, right = gathered(self.space, self.leaves, self._together, a.terms, b.terms)
+        left, right = align_weights(self.space, self.leaves, left, right)
         return self.sum_of(a.shape, (*left, *right), limit=MAX_TERMS)
+
+    def _together(self, scalars: list[Term]) -> Access | float:
+        found = self.access(value((), scalars))
+        return found if isinstance(found, float) else found[0]
 
     def _like_terms(self, a: Val, b: Val) -> Val | None:
         """x - x is 0 and x + 2 x is 3 x, where each side is a number times one factor; None if they differ."""
         x, y = (v.one if v.alt is None else v.alt for v in (a, b))
         if x is None or y is None or x.body != y.body or len(x.accs) > 1:
             return None
+        if a.alt is not None and b.alt is not None and a.one is not None and b.one is not None:
+            if a.one.body == b.one.body and x.coef + y.coef:
+                return self.scale(a, 1 + y.coef / x.coef)  # a product that may be looked into stays one
         self.pick(a)
         return value(a.shape, [x.but(coef=x.coef + y.coef)] if x.coef + y.coef else [])
 

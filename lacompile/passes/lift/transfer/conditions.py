@@ -200,13 +200,17 @@ def complement(op: Op, truth: Val) -> Val:
             return (Term(1.0), *(t.but(coef=-t.coef) for t in terms))
         if (whole := _opposite_of(op.engine, terms)) is not None:
             return (whole,)
-        return op.engine.pointwise(aten.logical_not.default, [value(truth.shape, terms)], {}, op.out).terms
+        return _negated(op, value(truth.shape, terms)).terms
 
     if truth.single and (truth.alt is not None or not several(op.engine, truth.terms)):
         if truth.alt is None and (whole := _opposite_of(op.engine, truth.terms)) is not None:
             return value(truth.shape, [whole])
-        return op.engine.pointwise(aten.logical_not.default, [truth], {}, op.out)
+        return _negated(op, truth)
     return op.engine.zip_cases([truth], lambda g: of_case(g[0]))
+
+
+def _negated(op: Op, truth: Val) -> Val:
+    return op.engine.pointwise(aten.logical_not.default, [truth], {}, op.out.to(torch.bool))
 
 
 def _opposite_of(engine: Engine, terms: Terms) -> Term | None:

@@ -42,6 +42,10 @@ def choose(op: Op, cond: Val, yes: Val, no: Val, dtype: torch.dtype) -> Val:
 
 
 def _choose_by_data(op: Op, cond: Val, yes: Val, no: Val) -> Val:
+    if number(yes) is not None and number(yes) == number(no):
+        return yes
+    if (kept := _kept_or_changed(op, cond, yes, no)) is not None:
+        return kept
     zero = number(no) == 0
     if (zero or number(yes) == 0) and not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
         kept = yes if zero else no
@@ -51,6 +55,16 @@ def _choose_by_data(op: Op, cond: Val, yes: Val, no: Val) -> Val:
     if cond.single and len(cond.terms) > 1:  # the opposite of several truths: they themselves are what can be computed
         cond, yes, no = complement(op, cond), no, yes
     return op.engine.pointwise(aten.where.self, [cond, yes, no], {}, op.out)
+
+
+def _kept_or_changed(op: Op, cond: Val, yes: Val, no: Val) -> Val | None:
+    """``where(c, s S + k v, S)`` as ``c (s S + k v) + (1 - c) S``, where the multiples of S are then one."""
+    sums = [v for v in (yes, no) if v.single and (v.alt is not None or any(len(t.accs) > 1 for t in v.terms))]
+    if len(sums) < 2 or any(math.isinf(t.coef) for v in sums for t in v.terms):
+        return None
+    there, elsewhere = op.engine.multiply(yes, cond), op.engine.multiply(no, complement(op, cond))
+    joined = op.engine.add(there, elsewhere, op.out)
+    return joined if joined.single and len(joined.terms) < len(there.terms) + len(elsewhere.terms) else None
 
 
 @rule(aten.tril)

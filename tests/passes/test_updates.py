@@ -1,0 +1,125 @@
+"""How one token updates the state: moving averages, states that are kept, gates that decay what they add; and twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lacompile.testing import assert_refused, assert_rewritten
+
+B, H, N, D = 1, 2, 10, 4
+
+
+def arguments():
+    torch.manual_seed(0)
+    tensors = [torch.randn(B, H, N, D, requires_grad=True) for _ in range(3)]
+    return [*tensors, torch.randn(B, H, N, requires_grad=True), torch.rand(B, N) < 0.7]
+
+
+def over_tokens(update):
+    """``update(state, outer product, gate, whether the token counts, index)`` makes the next state."""
+
+    def run(q, k, v, x, counts):
+        state, out = q.new_zeros(B, H, D, D), []
+        for t in range(N):
+            new = k[:, :, t, :, None] * v[:, :, t, None]
+            state = update(state, new, x[..., None, None], counts[:, None, :, None, None], t)
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(out, 2)
+
+    return run
+
+
+def gate(x, t):
+    return torch.sigmoid(x[:, :, t])
+
+
+UPDATES = {
+    "mixed": lambda s, new, x, m, t: (1 - gate(x, t)) * s + gate(x, t) * new,
+    "moved": lambda s, new, x, m, t: s + gate(x, t) * (new - s),
+    "lerp": lambda s, new, x, m, t: torch.lerp(s, new, gate(x, t)),
+    "less a part": lambda s, new, x, m, t: s - 0.1 * s + new,
+    "less a part by a gate": lambda s, new, x, m, t: s - 0.5 * gate(x, t) * s + new,
+    "added, then decayed": lambda s, new, x, m, t: (s + new) * gate(x, t),
+    "decayed by an exponential": lambda s, new, x, m, t: (s + new) * torch.exp(-F.softplus(x[:, :, t])),
+    "decayed alike": lambda s, new, x, m, t: s * gate(x, t) + new * gate(x, t),
+    "decayed twice": lambda s, new, x, m, t: s * gate(x, t) + new * gate(x, t) ** 2,
+    "decayed by a bounded gate": lambda s, new, x, m, t: s * gate(x, t).clamp(min=0.1) + new,
+    "decayed by the larger": lambda s, new, x, m, t: s * torch.maximum(gate(x, t), x.new_tensor(0.1)) + new,
+    "kept": lambda s, new, x, m, t: torch.where(m[:, :, t], 0.9 * s + new, s),
+    "kept by a gate": lambda s, new, x, m, t: torch.where(m[:, :, t], gate(x, t) * s + new, s),
+    "kept by numbers": lambda s, new, x, m, t: m[:, :, t].to(s) * (0.9 * s + new) + (1 - m[:, :, t].to(s)) * s,
+    "kept where not": lambda s, new, x, m, t: torch.where(~m[:, :, t], s, 0.9 * s + new),
+    "begun anew": lambda s, new, x, m, t: torch.where(m[:, :, t], s, torch.zeros_like(s)) * 0.9 + new,
+    "filled": lambda s, new, x, m, t: s.masked_fill(~m[:, :, t], 0.0) * 0.9 + new,
+    "a decay where it counts": lambda s, new, x, m, t: s * torch.where(m[:, :, t], gate(x, t), 1.0) + new,
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates(name):
+    assert_rewritten(over_tokens(UPDATES[name]), *arguments(), compiled=False)
+
+
+OTHERS = {
+    "moved by feature": lambda s, new, x, m, t: s + torch.sigmoid(s) * (new - s),
+    "a gate of unknown sign": lambda s, new, x, m, t: s - x[:, :, t] * s + new,
+    "a bound that is not positive": lambda s, new, x, m, t: s * x[:, :, t].clamp(min=-0.1) + new,
+    "kept and negated": lambda s, new, x, m, t: torch.where(m[:, :, t], 0.9 * s + new, -s),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_updates(name):
+    assert_refused(over_tokens(OTHERS[name]), *arguments())
+
+
+def of_pairs(off):
+    """A square of decays, its exponent off by something of the row or of the key."""
+
+    def run(q, k, v, x, counts):
+        g = F.logsigmoid(x)
+        sums = g.cumsum(-1)
+        return (q @ k.mT * (sums[..., :, None] - sums[..., None, :] + off(g)).exp().tril()) @ v
+
+    return run
+
+
+@pytest.mark.parametrize("steps", [1, 2, -1])
+def test_an_exponent_off_by_the_own_decay_of_the_key(steps):
+    assert_rewritten(of_pairs(lambda g: steps * g[..., None, :]), *arguments(), compiled=False)
+
+
+def test_an_exponent_short_of_the_own_decay_of_the_row():
+    """The last decay that the sum has seen is not the row's own: no prefix sum of these rates ends there."""
+    assert_refused(of_pairs(lambda g: -g[..., :, None]), *arguments())
+
+
+@pytest.mark.parametrize("steps", [1, -1, 0.5])
+def test_a_decay_of_each_head_off_by_steps(steps):
+    def run(q, k, v, x, counts):
+        distance = torch.arange(N)[:, None] - torch.arange(N) + steps
+        return (q @ k.mT * (-F.softplus(x.mean((0, 2))[:, None, None]) * distance).exp().tril()) @ v
+
+    assert_rewritten(run, *arguments(), compiled=False)
+
+
+def test_numbers_that_a_loop_writes():
+    """PyTorch rounds each to the format of the tensor; the program means the powers of one number."""
+    size, gamma = 5, 0.9
+
+    def run(q, k, v, x, counts):
+        i = torch.arange(size)
+        mask = (gamma ** (i[:, None] - i)).tril()
+        state, out = q.new_zeros(B, H, D, D), []
+        for a in range(0, N, size):
+            row = torch.zeros(size, 1)
+            for t in range(size):
+                row[t, :] = gamma ** (t + 1)
+            x, y, z = (c[:, :, a : a + size] for c in (q, k, v))
+            out.append((x @ y.mT * mask) @ z + (x @ state) * row)
+            state = state * gamma**size + y.mT @ (z * mask[-1][:, None])
+        return torch.cat(out, 2)
+
+    assert_rewritten(run, *arguments(), compiled=False)

@@ -160,6 +160,35 @@ def separate_exponentials(q, k, v, slope):
     return torch.tril((q * torch.exp(-s * i[:, None])) @ (k * torch.exp(s * i[:, None])).mT) @ v
 
 
+def powers(slope, n):
+    """Of a decay of each head, for rows."""
+    return (torch.exp(-slope)[:, None] ** torch.arange(n, dtype=slope.dtype))[..., None]
+
+
+@register(PARALLEL)
+def quotient_of_powers(q, k, v, slope):
+    p = powers(slope, q.shape[2])
+    return ((q * p) @ (k / p).mT).tril() @ v
+
+
+@register(PARALLEL)
+def quotient_of_powers_in_the_mask(q, k, v, slope):
+    p = powers(slope, q.shape[2])
+    return (q @ k.mT * (p / p.mT).tril()) @ v
+
+
+@register(PARALLEL)
+def quotient_of_powers_in_a_running_sum(q, k, v, slope):
+    p = powers(slope, q.shape[2])[..., None]
+    return torch.einsum("bhnd,bhnde->bhne", q, (k[..., :, None] * v[..., None, :] / p).cumsum(2) * p)
+
+
+@register(PARALLEL)
+def quotient_of_powers_and_data(q, k, v, slope):
+    p = powers(slope, q.shape[2]) * F.softplus(v[..., :1])
+    return ((q * p) @ (k * p.reciprocal()).mT).tril() @ v / p
+
+
 @register(PARALLEL)
 def infinite_fill(q, k, v, slope):
     n = q.shape[2]

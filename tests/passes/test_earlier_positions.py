@@ -71,6 +71,30 @@ def running_sum_less_its_own(q, k, v, slope, bonus):
     return torch.einsum("bhnd,bhnde->bhne", q, outer.cumsum(2) - outer) * slope.sum() * bonus.sum()
 
 
+def toeplitz(row, n, period=0, begin=0):
+    """Each row of the mask is the one before, moved by one: a line repeated, and cut into rows that are one shorter."""
+    line = F.pad(row, (0, n + period)).tile([n])[:, : n * (2 * n - 1)]
+    return line.reshape(-1, n, 2 * n - 1)[:, :, n - 1 - begin : 2 * n - 1 - begin]
+
+
+def powers(slope, n):
+    return torch.exp(-slope)[:, None].repeat(1, n) ** torch.arange(n - 1, -1, -1).repeat(len(slope), 1)
+
+
+def repeated_line(q, k, v, slope, bonus):
+    return (q @ k.mT * toeplitz(powers(slope, q.shape[2]), q.shape[2])) @ v * bonus.sum()
+
+
+def repeated_line_with_its_own_weight(q, k, v, slope, bonus):
+    line = torch.cat([powers(slope, q.shape[2])[:, 1:], bonus[:, :1]], 1)
+    return (q @ k.mT * toeplitz(line, q.shape[2])) @ v
+
+
+def repeated_line_cut_later(q, k, v, slope, bonus):
+    weight = F.pad(toeplitz(powers(slope, q.shape[2]), q.shape[2], begin=-1), (0, 1))
+    return (q @ k.mT * weight) @ v * bonus.sum()
+
+
 SQUARES = [
     mask_alone,
     tril_of_the_scores,
@@ -79,6 +103,9 @@ SQUARES = [
     gate_read_before_its_own,
     gate_read_after_its_own,
     running_sum_less_its_own,
+    repeated_line,
+    repeated_line_with_its_own_weight,
+    repeated_line_cut_later,
 ]
 
 
@@ -159,7 +186,32 @@ def test_chunks_with_a_bonus():
     assert report.rewrites[0].initial_state and report.rewrites[0].final_state
 
 
+def test_chunks_with_a_repeated_line():
+    """RWKV-5 as it is trained: each chunk has its mask and its own weight, and its rows are written into the result."""
+
+    def run(r, k, v, slope, bonus, size=4):
+        w = powers(slope, size)
+        inner = toeplitz(torch.cat([w[:, 1:], bonus[:, :1]], 1), size)
+        s, out = torch.zeros(B, H, D, E), torch.zeros(B, H, N, E)
+        for c in (slice(n, n + size) for n in range(0, N, size)):
+            out[:, :, c] = (r[:, :, c] @ k[:, :, c].mT * inner) @ v[:, :, c] + (r[:, :, c] @ s) * w[..., None].flip(1)
+            s = torch.exp(-slope)[:, None, None] ** size * s + (k[:, :, c].mT * w[:, None]) @ v[:, :, c]
+        return out
+
+    assert_rewritten(run, *arguments(), count=1, compiled=False)
+
+
 # ----------------------------------------------------------------------------------------------------------- near twins
+
+
+@pytest.mark.parametrize("moved", [{"begin": 1}, {"period": 1}, {"period": 2}], ids=str)
+def test_a_line_that_is_repeated_or_cut_elsewhere(moved):
+    """Rows that see the next token, or move by another number of places."""
+
+    def run(q, k, v, slope, bonus):
+        return (q @ k.mT * toeplitz(powers(slope, N), N, **moved)) @ v * bonus.sum()
+
+    assert_refused(run, *arguments())
 
 
 def test_the_first_row_of_another_kind():

@@ -131,3 +131,23 @@ def test_no_step_in_the_middle_of_a_delta_rule():
 
     for n in (6, 16, 24):
         assert_refused(run, *heads(n), torch.rand(1, 2, n), obligation="recurrence")
+
+
+@pytest.mark.parametrize("rates", [(0.9, 0.9), (0.9, 0.8)], ids=["one rate", "a number for each head"])
+def test_heads_and_tokens_written_one_by_one(rates):
+    """Rows of one head follow each other along the tokens, and two heads at the same tokens along the heads."""
+
+    def run(q, k, v):
+        out = torch.zeros_like(q)
+        for h in range(q.shape[1]):
+            state = torch.zeros(D, D)
+            for t in range(q.shape[0]):
+                state = rates[h] * state + torch.outer(k[t, h], v[t, h])
+                out[t, h] = q[t, h] @ state
+        return out
+
+    args = [torch.randn(3, 2, D, requires_grad=True) for _ in range(3)]
+    if rates[0] == rates[1]:
+        assert_rewritten(run, *args, compiled=False)
+    else:
+        assert_refused(run, *args, obligation="single-term")

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lacompile.passes.lift import interpret
 from lacompile.testing import assert_rewritten
 
 from .forms import B, D, H, mask
@@ -102,3 +103,16 @@ def test_one_head_after_the_other():
         return torch.stack(out, 1)
 
     assert_rewritten(heads, *arguments())
+
+
+def test_a_fault_in_the_analysis_of_a_write_costs_what_is_written_into(monkeypatch):
+    def broken(*args):
+        raise RecursionError
+
+    def f(q, k, v, slope):
+        other = torch.zeros_like(v)
+        other[:, :, 1] = v[:, :, 0]
+        return attention(q, k, v, slope), other, other.view(-1)
+
+    monkeypatch.setattr(interpret, "written_at", broken)
+    assert_rewritten(f, *arguments(), compiled=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .forms import TWINS, distance, mask, register
+from .forms import TWINS, distance, mask, powers, register
 
 
 @register(TWINS, "causal-range")
@@ -23,6 +23,24 @@ def absolute_distance(q, k, v, slope):
 def windowed(q, k, v, slope):
     d = distance(q.shape[2])
     return (q @ k.mT * torch.where((d >= 0) & (d < 8), torch.exp(-slope[:, None, None] * d), 0.0)) @ v
+
+
+@register(TWINS, "decay")
+def quotient_of_other_powers(q, k, v, slope):
+    n = q.shape[2]
+    return ((q * powers(slope, n)) @ (k / powers(2 * slope, n)).mT).tril() @ v
+
+
+@register(TWINS, "decay")
+def quotient_of_the_powers_of_another_head(q, k, v, slope):
+    p = powers(slope, q.shape[2])
+    return ((q * p) @ (k / p.flip(0)).mT).tril() @ v
+
+
+@register(TWINS, None)
+def quotient_of_powers_and_a_constant(q, k, v, slope):
+    p = powers(slope, q.shape[2])
+    return (q @ k.mT * (p / (p.mT + 1e-3)).tril()) @ v
 
 
 @register(TWINS, "causal-range")

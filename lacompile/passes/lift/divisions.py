@@ -93,12 +93,17 @@ class Divisions:
         return whole + Aff.var(var)
 
     def digits(self, aff: Aff, m: int, ranges: Ranges) -> Aff | None:
-        """``floor(aff / m)`` where what is no multiple of m stays between two of them; None where it may not."""
-        rest = Aff(tuple((v, c) for v, c in aff.terms if c % m), aff.const)
-        low, high = self.lower(rest, ranges), self.upper(rest, ranges)
-        if low == -INF or high == INF or low // m != high // m:
-            return None
-        return Aff(tuple((v, int(c) // m) for v, c in aff.terms if c % m == 0), int(low // m))
+        """``floor(aff / m)`` where what is no multiple of m stays between two of them; None where it may not.
+
+        Of a coefficient it is what it is, or the remainder nearest to 0: ``63 i + j`` is ``64 i + (j - i)``.
+        """
+        as_is = Aff.of({v: c for v, c in aff.terms if c % m}, aff.const)
+        nearest = Aff.of({v: m // 2 - (m // 2 - int(c)) % m for v, c in aff.terms}, aff.const)
+        for rest in (as_is, nearest) if as_is != nearest else (as_is,):
+            low, high = self.lower(rest, ranges), self.upper(rest, ranges)
+            if low > -INF and high < INF and low // m == high // m:
+                return Aff(tuple((v, int(c) // m) for v, c in (aff - rest).terms), int(low // m))
+        return None
 
     def settle(self, aff: Aff, ranges: Ranges) -> Aff:
         """Floor divisions inside ``aff`` simplified again, now that a tighter box is known."""

@@ -160,6 +160,9 @@ class Interpreter:
             return replace(self._written(base, view, new), precision=min(base.precision, new.precision))
         except GiveUp as reason:
             return self.unknown(tensor, f"written through a view: {reason}")
+        except Exception as broken:  # costs what was written into, whose other views are made from it
+            log.debug("a write through %s could not be lifted", view.func, exc_info=True)
+            return self.unknown(tensor, f"internal error: {type(broken).__name__}: {broken}")
 
     def _written(self, base: Val, view: ViewStep, new: Val) -> Val:
         packet, engine = view.func.overloadpacket, self.engine

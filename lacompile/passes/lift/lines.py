@@ -69,29 +69,34 @@ def _summed(algebra: Algebra, a: Term, b: Term, guards: Guards, pinned: Points) 
 
 
 def free_line(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
-    """Pieces at two neighbouring positions of a free dimension."""
+    """Pieces at two neighbouring positions of a free dimension; of several, each says anew which piece is the first."""
     at_a, at_b = points(algebra, a, shape), points(algebra, b, shape)
-    for var in sorted(at_a):
-        if var not in at_b:
-            continue
+    for var in sorted(at_a.keys() & at_b.keys()):
         step = at_b[var] - at_a[var]
-        if step == Aff.lit(-1):
-            return free_line(algebra, b, a, shape)
-        if step != Aff.lit(1):
-            continue
-        x = Aff.var(var)
-        along = x - at_a[var]
-        rest_a = a.guards - {x - at_a[var], at_a[var] - x}
-        rest_b = b.guards - {x - at_b[var], at_b[var] - x}
-        guards = _fit_guards(algebra, rest_a, rest_b, along)
-        if guards is None:
-            continue
-        fitted = _fit(algebra, a, b, ALONG, {})
-        if fitted is None:
-            continue
-        moved = Term(a.coef, a.poly, *fitted, guards).sub(algebra.space, {ALONG: along})
-        return moved.but(guards=moved.guards | {x - at_a[var], at_b[var] - x})
+        found = (
+            _along(algebra, a, b, var, at_a[var])
+            if step == Aff.lit(1)
+            else _along(algebra, b, a, var, at_b[var])
+            if step == Aff.lit(-1)
+            else None
+        )
+        if found is not None:
+            return found
     return None
+
+
+def _along(algebra: Algebra, a: Term, b: Term, var: int, start: Aff) -> Term | None:
+    """The line from ``a``, which is at ``start`` of a free dimension, to ``b``, which is at the place after it."""
+    x = Aff.var(var)
+    along = x - start
+    guards = _fit_guards(algebra, a.guards - {along, -along}, b.guards - {along - 1, -along + 1}, along)
+    if guards is None:
+        return None
+    fitted = _fit(algebra, a, b, ALONG, {})
+    if fitted is None:
+        return None
+    moved = Term(a.coef, a.poly, *fitted, guards).sub(algebra.space, {ALONG: along})
+    return moved.but(guards=moved.guards | {along, start + 1 - x})
 
 
 def _fit_guards(algebra: Algebra, a: Guards, b: Guards, along: Aff) -> set[Aff] | None:

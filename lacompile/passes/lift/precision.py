@@ -1,8 +1,8 @@
 """How far the program's own numbers are those of the normal form, which is computed over the reals.
 
 For positions and known numbers the difference matters where the program decides by them: a comparison, a rounding to
-integers, which piece of a clamp a position is on. What rounding may have changed decides nothing here; such an operation
-gives up.
+integers, the piece of a clamp that a position is on. What rounding may have changed decides nothing here; such an
+operation gives up.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def div(op: Op) -> Val:
         if divisor == 0:
             raise GiveUp("division by zero")
         return op.engine.scale(a, 1.0 / divisor)
-    return op.engine.multiply(a, inverse(op, op.engine.held(b)))
+    return op.engine.multiply(a, inverse(op, b))
 
 
 @rule(aten.addcmul)
@@ -143,7 +143,7 @@ def floor_divided(op: Op, a: Val, divisor: float | None, mode: str) -> Val:
 @rule(aten.reciprocal)
 def reciprocal(op: Op) -> Val:
     c = number(op.args[0])
-    return constant(op.shape, 1.0 / c) if c else inverse(op, op.engine.held(op.args[0]))
+    return constant(op.shape, 1.0 / c) if c else inverse(op, op.args[0])
 
 
 def inverse(op: Op, v: Val) -> Val:

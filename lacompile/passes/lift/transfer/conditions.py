@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from ..affine import ZERO, Aff
+from ..affine import ONE, ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..leaves import Argument, Symbol
 from ..precision import decidable
-from ..term import NO_GUARDS, Case, Guards, Term, Val, constant, value
+from ..term import NO_GUARDS, Case, Exponent, Guards, Mono, Term, Val, constant, value
 from . import Op, rule
 from .arith import number, operand
+from .exponentials import weights
 
 aten = torch.ops.aten
 
@@ -74,6 +75,59 @@ def decided(op: Op, a: Val, b: Val) -> Aff | None:
     if difference is not None and not decidable(op, a, b):
         raise GiveUp("a decision by numbers that rounding may have changed")
     return difference
+
+
+def weakly_decided(op: Op, v: Val, case: Case, limit: Val) -> Aff | None:
+    """A form with integer coefficients that, in a case of ``v``, is at least 0 only where ``v >= limit``, and at most 0
+    only where ``v <= limit``; None if none is known.
+
+    It serves functions that are continuous where both are equal. Known are the order of a single weight and its factor,
+    or what is not positive, and that of 0 and of sums whose rates have known signs.
+    """
+    engine, at = op.engine, number(limit)
+    if at is None or (v.alt is not None and not engine.structured(v)):
+        return None
+    t = case.terms[0] if len(case.terms) == 1 else None
+    if t is not None and t.exp and t.coef > 0 and t == Term(t.coef, exp=t.exp) and (at <= 0 or t.coef == at):
+        return ONE if at <= 0 else _sign_of(engine, t.exp)
+    if at != 0 or engine.plain(v):
+        return None
+    try:
+        found = weights(engine, case, 1.0, v.shape)
+    except GiveUp:
+        return None
+    if len(found) != 1 or len(found[0].terms) != 1:
+        return None
+    return _sign_of(engine, found[0].terms[0].exp)
+
+
+def _sign_of(engine: Engine, exp: Exponent) -> Aff | None:
+    """A form that an exponent is of the sign of: of rates of known sign, each times a positive multiple of the form."""
+    summands = list(exp.lin)
+    for mono in {mono for (mono, _), _ in exp.sums}:
+        ends = [(pos, c) for (other, pos), c in exp.sums if other == mono]
+        (p, above), (q, below) = ends if len(ends) == 2 else (*ends, (ZERO, -ends[0][1]))  # P(0) is not written
+        if len(ends) > 2 or above != -below:
+            return None
+        summands.append((mono, (p - q) * above))
+    forms = {_whole(f * _sign(engine, mono)) for mono, f in summands}
+    return forms.pop() if len(forms) == 1 else None
+
+
+def _sign(engine: Engine, mono: Mono) -> int:
+    """1 if the product is nowhere below 0, -1 if nowhere above, 0 if that is not known."""
+    sign = 1
+    for leaf, _ in mono:
+        low, high = engine.interval(leaf)
+        sign *= 1 if low >= 0 else -1 if high <= 0 else 0
+    return sign
+
+
+def _whole(f: Aff) -> Aff | None:
+    """A positive multiple of a form, with integers; None if that is not known."""
+    least = min([abs(c) for _, c in f.terms] or [abs(f.const)])
+    whole = Aff.of({v: c / least for v, c in f.terms}, f.const / least) if least else f
+    return whole if least and all(type(c) is int for c in (whole.const, *(c for _, c in whole.terms))) else None
 
 
 def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:

@@ -38,11 +38,12 @@ def exponential(op: Op, v: Val, factor: float) -> Val:
         return op.symbol()
     cases: list[Case] = []
     for c in engine.split(v):
-        cases.extend(_exp_case(engine, c, factor, v.shape))
+        cases.extend(weights(engine, c, factor, v.shape))
     return engine.join_cases(Val(v.shape, tuple(cases)))
 
 
-def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> list[Case]:
+def weights(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> list[Case]:
+    """exp(factor * x) of one case of a log-affine value, in the cases in which it is one weight, or nothing."""
     if any(math.isinf(t.coef) for t in c.terms):
         if all(t.coef < 0 for t in c.terms if math.isinf(t.coef)) and factor > 0:
             return [Case(c.guards, ())]
@@ -75,12 +76,12 @@ def _exp_case(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) ->
         inside = engine.prune(c.guards | {guard}, shape)
         outside = engine.prune(c.guards | {-guard - 1}, shape)
         if inside is not None:
-            out.extend(_exp_case(engine, Case(inside, c.terms), factor, shape))
+            out.extend(weights(engine, Case(inside, c.terms), factor, shape))
         if outside is not None:
             kept = tuple(t for t in c.terms if not _is_empty(engine, t, outside, shape))
             if len(kept) == len(c.terms):
                 raise GiveUp("a prefix sum over a range that may be empty")
-            out.extend(_exp_case(engine, Case(outside, kept), factor, shape))
+            out.extend(weights(engine, Case(outside, kept), factor, shape))
         return out
     term = engine.normalise(Term(1.0, exp=Exponent.of(lin, sums)), shape)
     return [Case(c.guards, () if term is None else (term,))]

@@ -7,25 +7,31 @@ from collections.abc import Callable
 
 import torch
 
+from ..affine import Aff
 from ..engine import GiveUp
 from ..term import Case, Term, Val, constant, value
 from . import Op, rule
-from .arith import operand
-from .conditions import at_least_zero, decided, truth
+from .arith import number, operand
+from .conditions import at_least_zero, decided, truth, weakly_decided
 
 aten = torch.ops.aten
 
 
 def _piecewise(op: Op, v: Val, pick: Callable[[tuple[Term, ...], bool], tuple[Term, ...]]) -> Val | None:
-    """``pick(terms, up)`` on the two sides of ``v >= 0`` where ``v`` is index-valued (or a signed leaf times one)."""
-    t = v.one
-    if t is None or t.poly.is_const or t.exp or t.guards:
-        return None
-    difference = decided(op, v, constant(v.shape, 0.0))
+    """``pick(terms, up)`` on the two sides of ``v >= 0``; None where it is not known where they are."""
+    difference = _above(op, v, v.cases[0], constant(v.shape, 0.0)) if v.single and not op.engine.plain(v) else None
     if difference is None:
         return None
     mask = truth(op.engine, v.shape, [at_least_zero(difference)])
     return op.engine.zip_cases([mask, v], lambda g: pick(g[1], bool(g[0])))
+
+
+def _above(op: Op, v: Val, c: Case, limit: Val) -> Aff | None:
+    """Where a case of ``v`` is at least ``limit``, as a form of which that is the sign; where both are equal, it may
+    have any, as all these functions are continuous there.
+    """
+    found = decided(op, value(v.shape, c.terms, precision=v.precision), limit)
+    return weakly_decided(op, v, c, limit) if found is None else found
 
 
 @rule(aten.abs)
@@ -44,37 +50,40 @@ def relu(op: Op) -> Val:
 def clamp(op: Op) -> Val:
     v: Val = operand(op, 0)
     packet = op.func.overloadpacket
-    low = op.arg(1, "min") if packet in (aten.clamp, aten.clamp_min, aten.maximum) else None
-    high = (
-        op.arg(2, "max")
-        if packet is aten.clamp
-        else op.arg(1, "max")
-        if packet in (aten.clamp_max, aten.minimum)
-        else None
-    )
-    if not all(t.poly.is_const for c in v.cases for t in c.terms) or any(
-        math.isinf(t.coef) for c in v.cases for t in c.terms
-    ):
-        for bound, keep_above in ((low, True), (high, False)):
-            if bound is None:
-                continue
-            limit = op.engine.broadcast(bound, op.shape) if isinstance(bound, Val) else constant(op.shape, float(bound))
-            v = _clamped(op, v, limit, keep_above)
-        return v
-    return op.symbol()
+    if packet is aten.clamp:
+        low, high = op.arg(1, "min"), op.arg(2, "max")
+    else:
+        other = op.arg(1, "max" if packet is aten.clamp_max else "min")
+        if packet in (aten.maximum, aten.minimum) and number(v) is not None:
+            v, other = operand(op, 1), v
+        low, high = (other, None) if packet in (aten.clamp_min, aten.maximum) else (None, other)
+    terms = [t for c in v.cases for t in c.terms]
+    of_positions = any(not t.poly.is_const or math.isinf(t.coef) for t in terms)
+    if op.engine.plain(v) and not of_positions:
+        return op.symbol()
+    for bound, keep_above in ((low, True), (high, False)):
+        if bound is None:
+            continue
+        limit = op.engine.broadcast(bound, op.shape) if isinstance(bound, Val) else constant(op.shape, float(bound))
+        found = _clamped(op, v, limit, keep_above)
+        if found is None and of_positions:
+            raise GiveUp("a clamped value that is not an index")
+        if found is None:
+            return op.symbol()
+        v = found
+    return v
 
 
-def _clamped(op: Op, v: Val, limit: Val, keep_above: bool) -> Val:
+def _clamped(op: Op, v: Val, limit: Val, keep_above: bool) -> Val | None:
     engine = op.engine
     cases: list[Case] = []
     for c in v.cases:
-        piece = value(v.shape, c.terms, precision=v.precision)
         if len(c.terms) == 1 and math.isinf(c.terms[0].coef):
             cases.append(Case(c.guards, c.terms if (c.terms[0].coef > 0) == keep_above else limit.terms))
             continue
-        difference = decided(op, piece, limit)
+        difference = _above(op, v, c, limit)
         if difference is None:
-            raise GiveUp("a clamped value that is not an index")
+            return None
         keep = at_least_zero(difference if keep_above else -difference)
         for guard, terms in ((keep, c.terms), (-keep - 1, limit.terms)):
             inside = engine.prune(c.guards | {guard}, v.shape)

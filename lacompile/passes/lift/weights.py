@@ -17,7 +17,7 @@ from .term import Access, Exponent, Term
 
 def align_weights(space: Space, leaves: Leaves, a: Sequence[Term], b: Sequence[Term]) -> tuple[list[Term], list[Term]]:
     """The terms of both sides of a sum, factors of one beyond those of the other moved to its exponent."""
-    targets = sorted((t for t in (*a, *b) if len(t.accs) >= 2), key=lambda t: len(t.accs))
+    targets = sorted((t for t in (*a, *b) if _is_product(t)), key=lambda t: len(t.accs))
 
     def lift(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
         out = []
@@ -29,6 +29,11 @@ def align_weights(space: Space, leaves: Leaves, a: Sequence[Term], b: Sequence[T
         return out
 
     return lift(a, b), lift(b, a)
+
+
+def _is_product(t: Term) -> bool:
+    """Of two factors at least, of which exp of plain data is one."""
+    return len(t.accs) + sum(bool(m) and f.is_const for m, f in t.exp.lin if t.accs) >= 2
 
 
 def as_update(space: Space, leaves: Leaves, terms: Sequence[Term]) -> list[Term]:

@@ -98,7 +98,10 @@ def weakly_decided(op: Op, v: Val, case: Case, limit: Val) -> Aff | None:
         return None
     if len(found) != 1 or len(found[0].terms) != 1:
         return None
-    return _sign_of(engine, found[0].terms[0].exp)
+    form = _sign_of(engine, found[0].terms[0].exp)
+    # What has one sign everywhere is left to stand for itself: a normaliser of positive features is a function of a sum
+    # at every token, and only of the first is the sign seen.
+    return None if form is None or form.is_const else form
 
 
 def _sign_of(engine: Engine, exp: Exponent) -> Aff | None:

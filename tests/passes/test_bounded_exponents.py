@@ -8,6 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import lacompile
+from lacompile.passes.lift.interpret import Interpreter
+from lacompile.passes.lift.leaves import Opaque
+from lacompile.passes.lift.term import Precision
 from lacompile.testing import assert_refused, assert_rewritten
 
 from .forms import B, D, E, H, distance
@@ -130,6 +133,28 @@ def test_the_sign_of_a_buffer_is_asked_again():
     assert any("rate" in str(a) for a in found.assumptions)
     model.rate.neg_()
     torch.testing.assert_close(compiled(*args), model(*args))
+
+
+def test_what_data_is_bounded_to_decides_nothing():
+    """Over the reals the bound is reached everywhere; the program's own sums, which it rounds, may be beside it."""
+
+    def f(gate):
+        run = F.logsigmoid(gate).cumsum(-1)
+        bounded = (run[..., :1] - run).clamp(max=0)[..., 1:]
+        return bounded, bounded == 0
+
+    interpreters = []
+
+    def backend(gm, example_inputs):
+        interpreters.append(Interpreter())
+        interpreters[-1].run(gm, example_inputs)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(f, backend=backend)(torch.randn(2, N))
+    bounded, equal = [*interpreters[0].facts.values()][-2:]
+    assert bounded.value.terms == () and bounded.value.precision is Precision.ROUNDED
+    assert isinstance(interpreters[0].engine.leaves[equal.value.terms[0].accs[0][0]].kind, Opaque)
 
 
 # ----------------------------------------------------------------------------------------------------------- near twins

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..._compat import outside_modes
-from .leaves import Leaves, Table
+from .leaves import BOUNDS, Leaves, Table
 from .term import Case, Precision, Term, Val
 
 if TYPE_CHECKING:
@@ -42,14 +42,18 @@ SMOOTH = {
 }  # fmt: skip
 POSITIVE = (aten.exp, aten.exp2, aten.sigmoid, aten.softplus, aten.pow, aten.sqrt, aten.rsqrt)
 SUMS, PRODUCTS = (aten.add, aten.sub, aten.rsub), (aten.mul, aten.div, aten.reciprocal, aten.square)
+BOUNDED = (*BOUNDS, aten.relu)
 RUNNING = (aten.cumsum, aten.sum)
 MATRIX_PRODUCTS = (aten.mm, aten.bmm, aten.mv, aten.dot, aten.baddbmm, aten.mean)
 
 
 def positional(leaves: Leaves, v: Val) -> bool:
     """Whether positions, known numbers or weights of such are a factor of some term; zero is a known number."""
-    terms = [t for c in v.cases for t in c.terms]
-    return not terms or any(not t.poly.is_const or _of_tables(leaves, t) for t in terms)
+    return any(not c.terms or any(_known(leaves, t) for t in c.terms) for c in v.cases)
+
+
+def _known(leaves: Leaves, t: Term) -> bool:
+    return not t.poly.is_const or _of_tables(leaves, t)
 
 
 def _of_tables(leaves: Leaves, t: Term) -> bool:
@@ -229,6 +233,8 @@ def result_precision(op: Op, out: Val, dtype: torch.dtype) -> Precision:
     if not positional(engine.leaves, out):
         return Precision.EXACT
     tensors = _values(op.args)
+    if packet in BOUNDED and not all(_known(engine.leaves, t) for v in tensors for c in v.cases for t in c.terms):
+        return Precision.ROUNDED  # where data is at its bound, the program's own may be beside it
     given = [v for v in tensors if positional(engine.leaves, v)]
     worst = min((v.precision for v in given), default=Precision.EXACT)
     if not dtype.is_floating_point or op.func.is_view:  # the numbers of a view are places, and nothing is computed

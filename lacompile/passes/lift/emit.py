@@ -208,6 +208,9 @@ class Emitter:
                 start += arg.rank
                 if arg.dtype is not None and arg.dtype != piece.dtype:
                     piece = cast(piece, arg.dtype)
+                if kind.op is aten.log.default and not self.engine.leaves.truth(arg.leaf):
+                    piece = _above_zero(piece)
+                    dtype = piece.dtype
                 args.append(piece.expr)
                 present |= piece.present
             elif isinstance(arg, Number):
@@ -444,6 +447,12 @@ def _with_zeros(expr: Expr, dim: int, before: int, after: int) -> Expr:
     front = [Call(torch.zeros_like, (part(0, before),))] if before > 0 else []
     behind = [Call(torch.zeros_like, (part(0, after),))] if after > 0 else []
     return Call(torch.cat, ([*front, kept, *behind], dim))
+
+
+def _above_zero(piece: Piece) -> Piece:
+    """A positive factor before its logarithm: where it has underflowed, so has what its gradient is multiplied by."""
+    piece = cast(piece, torch.promote_types(piece.dtype, torch.float32))
+    return Piece(Call(torch.clamp, (piece.expr, torch.finfo(piece.dtype).tiny)), piece.present, piece.dtype)
 
 
 def cast(piece: Piece, dtype: torch.dtype) -> Piece:

@@ -102,7 +102,9 @@ class Interpreter:
     def _as_written(self, tensor: torch.Tensor) -> Val | None:
         """The number of the program that PyTorch has made a tensor of, where its format has rounded it."""
         node = self.capture.node if self.capture is not None else None
-        if node is None or tensor.shape or not tensor.is_floating_point():
+        if node is None or tensor.shape or tensor.dtype not in (torch.float32, torch.float64):
+            return None
+        if not node.all_input_nodes:  # a tensor that the program makes is what it makes
             return None
         with outside_modes():
             held = float(tensor)

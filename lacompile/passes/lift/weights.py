@@ -24,7 +24,7 @@ def align_weights(space: Space, leaves: Leaves, a: Sequence[Term], b: Sequence[T
         for t in terms:  # what is taken away from a sum is no token that it is added to
             alike = [x for x in targets if x.coef * t.coef > 0]
             out.append(
-                _weigh_state(space, leaves, _weigh(leaves, t, alike), [x for x in others if x.coef * t.coef > 0])
+                _weigh_state(space, leaves, _weigh(space, leaves, t, alike), [x for x in others if x.coef * t.coef > 0])
             )
         return out
 
@@ -61,7 +61,7 @@ def _weigh_state(space: Space, leaves: Leaves, t: Term, others: Sequence[Term]) 
     return t
 
 
-def _weigh(leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
+def _weigh(space: Space, leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
     for target in targets:
         extra = list(t.signature)
         for leaf in target.signature:
@@ -77,7 +77,7 @@ def _weigh(leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
             ok = True
             for leaf in extra:
                 acc = next(a for a in accs if a[0] == leaf)
-                if any(v < 0 for i in acc[1] for v, _ in i.terms) or _masks_its_token(leaves, t, acc):
+                if any(v < 0 for i in acc[1] for v, _ in i.terms) or _masks_its_token(space, leaves, t, acc):
                     ok = False
                     break
                 accs.remove(acc)
@@ -87,13 +87,17 @@ def _weigh(leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:
     return t
 
 
-def _masks_its_token(leaves: Leaves, t: Term, mask: Access) -> bool:
+def _masks_its_token(space: Space, leaves: Leaves, t: Term, mask: Access) -> bool:
     """Whether a factor is a truth about the token of this term: a mask of its key, and no decay of what came before."""
 
     def places(a: Access) -> set[tuple[Aff, Aff]]:
         return {(i, n) for i, n in zip(a[1], leaves[a[0]].shape, strict=True) if i.is_const and n != ONE}
 
-    return leaves.truth(mask[0]) and any(places(mask) & places(a) for a in t.accs if a != mask)
+    if not leaves.truth(mask[0]):
+        return False
+    held = [(a, space.vars_of(a[1])) for a in t.accs]
+    tokens = [a for a, mine in held if not any(mine < theirs for _, theirs in held)]  # a scalar is of any token
+    return any(places(mask) & places(a) for a in tokens if a != mask)
 
 
 def _newest(t: Term, other: Term) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -88,8 +89,7 @@ class Symbols(Tables):
         self, op: Any, args: list[Any], dtype: torch.dtype | None, kwargs: dict[str, Any] | None = None
     ) -> Access:
         if dtype is None:
-            dtypes = [self.leaves[a[0][0]].dtype for a in args if isinstance(a, tuple)]
-            dtype = dtypes[0] if dtypes else torch.float32
+            dtype = self._common_format(args)
         inner = [self._undetached(a) if isinstance(a, tuple) else a for a in args]
         if op is not DETACH and any(isinstance(a, tuple) for a in args) and all(a is not None for a in inner):
             whole = self._symbol(op, inner, dtype, kwargs)  # f(detach(x)) is detach(f(x))
@@ -98,6 +98,13 @@ class Symbols(Tables):
         if out is None:
             raise GiveUp("a pointwise function of too many indices")
         return out
+
+    def _common_format(self, args: Sequence[Any]) -> torch.dtype:
+        """The format of a product or a sum that no node of the program has."""
+        dtypes = [self.leaves[a[0][0]].dtype for a in args if isinstance(a, tuple)]
+        found = reduce(torch.promote_types, dtypes, torch.bool)
+        numbers = any(isinstance(a, float) for a in args)
+        return torch.float64 if numbers and not found.is_floating_point else found
 
     def _undetached(self, arg: tuple[Access, torch.dtype | None]) -> tuple[Access, torch.dtype | None] | None:
         """What is detached; None if the argument is something else."""

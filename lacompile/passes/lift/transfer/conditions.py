@@ -109,9 +109,11 @@ def _sign_of(engine: Engine, exp: Exponent) -> Aff | None:
     summands = list(exp.lin)
     for mono in {mono for (mono, _), _ in exp.sums}:
         ends = [(pos, c) for (other, pos), c in exp.sums if other == mono]
-        (p, above), (q, below) = ends if len(ends) == 2 else (*ends, (ZERO, -ends[0][1]))  # P(0) is not written
-        if len(ends) > 2 or above != -below:
+        if len(ends) == 1:
+            ends.append((ZERO, -ends[0][1]))  # P(0) is not written
+        if len(ends) > 2 or ends[0][1] != -ends[1][1]:
             return None
+        (p, above), (q, _) = ends
         summands.append((mono, (p - q) * above))
     forms = {_whole(f * _sign(engine, mono)) for mono, f in summands}
     return forms.pop() if len(forms) == 1 else None

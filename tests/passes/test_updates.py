@@ -123,3 +123,44 @@ def test_numbers_that_a_loop_writes():
         return torch.cat(out, 2)
 
     assert_rewritten(run, *arguments(), compiled=False)
+
+
+UNDERFLOW = {
+    "chosen": lambda s, new, x, m, t: s * torch.where(m[:, :, t], gate(x, t), 1.0) + new,
+    "kept": lambda s, new, x, m, t: torch.where(m[:, :, t], gate(x, t) * s + new, s),
+    "bounded": lambda s, new, x, m, t: s * gate(x, t).clamp(max=0.9) + new,
+    "the smaller": lambda s, new, x, m, t: s * torch.minimum(gate(x, t), gate(2 * x, t)) + new,
+    "the opposite": lambda s, new, x, m, t: s * (1 - gate(-x, t)) + new,
+}
+
+
+@pytest.mark.parametrize("name", UNDERFLOW)
+def test_a_gate_that_is_nothing_at_some_token(name):
+    """A sigmoid that has underflowed has no gradient, and leaves none that is not finite."""
+    q, k, v, x, counts = arguments()
+    x, counts = x.detach().clone(), counts.clone()
+    x[0, 0, 3], counts[0, 3] = -1e4, True
+    assert_rewritten(over_tokens(UNDERFLOW[name]), q, k, v, x.requires_grad_(), counts, compiled=False)
+
+
+def test_a_choice_between_numbers_in_double_precision():
+    """No node holds the choice, and a decay of single precision would show."""
+    tensors = [a.detach().double().requires_grad_() if a.is_floating_point() else a for a in arguments()]
+    update = over_tokens(lambda s, new, x, m, t: torch.where(m[:, :, t], 0.9 * s + new, 0.5 * s + new))
+    assert_rewritten(update, *tensors, compiled=False)
+
+
+def test_a_mask_times_a_gate_is_no_truth():
+    """1 - m b may be 0, and its gradient there is not that of a condition."""
+    update = over_tokens(lambda s, new, x, m, t: s + m[:, :, t] * gate(x, t) * (new - s))
+    assert_refused(update, *arguments())
+
+
+def test_a_number_in_a_format_of_its_own():
+    """A tensor that the program makes holds what its format has left of the number."""
+
+    def run(q, k, v, x, counts):
+        decay = torch.tensor(0.9, dtype=torch.bfloat16)
+        return over_tokens(lambda s, new, x, m, t: decay * s + new)(q, k, v, x, counts)
+
+    assert_rewritten(run, *arguments(), compiled=False)

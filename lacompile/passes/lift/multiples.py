@@ -85,7 +85,7 @@ def _sum_of(leaves: Leaves, together: Together, x: Term, y: Term) -> Access | fl
             parts = [together([t]) for t in ((yes, no) if here[1] else (no, yes))]
             if all(isinstance(p, float) for p in parts) and parts[0] == parts[1]:
                 return parts[0]
-            dtype = next((leaves[p[0]].dtype for p in parts if not isinstance(p, float)), torch.float64)
+            dtype = next((leaves[p[0]].dtype for p in parts if isinstance(p, tuple)), torch.float64)
             given = [Number(p, dtype, True) if isinstance(p, float) else (p, None) for p in parts]
             chosen = leaves.symbol(aten.where.self, [(here[0], None), *given], {}, dtype)
             if chosen is not None:

@@ -147,7 +147,7 @@ class Arithmetic(Symbols):
 
     def _together(self, scalars: list[Term]) -> Access | float:
         found = self.access(value((), scalars))
-        return found if isinstance(found, float) else found[0]
+        return found[0] if isinstance(found, tuple) else found
 
     def _like_terms(self, a: Val, b: Val) -> Val | None:
         """x - x is 0 and x + 2 x is 3 x, where each side is a number times one factor; None if they differ."""

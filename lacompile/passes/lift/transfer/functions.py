@@ -115,7 +115,7 @@ def _terms_in(engine: Engine, a: Access, region: Guards) -> Iterator[Term]:
 def _with_features(engine: Engine, t: Term) -> Term:
     """exp of data along a feature, or of a token, as a factor: of one token it may be one, and of others a weight."""
     lin, accs = [], list(t.accs)
-    tokens = set().union(*(_places(engine, [a]) for a in t.accs))
+    tokens = set().union(*(_places(engine, (a,)) for a in t.accs))
     exp = engine.placed(t.exp, lambda mono: _holds_bound(engine, mono))
     for mono, f in exp.lin:
         found = None

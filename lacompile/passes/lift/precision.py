@@ -38,7 +38,7 @@ SMOOTH = {
     aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.reciprocal, aten.square, aten.pow, aten.sqrt,
     aten.rsqrt, aten.exp, aten.exp2, aten.expm1, aten.log, aten.log2, aten.log10, aten.log1p, aten.sigmoid,
     aten.log_sigmoid, aten.softplus, aten.silu, aten.gelu, aten.elu, aten.tanh, aten.sin, aten.cos, aten.erf,
-    aten.where, aten.clamp, aten.clamp_min, aten.clamp_max, aten.maximum, aten.minimum,
+    aten.where, *BOUNDS,
 }  # fmt: skip
 POSITIVE = (aten.exp, aten.exp2, aten.sigmoid, aten.softplus, aten.pow, aten.sqrt, aten.rsqrt)
 SUMS, PRODUCTS = (aten.add, aten.sub, aten.rsub), (aten.mul, aten.div, aten.reciprocal, aten.square)

@@ -7,7 +7,7 @@ Every obligation that fails is a :class:`~lacompile.passes.facts.Refusal` naming
     whole-features feature indices are summed in full
     separable      no leaf holds both i and j, none both kinds of feature
     decay          the weight is exp(G_i - G_j) with G from head- or token-wise scalars
-    unit-diagonal  the weight is 1 at j = i (times a constant scale)
+    unit-diagonal  the prefix sums of the weight end at the row and at the key
     single-term    nothing else is added, but an initial state and a residual without a sum
     recurrence     keys and values are not computed from the state (found where another fails, see causes.py)
     bounded-weights  a weight of the keys does not overflow where the program's own weight is finite

@@ -20,15 +20,15 @@ def align_weights(space: Space, leaves: Leaves, a: Sequence[Term], b: Sequence[T
     targets = sorted((t for t in (*a, *b) if _is_product(t)), key=lambda t: len(t.accs))
 
     def lift(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
-        out = []
-        for t in terms:  # what is taken away from a sum is no token that it is added to
-            alike = [x for x in targets if x.coef * t.coef > 0]
-            out.append(
-                _weigh_state(space, leaves, _weigh(space, leaves, t, alike), [x for x in others if x.coef * t.coef > 0])
-            )
-        return out
+        weighed = ((t, _weigh(space, leaves, t, _of_its_sign(t, targets))) for t in terms)
+        return [_weigh_state(space, leaves, w, _of_its_sign(t, others)) for t, w in weighed]
 
     return lift(a, b), lift(b, a)
+
+
+def _of_its_sign(t: Term, others: Sequence[Term]) -> list[Term]:
+    """What is taken away from a sum is no token that it is added to."""
+    return [x for x in others if x.coef * t.coef > 0]
 
 
 def _is_product(t: Term) -> bool:

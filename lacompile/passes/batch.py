@@ -33,8 +33,9 @@ def batched(schedule: Schedule, matches: Sequence[Match]) -> list[Match]:
         key = _shape(head[0].facts[0])
         if key is None:
             continue
+        modes = tuple(schedule.records_gradients[m.target] for m in head)
         layer = max(layers[v.node] for m in head for v in values_of(m.replacement))
-        mine = groups.setdefault((*key, len(head), layer), [])
+        mine = groups.setdefault((*key, modes, layer), [])
         for group in mine:
             if group.takes(head):
                 break

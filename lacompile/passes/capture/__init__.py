@@ -16,5 +16,6 @@ with ``make_fx``.
 from .memory import Memory, ViewStep
 from .observer import Observer
 from .run import Capture, fake_mode_of
+from .schemas import aliases
 
-__all__ = ["Capture", "Memory", "Observer", "ViewStep", "fake_mode_of"]
+__all__ = ["Capture", "Memory", "Observer", "ViewStep", "aliases", "fake_mode_of"]

@@ -251,18 +251,7 @@ class Builder:
             if kind.op is aten.log.default and children and self.engine.leaves[children[0]].interval[0] <= 0:
                 if leaf in resets:
                     return
-                base = self.engine.leaves[children[0]].kind
-                if not isinstance(base, Opaque) or base.node is None or base.node.op != "placeholder":
-                    raise Refused(
-                        "decay",
-                        "a positive base of the decay",
-                        "a computed base whose sign is not known",
-                        6,
-                        "write the decay as exp of a log-decay, or bound it with sigmoid",
-                    )
-                yield Assumption(
-                    base.node, "positive", f"{spoken(base.node)} > 0 (it is the base of a power)", _all_positive
-                )
+                yield from self._all_inputs_positive(self.engine.leaves.positive_with(children[0]))
             for c in children:
                 yield from visit(c)
 
@@ -275,6 +264,20 @@ class Builder:
         for mono in monos:
             for leaf, _ in mono:
                 yield from visit(leaf)
+
+    def _all_inputs_positive(self, leaves: Sequence[int] | None) -> Iterable[Assumption]:
+        for leaf in (None,) if leaves is None else leaves:
+            base = None if leaf is None else self.engine.leaves[leaf].kind
+            if not isinstance(base, Opaque) or base.node is None or base.node.op != "placeholder":
+                raise Refused(
+                    "decay",
+                    "a positive base of the decay",
+                    "a computed base whose sign is not known",
+                    6,
+                    "write the decay as exp of a log-decay, or bound it with sigmoid",
+                )
+            said = f"{spoken(base.node)} > 0 (it is the base of a power)"
+            yield Assumption(base.node, "positive", said, _all_positive)
 
     def _is_reset(self, leaf: int) -> bool:
         kind = self.engine.leaves[leaf].kind

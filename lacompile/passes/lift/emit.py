@@ -265,7 +265,13 @@ class Emitter:
         terms = sorted(a.terms, key=lambda t: t[1])
         if any(c <= 0 or v not in self.sizes for v, c in terms):
             raise CannotEmit("a view of each tensor", f"index {a}")
-        v, c = terms[0]
+        (v, c), (last, radix) = terms[0], terms[-1]
+        step = c if c != 1 or len(terms) == 1 else terms[1][1]
+        whole = self.sizes[last] * radix
+        if self.engine.space.divided(size, Aff.lit(int(step))) is None and size != whole:
+            # a part of the dimension is made of whole steps: the heads of q in what holds q, k, v and gates
+            start = Aff.lit(int(a.const))
+            return self._dimension(self._narrow(expr, dim, size, start, whole), dim, whole, a - start)
         rest = Aff(tuple(sorted(terms[1:])), a.const)
         if c != 1:
             # a stride: split off the part that stays fixed

@@ -12,7 +12,8 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from ..._compat import outside_modes
-from ..capture import Capture, Memory, ViewStep
+from ..capture import Capture, Memory, ViewStep, aliases
+from .affine import ONE
 from .engine import Engine, GiveUp, Unmerged
 from .leaves import Opaque
 from .statics import Statics, fitted_constant
@@ -55,6 +56,7 @@ class Interpreter:
     read_buffers: bool = True
     reading: int = 0
     _gave_up: str | None = None
+    _weights: dict[Any, Val] = field(default_factory=dict)  # of tables that were read
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture = Capture(gm, self)
@@ -115,6 +117,8 @@ class Interpreter:
         return replace(constant((), found.pop()), precision=Precision.ROUNDED)
 
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
+        if not aliases(func):
+            args = [self._complete(a, d) if isinstance(a, Val) else a for a, d in zip(args, dtypes, strict=False)]
         op = Op(self.engine, func, args, kwargs, out, dtypes)
         self.engine.running = self.capture.node if self.capture is not None else None
         try:
@@ -124,6 +128,21 @@ class Interpreter:
         except Exception as broken:  # a rule at fault costs this value, and nothing else of the program
             log.debug("%s could not be lifted", func, exc_info=True)
             return self._give_up(op, f"internal error: {type(broken).__name__}: {broken}")
+
+    def _complete(self, v: Val, dtype: torch.dtype) -> Val:
+        """A table that is read, as the weights that its numbers are, if they are."""
+        array = self.engine.array_of_table(v)
+        if array is None or array.ndim < 2 or v.one is None:
+            return v
+        key = (v.one, v.shape, dtype)
+        if key not in self._weights:
+            shape = tuple(n if m > 1 else ONE for n, m in zip(v.shape, array.shape, strict=True))
+            with outside_modes():
+                found = fitted_constant(self.engine, shape, torch.tensor(array, dtype=dtype))
+            if found is not None:
+                found = replace(self.engine.broadcast(found, v.shape), precision=min(found.precision, v.precision))
+            self._weights[key] = found or v
+        return self._weights[key]
 
     def _give_up(self, op: Op, reason: str, unmerged: bool = False) -> Any:
         vals = [v for v in tree_leaves((op.args, op.kwargs)) if isinstance(v, Val)]
@@ -218,6 +237,7 @@ class Interpreter:
         assert self.capture is not None
         for tensor, val in outputs:
             val = self._rooted(node, val, tensor) if single else val
+            val = self._whole_if_inside(node, val, tensor) if single else val
             val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.contracts(val)):
                 val = self._readable(node, val, tensor)
@@ -283,6 +303,15 @@ class Interpreter:
             fresh = self.engine.leaf(tensor, replace(kind, node=node))
             return replace(val, alt=fresh.one) if t is val.alt else fresh
         return val
+
+    def _whole_if_inside(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
+        """Plain data made of what no node holds, as a norm inside of ``F.normalize``, is the value of this node."""
+        kinds = [self.engine.leaves[leaf].kind for leaf in self.engine.leaves.data(_leaves_of([val]))]
+        if not any(isinstance(k, Opaque) and k.node is None and k.reading is None for k in kinds):
+            return val
+        if not self.engine.plain(val) or self.engine.contracts(val):
+            return val
+        return self.engine.leaf(tensor, Opaque(node, node.name, _leaves_of([val])))
 
     def _written_anew(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
         """What this node wrote into, as the tensor that it is now: what a product held before is gone from memory."""

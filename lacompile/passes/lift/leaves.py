@@ -116,6 +116,14 @@ BOUNDS: dict[Any, tuple[Any, ...]] = {  # which of two the results are: that of 
 }
 
 
+# Whatever positive numbers they are given, the result is positive.
+POSITIVE_OF_POSITIVE = {
+    aten.where.self, aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default,
+    aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.reciprocal.default, aten.sqrt.default,
+    aten.detach.default,
+}  # fmt: skip
+
+
 @dataclass
 class Leaf:
     kind: Opaque | Symbol | Table | Extended
@@ -244,6 +252,29 @@ class Leaves:
         less = self.less_than_one(kind)
         return less is not None and self.truth(less.leaf)
 
+    def positive_with(self, leaf: int) -> list[int] | None:
+        """The leaves of which it is not known, and that must be positive for this one to be; None if that is not all.
+
+        A mask of tokens chooses between an input's decay and 1, for example.
+        """
+        kind, found = self[leaf].kind, []
+        if self[leaf].interval[0] > 0:
+            return []
+        if not isinstance(kind, Symbol):
+            return [leaf]
+        if kind.op not in POSITIVE_OF_POSITIVE or kind.kwargs:
+            return None
+        for arg in kind.args[1:] if kind.op is aten.where.self else kind.args:
+            if isinstance(arg, Argument):
+                wanted = self.positive_with(arg.leaf) if arg.dtype is None else None
+            else:
+                number = arg.value if isinstance(arg, Number) else arg
+                wanted = [] if number is None or (isinstance(number, int | float) and number > 0) else None
+            if wanted is None:
+                return None
+            found += wanted
+        return found
+
     def less_than_one(self, kind: Symbol) -> Argument | None:
         """The x of 1 - x."""
         if kind.op is not aten.add.Tensor or 1.0 not in kind.args:
@@ -284,8 +315,8 @@ def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
         bounds = [(side, end) for side in BOUNDS[packet] if (end := next(ends, None)) is not None]
         return _bounded(given[0] or ANY, bounds)
     args = [ANY if x is None else x for x in given]
-    if packet == aten.softplus and len(args) > 1 and args[1][0] <= 0:  # its beta
-        return ANY
+    if packet == aten.softplus and (any(low <= 0 for low, _ in args[1:2]) or any(low < 0 for low, _ in args[2:])):
+        return ANY  # by its beta, or by a threshold behind which it is its argument
     if packet in RANGE_OF:
         return RANGE_OF[packet]
     if packet == aten.mul and len(args) == 2:

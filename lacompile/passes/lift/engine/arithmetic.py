@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from ..affine import ONE
 from ..leaves import Opaque
 from ..multiples import gathered
 from ..running import running_terms
@@ -41,10 +42,15 @@ class Arithmetic(Symbols):
             if t is not None and not t.accs and not t.exp and not t.guards and t.poly.is_const:
                 return self.scale(y, t.coef)
         moving = [v for v in (a, b) if self.structured(v) or not v.single or any(map(_weighted, v.terms))]
+        whole = None
         if not moving:
-            a, b = self.pick_beside(a, b), self.pick_beside(b, a)
+            looked_into, whole = (a, b), (self.pick_beside(a, b), self.pick_beside(b, a))
+            a, b = looked_into if any(map(self._scores, looked_into)) else whole
         else:
-            a, b = (v if v.alt is None or self._mask_like(w) else self.pick_beside(v, w) for v, w in ((a, b), (b, a)))
+            a, b = (
+                v if v.alt is None or (self._mask_like(w) and not self.projects(v)) else self.pick_beside(v, w)
+                for v, w in ((a, b), (b, a))
+            )
 
         def times(groups: list[tuple[Term, ...]]) -> Iterable[Term]:
             left, right = groups
@@ -60,8 +66,15 @@ class Arithmetic(Symbols):
                     yield self._token_product(bounded(t))
 
         if a.single and b.single:
-            return self.sum_of(a.shape, times([a.terms, b.terms]))
+            alt = None
+            if whole is not None and whole != (a, b) and all(v.one is not None for v in whole):
+                (alt,) = times([v.terms for v in whole])
+            return self.sum_of(a.shape, times([a.terms, b.terms]), alt)
         return self.zip_cases([a, b], times)
+
+    def _scores(self, v: Val) -> bool:
+        """A product that may be looked into, and that is no projection: a mask of its rows or keys may come first."""
+        return v.alt is not None and v.one is not None and not self.projects(v)
 
     def pick_beside(self, v: Val, w: Val) -> Val:
         """The reading of ``v`` that a product with ``w`` wants: the sum over all tokens where w is the last of them."""
@@ -197,15 +210,27 @@ class Arithmetic(Symbols):
             return None
 
     def _updates(self, a: Val, b: Val) -> bool:
-        """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""
-        if len(a.terms) != 1 or len(b.terms) != 1 or len(b.terms[0].accs) < 2 or b.terms[0].exp:
+        """exp(g) S + k v, or exp(g) z + k: one token's update of a state, which a contraction may want to look into."""
+        if len(a.terms) != 1 or len(b.terms) != 1 or not b.terms[0].accs or b.terms[0].exp:
             return False
         state, update = a.terms[0], b.terms[0]
+        if len(update.accs) == 1:
+            return self._sums_up(state, update)
         if any(m for m, _ in state.exp.lin if state.accs) or scalar_factors(self.space, state, update):
             return True
         held = [self.space.vars_of(idx) for _, idx in update.accs]
         whole = frozenset().union(*held)
         return whole not in held and len(state.accs) == 1 and self.space.vars_of(state.accs[0][1]) == whole
+
+    def _sums_up(self, state: Term, update: Term) -> bool:
+        """A normaliser's state, which holds what a token's key holds, and what it is multiplied by."""
+        (leaf, idx) = update.accs[0]
+        token = any(i.is_const and n != ONE for i, n in zip(idx, self.leaf_shapes[leaf], strict=True))
+        held = self.space.vars_of(idx)
+        same = [a for a in state.accs if self.space.vars_of(a[1]) == held]
+        if not token or len(same) != 1 or len(held) < 2 or any(v < 0 for v in held):
+            return False
+        return not any(i.is_const and n != ONE for i, n in zip(same[0][1], self.leaf_shapes[same[0][0]], strict=True))
 
 
 def _weighted(t: Term) -> bool:

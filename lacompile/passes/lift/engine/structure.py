@@ -94,6 +94,16 @@ class Structure(Program):
 
         return v.single and not self.index_only(v) and any(moves(t) for t in v.terms)
 
+    def projects(self, v: Val) -> bool:
+        """A product with a matrix that each token is multiplied by: no scores, whatever it is weighted by."""
+        t = v.one
+        if t is None or len(t.accs) != 2 or t.exp:
+            return False
+        free = [{x for x in self.space.vars_of(idx) if x >= 0} for _, idx in t.accs]
+        if free[0] & free[1] or not t.bound(self.space):
+            return False
+        return max(map(len, free)) > 1 or any(self.leaves[leaf].parameter for leaf, _ in t.accs)
+
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""
         return (v.alt is not None and self.structured(v)) or any(

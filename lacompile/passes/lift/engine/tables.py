@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...._compat import outside_modes
-from ..affine import Aff
+from ..affine import ONE, Aff
 from ..evaluate import Evaluator
 from ..leaves import Table
 from ..term import Access, Term, Val, constant, value
@@ -42,21 +42,40 @@ class Tables(Cases):
 
         if tensors and all(number(c.terms) is not None for v in tensors for c in v.cases):
             return self.zip_cases(tensors, fold)
-        tables = [self._as_array(v, len(shape)) if isinstance(v, Val) else v for v in vals]
+        tables = [self.array(self.broadcast(v, shape)) if isinstance(v, Val) else v for v in vals]
         with outside_modes():
             args = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in tables]
             result = op(*args, **kwargs).to(torch.float64).numpy()
         return self.table_value(result, shape)
 
-    def _as_array(self, v: Val, rank: int) -> np.ndarray:
-        """The numbers of a table value, with one dimension for each of the tensor's."""
-        (leaf, idx) = self.tabulate(v)
+    def finite_numbers(self, v: Val) -> bool:
+        """Whether a value is made of indices and known numbers alone, none of which is infinite."""
+        return self.index_only(v) and not any(math.isinf(t.coef) for c in v.cases for t in c.terms)
+
+    def array(self, v: Val) -> np.ndarray:
+        """The numbers of a value made of them alone: a dimension for each of the tensor's, of 1 where none differ."""
+        return self._laid_out(self.tabulate(v), v.shape)
+
+    def array_of_table(self, v: Val) -> np.ndarray | None:
+        """The same of a value that is a table, or a place of one, as it stands; None of any other."""
+        t = v.one
+        if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or t.poly != ONE:
+            return None
+        leaf, idx = t.accs[0]
+        moving = [a for a in idx if not a.is_const]
+        dims = {a.terms[0][0] for a in moving if len(a.terms) == 1 and a.terms[0][1] == 1}
+        if not isinstance(self.leaves[leaf].kind, Table) or len(dims) != len(moving):
+            return None
+        return self._laid_out((leaf, idx), v.shape) if all(v.shape[d].is_const for d in dims) else None
+
+    def _laid_out(self, access: Access, shape: tuple[Aff, ...]) -> np.ndarray:
+        leaf, idx = access
         kind = self.leaves[leaf].kind
         assert isinstance(kind, Table)
-        view = [1] * rank
-        for axis, a in enumerate(idx):
-            view[a.terms[0][0]] = kind.array.shape[axis]
-        return kind.array.copy().reshape(view)
+        sizes = {a.terms[0][0]: self.length(shape[a.terms[0][0]]) for a in idx if not a.is_const}
+        places = (int(a.const) if a.is_const else (int(a.const), sizes[a.terms[0][0]]) for a in idx)
+        array = kind.array[tuple(p if isinstance(p, int) else slice(p[0], sum(p)) for p in places)]
+        return array.transpose(np.argsort(list(sizes))).reshape([sizes.get(d, 1) for d in range(len(shape))])
 
     def table_value(self, array: np.ndarray, shape: tuple[Aff, ...]) -> Val:
         """Known numbers as a value; only the dimensions that matter are kept, and a line 0, 1, 2 ... is an index.

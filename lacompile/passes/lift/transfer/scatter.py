@@ -9,7 +9,7 @@ import torch
 from ..affine import ONE, ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..term import Case, Val
-from . import Op, rule
+from . import Op, entries, rule
 from .functions import one_function
 from .selections import choose
 from .views import slice_bounds
@@ -67,7 +67,13 @@ def written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff
     shape = base.shape
     if start == ZERO and length == shape[d]:
         return src
-    x = Aff.var(d)
+    if (table := entries.replaced(engine, base, src, d, start, length)) is not None:
+        return table
+    return entries.as_table(engine, _written(engine, base, src, d, start, length))
+
+
+def _written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff) -> Val:
+    shape, x = base.shape, Aff.var(d)
     inside = frozenset({x - start, start + length - 1 - x})
     mapping = {} if length == ONE else {d: x - start}
     if not base.single or not src.single or any(math.isinf(t.coef) for v in (base, src) for t in v.terms):

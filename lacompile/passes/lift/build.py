@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from ..facts import Assumption, Attend, Call, Const, DecayedAttention, Expr, values_of
+from ..facts import Assumption, Attend, Call, DecayedAttention, Expr, values_of
 from ..names import spoken
 from ..schedule import Schedule
 from .affine import ONE, Aff
-from .emit import CannotEmit, Emitter, Piece, cast, size_of
+from .emit import CannotEmit, Emitter, Piece, permuted, size_of
 from .holders import Holders, Place
 from .interpret import Fact, Interpreter
 from .leaves import Argument, Opaque, Symbol
@@ -73,7 +73,7 @@ class Builder:
         if p.state is not None:
             piece = self.emitter.product(p.state)
             assert piece is not None
-            state = self.emitter.assemble(cast(piece, _exact(dtype)), [batch, heads, p.key_features, e_group])
+            state = self.emitter.assemble(piece.to(_exact(dtype)), [batch, heads, p.key_features, e_group])
         row_factor, added = self._around(p, residual)
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
         read = {v.node for e in recipes for v in values_of(e)}
@@ -161,12 +161,8 @@ class Builder:
         factors = [self.emitter.exponential(m, c) for m, c in weights]
         piece = self.emitter.product(accesses, factors)
         if piece is None:
-            ones = Const(1.0, self.emitter.like, dtype)
-            expr: Expr = ones
-            for _ in self.emitter.order:
-                expr = Call(torch.unsqueeze, (expr, 0))
-            piece = Piece(expr, frozenset(), dtype)
-        return self.emitter.assemble(cast(piece, dtype), groups, shrink=(1,) if shared else ())
+            piece = self.emitter.number(1.0, dtype)
+        return self.emitter.assemble(piece.to(dtype), groups, shrink=(1,) if shared else ())
 
     def _log_decay(self, p: Proof, batch: list[int], heads: list[int]) -> tuple[Expr, str]:
         exact = _exact(p.fact.compute)
@@ -175,25 +171,14 @@ class Builder:
         for mono, c in (*p.fixed, *p.tokens):
             piece = self.emitter.product(mono)
             if piece is None:
-                expr: Expr = Const(c, self.emitter.like, exact)
-                for _ in self.emitter.order:
-                    expr = Call(torch.unsqueeze, (expr, 0))
-                piece = Piece(expr, frozenset(), exact)
+                piece = self.emitter.number(c, exact)
                 sources.append(f"the constant {math.exp(c):.6g}")
             else:
-                piece = cast(piece, exact)
-                if c != 1:
-                    piece = Piece(Call(torch.mul, (piece.expr, c)), piece.present, piece.dtype)
+                piece = piece.to(exact).scaled(c)
                 sources.append(self._named(mono, c))
-            if total is None:
-                total = piece
-            else:
-                total = Piece(Call(torch.add, (total.expr, piece.expr)), total.present | piece.present, exact)
+            total = piece if total is None else total + piece
         if total is None:
-            expr = Const(0.0, self.emitter.like, exact)
-            for _ in self.emitter.order:
-                expr = Call(torch.unsqueeze, (expr, 0))
-            total = Piece(expr, frozenset(), exact)
+            total = self.emitter.number(0.0, exact)
             sources.append("none (un-decayed)")
         groups = [batch, heads, [N_ROLE]] if p.tokens else [heads]
         return self.emitter.assemble(total, groups), " + ".join(sources)
@@ -303,9 +288,7 @@ class Builder:
             order += group
             at += len(group)
         dims = [p.place[r] for r in order]
-        permutation = [dims.index(d) for d in range(len(dims))]
-        if permutation != list(range(len(permutation))):
-            expr = Call(torch.permute, (expr, permutation))
+        expr = permuted(expr, [dims.index(d) for d in range(len(dims))])
         if row_factor is not None:
             expr = Call(torch.mul, (expr, row_factor))
         for term in added:

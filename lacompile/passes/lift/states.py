@@ -10,7 +10,7 @@ import torch
 from ..facts import Attend, Call, DecayedAttention, Expr, Match, attentions_of
 from .affine import ONE, TAU, ZERO, Aff
 from .build import Builder
-from .emit import CannotEmit, size_of
+from .emit import CannotEmit, permuted, size_of
 from .engine import Engine
 from .interpret import Fact
 from .leaves import NINE_DIGITS
@@ -168,9 +168,7 @@ def _state_expr(
         return None
     expr = Call(torch.reshape, (expr, sizes))
     dims = [*order, *tail]
-    ranked = sorted(range(len(dims)), key=lambda n: dims[n])
-    if ranked != list(range(len(ranked))):
-        expr = Call(torch.permute, (expr, ranked))
+    expr = permuted(expr, sorted(range(len(dims)), key=lambda n: dims[n]))
     for x, n in enumerate(shape):
         if n == ONE:
             expr = Call(torch.unsqueeze, (expr, x))

@@ -14,6 +14,7 @@ from .emit import CannotEmit, permuted, size_of
 from .engine import Engine
 from .interpret import Fact
 from .leaves import NINE_DIGITS
+from .prefix import between
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 from .roles import sequence_index
 from .step import prove_step
@@ -144,7 +145,7 @@ def _decay_over(p: Proof, end: Aff, start: Aff) -> Exponent:
                 for leaf, idx in mono
             )
         )
-        sums += [((running, end), c), ((running, start), -c)]
+        sums += between(running, start, end, c)
     return Exponent.of(lin, sums)
 
 

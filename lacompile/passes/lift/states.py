@@ -47,7 +47,7 @@ def final_states(
         for proof, attention in (found for leaf in (*held, None) for found in by_leaf.get(leaf, ())):
             expr = final_state(builder.engine, fact, proof, attention)
             if expr is not None:
-                assumed = builder.state_assumptions(fact.node, expr, proof)
+                assumed = builder.assumptions.of_state(fact.node, expr, proof)
                 out.append(Match(fact.node, expr, attentions_of(expr), fact.after, assumptions=assumed))
                 break
     return out

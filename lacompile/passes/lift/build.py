@@ -6,24 +6,23 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import fx
 
-from ..facts import Assumption, Attend, Call, Const, DecayedAttention, Expr, values_of
-from ..names import spoken
+from ..facts import Attend, Call, DecayedAttention, Expr, values_of
 from ..schedule import Schedule
 from .affine import ONE, Aff
-from .emit import CannotEmit, Emitter, Piece, cast, size_of
+from .assumptions import Assumptions
+from .described import formulation, source
+from .emit import CannotEmit, Emitter, Piece, permuted, size_of
 from .holders import Holders, Place
 from .interpret import Fact, Interpreter
-from .leaves import Argument, Opaque, Symbol
+from .leaves import Opaque
 from .proof import E_ROLE, N_ROLE, Proof, Refused
 from .prove import prove
 from .term import Access, Mono, Term
-
-aten = torch.ops.aten
 
 
 class Builder:
@@ -31,6 +30,7 @@ class Builder:
 
     def __init__(self, schedule: Schedule, interpreter: Interpreter, held: Holders):
         self.schedule, self.interpreter, self.engine, self.held = schedule, interpreter, interpreter.engine, held
+        self.assumptions = Assumptions(schedule, interpreter)
         self.sums: dict[tuple[int, fx.Node], Expr] = {}
 
     def build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
@@ -63,21 +63,21 @@ class Builder:
         heads, batch = p.head_roles(self.engine.space)
         groups_q = [batch, heads, [N_ROLE], p.key_features]
         e_group = [E_ROLE] if E_ROLE in p.roles else []
-        q = self._operand(p.q, p.q_weights, groups_q, dtype, p, shared=not p.later or p.state is None)
-        k = self._operand(p.k, p.k_weights, groups_q, dtype, p)
+        q = self._operand(p.q, p.q_weights, groups_q, dtype, shared=not p.later or p.state is None)
+        k = self._operand(p.k, p.k_weights, groups_q, dtype)
         if p.key_scale != 1:
             k = Call(torch.mul, (k, p.key_scale))
-        v = self._operand(p.v, [], [batch, heads, [N_ROLE], e_group], dtype, p)
-        log_decay, source = self._log_decay(p, batch, heads)
+        v = self._operand(p.v, [], [batch, heads, [N_ROLE], e_group], dtype)
+        log_decay, decay_source = self._log_decay(p, batch, heads)
         state = None
         if p.state is not None:
             piece = self.emitter.product(p.state)
             assert piece is not None
-            state = self.emitter.assemble(cast(piece, _exact(dtype)), [batch, heads, p.key_features, e_group])
+            state = self.emitter.assemble(piece.to(_exact(dtype)), [batch, heads, p.key_features, e_group])
         row_factor, added = self._around(p, residual)
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
         read = {v.node for e in recipes for v in values_of(e)}
-        region = self._region(p.fact.node, read)
+        region = self.assumptions.region(p.fact.node, read)
         fact = DecayedAttention(
             q=Call(torch.cat, ([_rows(q, 1, None), _no_row(q)], 2)) if p.later else q,
             k=k,
@@ -93,8 +93,8 @@ class Builder:
             dtype=dtype,
             decay_per_token=bool(p.tokens),
             formulation=formulation(p, region),
-            decay_source=source,
-            assumptions=(*self._by_value(read, region, p.looked_at), *self._positive(p)),
+            decay_source=decay_source,
+            assumptions=self.assumptions.of(p, read, region),
         )
         out: Expr = self._one_later(p, fact, q) if p.later else Attend(fact, 0)
         return fact, self._replacement(p, out, batch, heads, e_group, row_factor, added)
@@ -154,19 +154,14 @@ class Builder:
         weights: Sequence[tuple[Mono, float]],
         groups: Sequence[Sequence[int]],
         dtype: torch.dtype,
-        p: Proof,
         shared: bool = True,
     ) -> Expr:
         """One operand; of one head for several, where it is ``shared`` and has no more."""
         factors = [self.emitter.exponential(m, c) for m, c in weights]
         piece = self.emitter.product(accesses, factors)
         if piece is None:
-            ones = Const(1.0, self.emitter.like, dtype)
-            expr: Expr = ones
-            for _ in self.emitter.order:
-                expr = Call(torch.unsqueeze, (expr, 0))
-            piece = Piece(expr, frozenset(), dtype)
-        return self.emitter.assemble(cast(piece, dtype), groups, shrink=(1,) if shared else ())
+            piece = self.emitter.number(1.0, dtype)
+        return self.emitter.assemble(piece.to(dtype), groups, shrink=(1,) if shared else ())
 
     def _log_decay(self, p: Proof, batch: list[int], heads: list[int]) -> tuple[Expr, str]:
         exact = _exact(p.fact.compute)
@@ -175,113 +170,17 @@ class Builder:
         for mono, c in (*p.fixed, *p.tokens):
             piece = self.emitter.product(mono)
             if piece is None:
-                expr: Expr = Const(c, self.emitter.like, exact)
-                for _ in self.emitter.order:
-                    expr = Call(torch.unsqueeze, (expr, 0))
-                piece = Piece(expr, frozenset(), exact)
+                piece = self.emitter.number(c, exact)
                 sources.append(f"the constant {math.exp(c):.6g}")
             else:
-                piece = cast(piece, exact)
-                if c != 1:
-                    piece = Piece(Call(torch.mul, (piece.expr, c)), piece.present, piece.dtype)
-                sources.append(self._named(mono, c))
-            if total is None:
-                total = piece
-            else:
-                total = Piece(Call(torch.add, (total.expr, piece.expr)), total.present | piece.present, exact)
+                piece = piece.to(exact).scaled(c)
+                sources.append(source(self.engine.leaves, mono, c))
+            total = piece if total is None else total + piece
         if total is None:
-            expr = Const(0.0, self.emitter.like, exact)
-            for _ in self.emitter.order:
-                expr = Call(torch.unsqueeze, (expr, 0))
-            total = Piece(expr, frozenset(), exact)
+            total = self.emitter.number(0.0, exact)
             sources.append("none (un-decayed)")
         groups = [batch, heads, [N_ROLE]] if p.tokens else [heads]
         return self.emitter.assemble(total, groups), " + ".join(sources)
-
-    def _named(self, mono: Mono, c: float) -> str:
-        def name(leaf: int) -> str:
-            kind = self.engine.leaves[leaf].kind
-            if isinstance(kind, Opaque):
-                return spoken(kind.node) if kind.node is not None else kind.label
-            if isinstance(kind, Symbol):
-                inner = ", ".join(name(a.leaf) for a in kind.args if isinstance(a, Argument))
-                op = getattr(kind.op, "overloadpacket", kind.op)
-                return f"{getattr(op, '__name__', op)}({inner})"
-            return "a table of numbers"
-
-        factors = " * ".join(name(leaf) for leaf, _ in mono)
-        return factors if c == 1 else f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"
-
-    def _same_form(self, copy: fx.Node, original: fx.Node) -> bool:
-        """Whether a proof that went through the copy rests on nothing but what one through the original does."""
-        facts = self.interpreter.facts
-        return copy in facts and original in facts and facts[copy].value == facts[original].value
-
-    def _region(self, node: fx.Node, read: set[fx.Node]) -> set[fx.Node]:
-        """What ``node`` is computed from behind the values that its replacement reads."""
-        return self.schedule.ancestors(node, read, self._same_form)
-
-    def state_assumptions(self, node: fx.Node, state: Expr, p: Proof) -> tuple[Assumption, ...]:
-        """What the final state of a proved attention rests on beside the attention: factors that it alone reads."""
-        read = {v.node for v in values_of(state)}
-        return tuple(self._by_value(read, self._region(node, read), p.looked_at))
-
-    def _by_value(self, read: set[fx.Node], region: set[fx.Node], looked_at: set[fx.Node]) -> Iterable[Assumption]:
-        """Inputs that the normal form of this region, or the proof about it, knows the numbers of."""
-        if self.interpreter.statics is None:
-            return
-        looked_at = looked_at.union(*(self.engine.relied.get(at, ()) for at in region))
-        inputs = {n for n in region if n.op == "placeholder"}
-        yield from self.interpreter.statics.assumptions(sorted(read | inputs), sorted(looked_at))
-
-    def _positive(self, p: Proof) -> Iterable[Assumption]:
-        """log(x) in a weight is right only where x > 0."""
-        seen: set[int] = set()
-
-        def visit(leaf: int) -> Iterable[Assumption]:
-            if leaf in seen:
-                return
-            seen.add(leaf)
-            kind = self.engine.leaves[leaf].kind
-            if not isinstance(kind, Symbol):
-                return
-            children = self.engine.leaves.made_of(leaf)
-            if kind.op is aten.log.default and children and self.interpreter.statics is not None:
-                yield from self.interpreter.statics.assumptions((), sorted(self.engine.leaves[children[0]].rests_on))
-            if kind.op is aten.log.default and children and self.engine.leaves[children[0]].interval[0] <= 0:
-                if leaf in resets:
-                    return
-                yield from self._all_inputs_positive(self.engine.leaves.positive_with(children[0]))
-            for c in children:
-                yield from visit(c)
-
-        # The operator takes a decay of nothing: the state begins anew. As a factor elsewhere it might be a divisor.
-        resets = {m[0][0] for m, c in p.tokens if len(m) == 1 and c > 0 and self._is_reset(m[0][0])}
-        others = [m for m, _ in (*p.fixed, *p.q_weights, *p.k_weights, *p.outer_weights)]
-        others += [m for t in p.residual for m, _ in t.exp.lin]
-        resets -= {leaf for mono in others for leaf, _ in mono}
-        monos = [m for m, _ in p.tokens] + others
-        for mono in monos:
-            for leaf, _ in mono:
-                yield from visit(leaf)
-
-    def _all_inputs_positive(self, leaves: Sequence[int] | None) -> Iterable[Assumption]:
-        for leaf in (None,) if leaves is None else leaves:
-            base = None if leaf is None else self.engine.leaves[leaf].kind
-            if not isinstance(base, Opaque) or base.node is None or base.node.op != "placeholder":
-                raise Refused(
-                    "decay",
-                    "a positive base of the decay",
-                    "a computed base whose sign is not known",
-                    6,
-                    "write the decay as exp of a log-decay, or bound it with sigmoid",
-                )
-            said = f"{spoken(base.node)} > 0 (it is the base of a power)"
-            yield Assumption(base.node, "positive", said, _all_positive)
-
-    def _is_reset(self, leaf: int) -> bool:
-        kind = self.engine.leaves[leaf].kind
-        return isinstance(kind, Symbol) and kind.op is aten.log.default and self.engine.leaves.truth(kind.args[0].leaf)
 
     def _replacement(
         self,
@@ -306,9 +205,7 @@ class Builder:
             order += group
             at += len(group)
         dims = [p.place[r] for r in order]
-        permutation = [dims.index(d) for d in range(len(dims))]
-        if permutation != list(range(len(permutation))):
-            expr = Call(torch.permute, (expr, permutation))
+        expr = permuted(expr, [dims.index(d) for d in range(len(dims))])
         if row_factor is not None:
             expr = Call(torch.mul, (expr, row_factor))
         for term in added:
@@ -362,23 +259,3 @@ def _no_row(x: Expr) -> Expr:
 def _exact(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and log-decays beside q, k and v of this one."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _all_positive(tensor: torch.Tensor) -> bool:
-    return bool((tensor > 0).all())
-
-
-def formulation(p: Proof, region: set[fx.Node]) -> Literal["parallel", "chunkwise", "recurrent"]:
-    """How the program wrote it, in the nodes between what is read and the result; for the report only."""
-    length = p.roles[N_ROLE]
-    steps, square = 0, False
-    for node in region:
-        example = node.meta.get("example_value")
-        if isinstance(example, torch.Tensor) and node.op != "placeholder":
-            sizes = [s for s in example.shape[-2:] if isinstance(s, int) and length.is_const and s == length.const]
-            symbolic = [s for s in example.shape if not isinstance(s, int)]
-            square |= len(sizes) >= 2 or len({str(s) for s in symbolic}) < len(symbolic)
-            steps += 1
-    if length == ONE or (length.is_const and steps > 4 * length.const):
-        return "recurrent"
-    return "parallel" if square else "chunkwise"

@@ -11,7 +11,7 @@ from .affine import TAU, Aff
 from .logs import log_summands
 from .proof import Refused, at_position
 from .roles import Roles
-from .term import Exponent, Mono, sub_mono
+from .term import Access, Exponent, Mono, sub_mono
 
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
 
@@ -45,28 +45,31 @@ class Decay(Roles):
     def _own_decay_apart(self, exp: Exponent) -> Exponent:
         """The same exponent, what weighs a token at once as a factor of its key: in ``a (S + k v)``, ``a k``.
 
-        ``P(i + 1) - P(j)`` is the decay after the token, and the token's own.
+        ``P(i + 1) - P(j)`` is the decay after the token, and the token's own. Where the row has its own as a factor,
+        ``exp(P(i)) a_i``, the factor goes: that is ``exp(P(i + 1))``.
         """
         lin, sums = list(exp.lin), []
         for (mono, pos), c in exp.sums:
             if pos == Aff.var(self.j):
                 lin.append((sub_mono(self.space, mono, {TAU: pos}), Aff.lit(-c)))
                 pos = pos + 1
-            elif pos == Aff.var(self.n) and self._row_decays(mono, c):
+            elif pos == Aff.var(self.n) and (a := self._decay_of_row(mono, c)) is not None:
+                self._drop_of_row(a)
                 pos = pos + 1
             sums.append(((mono, pos), c))
         return Exponent.of(lin, sums)
 
-    def _row_decays(self, mono: Mono, c: float) -> bool:
-        """Whether each row has its own decay as a factor: ``exp(P(i)) a_i``; that it is one is taken from it here."""
+    def _decay_of_row(self, mono: Mono, c: float) -> Access | None:
+        """The factor that is each row's own decay, ``exp(P(i)) a_i``; None if there is none."""
         own = self._renamed_mono(at_position(mono))
-        for factors in (self.proof.outer, self.proof.q):
-            for a in factors:
-                summands = log_summands(self.engine.leaves, a)
-                if c == 1 and len(own) == 1 and summands == [(1.0, own[0])]:
-                    factors.remove(a)
-                    return True
-        return False
+        if c != 1 or len(own) != 1:
+            return None
+        of_row = (*self.proof.outer, *self.proof.q)
+        return next((a for a in of_row if log_summands(self.engine.leaves, a) == [(1.0, own[0])]), None)
+
+    def _drop_of_row(self, a: Access) -> None:
+        """Takes a factor away from those of the row."""
+        (self.proof.outer if a in self.proof.outer else self.proof.q).remove(a)
 
     def check_finite(self) -> None:
         """exp(I_j - m_i) is finite where exp(I_j) is not: a key's weight must be bounded without the row's."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .affine import Aff
+from .affine import ONE, Aff
 from .term import Access, Term, Val
 
 aten = torch.ops.aten
@@ -302,6 +302,11 @@ class Leaves:
                 found.add(leaf)
                 work += self.made_of(leaf)
         return found
+
+    def places(self, accesses: Iterable[Access]) -> set[tuple[Aff, Aff]]:
+        """The numbers that are read at, each with the length of that dimension."""
+        read = ((i, n) for leaf, idx in accesses for i, n in zip(idx, self._shapes[leaf], strict=True))
+        return {(i, n) for i, n in read if i.is_const and n != ONE}
 
     def known_zero_outside(self, leaf: int) -> bool:
         return isinstance(self[leaf].kind, Extended)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .affine import ONE, TAU, Aff, Number
+from .affine import ONE, Aff, Number
 from .normal import Algebra
+from .prefix import Sum, along, between
 from .term import Access, Exponent, Guards, Mono, Term, sub_mono
 
 Points = Mapping[int, Aff]
@@ -141,18 +142,18 @@ def _own_decay(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[Exponent, Ex
     theirs = {mono for mono, _ in b.exp.lin}
     lin, sums = [], []
     for mono, f in a.exp.lin:
-        at = {x for leaf, idx in mono for x in zip(idx, sizes[leaf], strict=True) if x in steps}
+        read = {
+            (n, d): x
+            for n, (leaf, idx) in enumerate(mono)
+            for d, x in enumerate(zip(idx, sizes[leaf], strict=True))
+            if x in steps
+        }
+        at = set(read.values())
         if mono in theirs or not f.is_const or len(at) != 1:
             lin.append((mono, f))
         else:
-            ((p, size),) = at
-            along = tuple(
-                sorted(
-                    (leaf, tuple(Aff.var(TAU) if x == (p, size) else x[0] for x in zip(idx, sizes[leaf], strict=True)))
-                    for leaf, idx in mono
-                )
-            )
-            sums += [((along, p + 1), f.const), ((along, p + Aff.var(t)), -f.const)]
+            ((p, _),) = at
+            sums += between(along(mono, read), p + Aff.var(t), p + 1, f.const)
     return Exponent.of(lin, a.exp.sums), Exponent.of((), sums)
 
 
@@ -212,14 +213,11 @@ def _moving_rates(
     return [found for found in out if len(found[2]) == len(found[0])]
 
 
-Sums = tuple[tuple[tuple[Mono, Aff], Number], ...]
 Ends = dict[Number, list[tuple[Aff, Aff]]]
 """Coefficient -> positions: where the piece that is followed has them pinned, and as they are."""
 
 
-def _fit_sums(
-    algebra: Algebra, a: Sums, b: Sums, t: int, pinned: Points
-) -> list[tuple[tuple[Mono, Aff], Number]] | None:
+def _fit_sums(algebra: Algebra, a: tuple[Sum, ...], b: tuple[Sum, ...], t: int, pinned: Points) -> list[Sum] | None:
     """Pairs +-P positions of both sides; a vanished pair P(u) - P(u) or a dropped P(0) is put back first."""
     space = algebra.space
     groups: dict[Mono, tuple[Ends, Ends, Mono]] = {}
@@ -235,7 +233,7 @@ def _fit_sums(
     for (mono, pos), c in b:
         mono = named.get(mono, mono)
         groups.setdefault(mono, ({}, {}, mono))[1].setdefault(c, []).append((pos, pos))
-    out: list[tuple[tuple[Mono, Aff], Number]] = []
+    out: list[Sum] = []
     for left, right, mono in groups.values():
         if not right:  # what the later of two tokens lacks is a pair that vanished, and what the earlier lacks P(0)
             _balance(left)

@@ -10,14 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from .affine import FIRST_DIV, FIRST_SYMBOL, INF, ONE, TAU, ZERO, Aff, Number, Range
+from .affine import FIRST_DIV, FIRST_SYMBOL, INF, TAU, Aff, Range
+from .prefix import Lin, Sum, along, between, by_rate, single_place
 from .regions import Regions
 from .term import Access, Exponent, Mono, sub_mono
 
 FREE = 100  # variables below are dimensions of the tensor at hand
-
-Lin = tuple[Mono, Aff]
-Sum = tuple[tuple[Mono, Aff], Number]
 
 
 class Reading(NamedTuple):
@@ -49,7 +47,7 @@ class Rates(Regions):
                 lin.append((mono, f))
                 continue
             best = max(found, key=lambda r: (walked[r.along] > 1, r.rank))
-            sums += [((best.along, best.at + 1), f.const), ((best.along, best.at), -f.const)]
+            sums += between(best.along, best.at, best.at + 1, f.const)
         single, sums = self._of_single_places(sums, accs)
         return Exponent.of([*lin, *single], sums)
 
@@ -79,11 +77,7 @@ class Rates(Regions):
             best = {n: rank for rank, n, _ in sorted(places)}
             # a function of several tensors, as where(mask, 0, g) is, has a dimension of tokens for each of them
             dims = {(n, d) for rank, n, d in places if rank[:2] == best[n][:2]}
-            along = (
-                (leaf, tuple(Aff.var(TAU) if (n, d) in dims else i for d, i in enumerate(idx)))
-                for n, (leaf, idx) in enumerate(mono)
-            )
-            out.append(Reading(tuple(sorted(along)), at, max(places)[0]))
+            out.append(Reading(along(mono, dims), at, max(places)[0]))
         return out
 
     def _read(self, size: Aff, accs: Sequence[Access]) -> list[set[Aff]]:
@@ -120,42 +114,22 @@ class Rates(Regions):
         """``c P(p + 1) - c P(p)``, p a head or no number, as ``c`` times the rate at p; and the other prefix sums."""
         lin: list[Lin] = []
         left: list[Sum] = []
-        groups: dict[Mono, list[tuple[Aff, Number]]] = {}
-        for (mono, pos), c in sums:
-            groups.setdefault(mono, []).append((pos, c))
-        for mono, ends in groups.items():
-            found = self._single_place(ends) if accs else None
+        for mono, ends in by_rate(sums).items():
+            found = single_place(ends) if accs else None
             stays = found is not None and all(FIRST_SYMBOL <= v < FIRST_DIV for v, _ in found[0].terms)
             if found is None or (stays and not self._heads_at(mono, found[0], accs)):
                 left += [((mono, pos), c) for pos, c in ends]
                 continue
             place, c = found
-            rate = tuple(sorted((leaf, tuple(self.space.sub(i, {TAU: place}) for i in idx)) for leaf, idx in mono))
-            lin.append((rate, Aff.lit(c)))
+            lin.append((sub_mono(self.space, mono, {TAU: place}), Aff.lit(c)))
         return lin, left
-
-    @staticmethod
-    def _single_place(ends: Sequence[tuple[Aff, Number]]) -> tuple[Aff, Number] | None:
-        """``(p, c)`` where these prefix sums are ``c P(p + 1) - c P(p)``."""
-        at = dict(ends)
-        if len(at) == 1 and all(pos.is_const for pos in at):
-            at[ZERO] = -sum(at.values())  # P(0) was dropped
-        if len(at) != 2:
-            return None
-        (p, below), (q, above) = at.items()
-        if q - p == -ONE:
-            (p, below), (q, above) = (q, above), (p, below)
-        return (p, above) if q - p == ONE and above == -below else None
 
     def placed(self, exp: Exponent, wanted: Callable[[Mono], bool]) -> Exponent:
         """``exp`` with the prefix sums of these rates as rates at places, where they are that."""
         lin: list[Lin] = list(exp.lin)
         left: list[Sum] = []
-        groups: dict[Mono, list[tuple[Aff, Number]]] = {}
-        for (mono, pos), c in exp.sums:
-            groups.setdefault(mono, []).append((pos, c))
-        for mono, ends in groups.items():
-            found = self._single_place(ends) if wanted(mono) else None
+        for mono, ends in by_rate(exp.sums).items():
+            found = single_place(ends) if wanted(mono) else None
             if found is None:
                 left += [((mono, pos), c) for pos, c in ends]
             else:
@@ -188,7 +162,9 @@ class Rates(Regions):
                 sums += found
         return Exponent.of(lin, sums) if len(lin) < len(exp.lin) else exp
 
-    def _short_step(self, mono: Mono, f: Aff, accs: Sequence[Access], ranges: Mapping[int, Range]) -> list[Sum] | None:
+    def _short_step(
+        self, mono: Mono, f: Aff, accs: Sequence[Access], ranges: Mapping[int, Range]
+    ) -> tuple[Sum, Sum] | None:
         if not all(isinstance(c, int) for c in (f.const, *(c for _, c in f.terms))):
             return None
         read = {i for _, idx in accs for i in idx}
@@ -198,13 +174,13 @@ class Rates(Regions):
                 continue
             for p in sorted({i for leaf, idx in mono for i in self._tokens(leaf, idx, accs)}):
                 if p - step in read:
-                    ends = (p + 1, p + 1 - step)
+                    ends = (p + 1 - step, p + 1)
                 elif p + step - 1 in read:
-                    ends = (p + step, p)
+                    ends = (p, p + step)
                 else:
                     continue
-                along = tuple(sorted((leaf, tuple(Aff.var(TAU) if i == p else i for i in idx)) for leaf, idx in mono))
-                return [((along, ends[0]), sign), ((along, ends[1]), -sign)]
+                at = {(n, d) for n, (_, idx) in enumerate(mono) for d, i in enumerate(idx) if i == p}
+                return between(along(mono, at), *ends, sign)
         return None
 
     def _tokens(self, leaf: int, idx: Sequence[Aff], accs: Sequence[Access]) -> list[Aff]:

@@ -10,10 +10,11 @@ import torch
 from ..facts import Attend, Call, DecayedAttention, Expr, Match, attentions_of
 from .affine import ONE, TAU, ZERO, Aff
 from .build import Builder
-from .emit import CannotEmit, size_of
+from .emit import CannotEmit, permuted, size_of
 from .engine import Engine
 from .interpret import Fact
 from .leaves import NINE_DIGITS
+from .prefix import between
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 from .roles import sequence_index
 from .step import prove_step
@@ -46,7 +47,7 @@ def final_states(
         for proof, attention in (found for leaf in (*held, None) for found in by_leaf.get(leaf, ())):
             expr = final_state(builder.engine, fact, proof, attention)
             if expr is not None:
-                assumed = builder.state_assumptions(fact.node, expr, proof)
+                assumed = builder.assumptions.of_state(fact.node, expr, proof)
                 out.append(Match(fact.node, expr, attentions_of(expr), fact.after, assumptions=assumed))
                 break
     return out
@@ -144,7 +145,7 @@ def _decay_over(p: Proof, end: Aff, start: Aff) -> Exponent:
                 for leaf, idx in mono
             )
         )
-        sums += [((running, end), c), ((running, start), -c)]
+        sums += between(running, start, end, c)
     return Exponent.of(lin, sums)
 
 
@@ -168,9 +169,7 @@ def _state_expr(
         return None
     expr = Call(torch.reshape, (expr, sizes))
     dims = [*order, *tail]
-    ranked = sorted(range(len(dims)), key=lambda n: dims[n])
-    if ranked != list(range(len(ranked))):
-        expr = Call(torch.permute, (expr, ranked))
+    expr = permuted(expr, sorted(range(len(dims)), key=lambda n: dims[n]))
     for x, n in enumerate(shape):
         if n == ONE:
             expr = Call(torch.unsqueeze, (expr, x))

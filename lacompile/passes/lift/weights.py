@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .affine import ONE, Aff
+from .affine import Aff
 from .leaves import Leaves
 from .logs import log_summands
 from .space import Space
@@ -89,15 +89,11 @@ def _weigh(space: Space, leaves: Leaves, t: Term, targets: Sequence[Term]) -> Te
 
 def _masks_its_token(space: Space, leaves: Leaves, t: Term, mask: Access) -> bool:
     """Whether a factor is a truth about the token of this term: a mask of its key, and no decay of what came before."""
-
-    def places(a: Access) -> set[tuple[Aff, Aff]]:
-        return {(i, n) for i, n in zip(a[1], leaves[a[0]].shape, strict=True) if i.is_const and n != ONE}
-
     if not leaves.truth(mask[0]):
         return False
     held = [(a, space.vars_of(a[1])) for a in t.accs]
     tokens = [a for a, mine in held if not any(mine < theirs for _, theirs in held)]  # a scalar is of any token
-    return any(places(mask) & places(a) for a in tokens if a != mask)
+    return any(leaves.places([mask]) & leaves.places([a]) for a in tokens if a != mask)
 
 
 def _newest(t: Term, other: Term) -> bool:

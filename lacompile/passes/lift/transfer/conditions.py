@@ -251,24 +251,23 @@ def complement(op: Op, truth: Val) -> Val:
     """``1 - truth``, of zeros and ones."""
     if (known := known_condition(op.engine, truth)) is not None:
         return opposite(op.engine, known)
+    if truth.single and (truth.alt is not None or not several(op.engine, truth.terms)):
+        return _negated(op, truth)
 
     def of_case(terms: Terms) -> Terms:
-        if not terms or not any(t.accs for t in terms):
+        if not any(t.accs for t in terms):
             return () if terms else (Term(1.0),)
         if several(op.engine, terms):
             return (Term(1.0), *(t.but(coef=-t.coef) for t in terms))
-        if (whole := _opposite_of(op.engine, terms)) is not None:
-            return (whole,)
         return _negated(op, value(truth.shape, terms)).terms
 
-    if truth.single and (truth.alt is not None or not several(op.engine, truth.terms)):
-        if truth.alt is None and (whole := _opposite_of(op.engine, truth.terms)) is not None:
-            return value(truth.shape, [whole])
-        return _negated(op, truth)
     return op.engine.zip_cases([truth], lambda g: of_case(g[0]))
 
 
 def _negated(op: Op, truth: Val) -> Val:
+    """The opposite of a truth that is not looked into; that of an opposite is what it is the opposite of."""
+    if truth.alt is None and (whole := _opposite_of(op.engine, truth.terms)) is not None:
+        return value(truth.shape, [whole])
     return op.engine.pointwise(aten.logical_not.default, [truth], {}, op.out.to(torch.bool))
 
 

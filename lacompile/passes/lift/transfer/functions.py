@@ -115,23 +115,17 @@ def _terms_in(engine: Engine, a: Access, region: Guards) -> Iterator[Term]:
 def _with_features(engine: Engine, t: Term) -> Term:
     """exp of data along a feature, or of a token, as a factor: of one token it may be one, and of others a weight."""
     lin, accs = [], list(t.accs)
-    tokens = set().union(*(_places(engine, (a,)) for a in t.accs))
+    tokens = engine.leaves.places(t.accs)
     exp = engine.placed(t.exp, lambda mono: _holds_bound(engine, mono))
     for mono, f in exp.lin:
         found = None
-        if f.is_const and (_holds_bound(engine, mono) or tokens & _places(engine, mono)):
+        if f.is_const and (_holds_bound(engine, mono) or tokens & engine.leaves.places(mono)):
             found = engine.term_access(Term(exp=Exponent.of([(mono, f)], ())), None)
         if isinstance(found, tuple):
             accs.append(found[0])
         else:
             lin.append((mono, f))
     return t.but(accs=tuple(sorted(accs)), exp=Exponent.of(lin, exp.sums))
-
-
-def _places(engine: Engine, mono: Mono) -> set[tuple[Aff, Aff]]:
-    """The numbers that are read at, each with the length of that dimension."""
-    read = ((i, n) for leaf, idx in mono for i, n in zip(idx, engine.leaf_shapes[leaf], strict=True))
-    return {(i, n) for i, n in read if i.is_const and n != ONE}
 
 
 def _holds_bound(engine: Engine, mono: Mono) -> bool:

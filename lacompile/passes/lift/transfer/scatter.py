@@ -9,7 +9,7 @@ import torch
 from ..affine import ONE, ZERO, Aff
 from ..engine import Engine, GiveUp
 from ..term import Case, Val
-from . import Op, entries, rule
+from . import Op, filled, rule
 from .functions import one_function
 from .selections import choose
 from .views import slice_bounds
@@ -67,9 +67,9 @@ def written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff
     shape = base.shape
     if start == ZERO and length == shape[d]:
         return src
-    if (table := entries.replaced(engine, base, src, d, start, length)) is not None:
+    if (table := filled.replaced(engine, base, src, d, start, length)) is not None:
         return table
-    return entries.as_table(engine, _written(engine, base, src, d, start, length))
+    return filled.as_table(engine, _written(engine, base, src, d, start, length))
 
 
 def _written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff) -> Val:

@@ -1,0 +1,35 @@
+"""Precomputed decays: what the numbers of a buffer say, as a guarded exponential of its indices.
+
+A mask or a decay factor that a module computed once is data to the graph. Its values are fitted, every entry, in fp64:
+
+    value[h, r, c] = exp(-slope[h] * A(r, c))  on  low <= r - c <= high,  0 elsewhere        A integer-affine
+
+or the logarithm of that. Rounding leaves not one slope per head that explains all entries but an interval: as wide as
+the rounding of the entry (a checkpoint is often cast to bf16) and of the exponent it was computed from. Buffers of one
+module were made from one slope, so their intervals must meet; the graph's own slope is used where it lies inside.
+
+families     buffers of one slope
+fits         one buffer, entry by entry
+entries      the slopes that explain what a format left of an entry
+slopes       intervals of slopes
+"""
+
+from __future__ import annotations
+
+from .families import Family, block_decays, families
+from .fits import Fit, aligned, fit, head_index, selected
+from .slopes import EXPONENT_ERROR, EXPONENT_ERROR_FP64, rounding
+
+__all__ = [
+    "EXPONENT_ERROR",
+    "EXPONENT_ERROR_FP64",
+    "Family",
+    "Fit",
+    "aligned",
+    "block_decays",
+    "families",
+    "fit",
+    "head_index",
+    "rounding",
+    "selected",
+]

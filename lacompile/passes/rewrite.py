@@ -121,9 +121,11 @@ class _Writer:
         self.place = {new: schedule.order[old] for old, new in mapping.items()}  # of the nodes that were copied
         self.made: dict[int, fx.Node] = {}
         self.stand_ins: dict[fx.Node, tuple[fx.Node, int]] = {}  # new values: for which target, and from where on
+        self.replaced: dict[fx.Node, tuple[fx.Node, int]] = {}  # the same by target: what a later recipe reads
         self.calls: dict[int, fx.Node] = {}  # by the id of the fact: a call of the operator
         self.kept: list[Any] = []  # recipes stay alive while their ids are keys
         self.origin: fx.Node | None = None
+        self.at = 0  # the place that is written
 
     def replace(self, match: Match) -> None:
         target = self.mapping[match.target]
@@ -131,7 +133,7 @@ class _Writer:
         for node in match.hoisted:
             at.append(self.mapping[node])
             at = self.mapping[node]
-        self.origin = target
+        self.origin, self.at = target, self.order[match.behind]
         with self.gm.graph.inserting_after(at):
             self.cursor = at
             new = self._emit(match.replacement)
@@ -147,6 +149,7 @@ class _Writer:
                 raise CannotRewrite(f"{target.name} has strides {want.stride()}, which its replacement cannot have")
         at = self.order[match.after or match.target]
         self.stand_ins[new] = match.target, at
+        self.replaced[match.target] = new, at
         target.replace_all_uses_with(new, lambda user: self.place.get(user, -1) > at, propagate_meta=False)
 
     def _with_strides_of(self, new: fx.Node, want: torch.Tensor) -> fx.Node:
@@ -162,7 +165,8 @@ class _Writer:
 
     def _emit(self, expr: Expr) -> fx.Node:
         if isinstance(expr, Value):
-            return self.mapping[expr.node]
+            new, behind = self.replaced.get(expr.node, (None, 0))
+            return new if new is not None and self.at > behind else self.mapping[expr.node]
         found = self.made.get(id(expr))
         if found is None:
             self.kept.append(expr)

@@ -18,6 +18,7 @@ from .prove import explain_missing, prove
 from .roles import sequence_index
 from .states import final_states, looks_like_state
 from .step import prove_step
+from .sums import prove_sum
 from .term import value
 
 MAX_STEPS_BACK = 24
@@ -77,6 +78,13 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                     continue  # one chunk of a loop whose whole is something else
                 attention, replacement = builder.build(proof)
             except Refused as r:
+                if r.obligation == "single-term" and (several := prove_sum(builder, fact)) is not None:
+                    summed, replacement = several
+                    matches.append(Match(at, replacement, attentions_of(replacement), fact.after))
+                    proofs += summed
+                    done.add(at)
+                    found = True
+                    continue
                 missed += 1
                 refusal = _refusal(at, r)
                 size = fact.tensor.numel()

@@ -30,8 +30,8 @@ from .step import prove_step
 from .term import Access, Term
 
 
-def prove(engine: Engine, fact: Fact, explained: set[int] | None = None) -> Proof:
-    """The decayed attention that this value is.
+def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, queries: bool = True) -> Proof:
+    """The decayed attention that this value is; without ``queries`` also a decayed sum, whose queries and keys are 1.
 
     Raises:
         Refused: an obligation does not hold.
@@ -47,7 +47,8 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None) -> Proo
     proving.assign_roles()
     proving.sort_factors()
     proving.sort_weights()
-    proving.check_operands()
+    if queries:
+        proving.check_operands()
     proving.check_finite()
     for t in terms:
         if t is not main:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .affine import Aff
+from .affine import ONE, Aff
 from .leaves import Leaves
+from .space import Space
 from .term import Access, Exponent, Mono, Term
 from .weights import logarithm, number_as_weight
 
@@ -18,18 +19,44 @@ AsAccess = Callable[[Term], Access | None]
 """A plain term as one access of one leaf, a function symbol where it takes arithmetic."""
 
 
-def running_terms(leaves: Leaves, as_access: AsAccess, before: Sequence[Term], new: Term) -> list[Term] | None:
-    """The terms of ``before + new``, where those of ``before`` are weights times what ``new`` is, at other places."""
+def running_terms(
+    space: Space, leaves: Leaves, as_access: AsAccess, before: Sequence[Term], new: Term
+) -> tuple[list[Term], list[Term]] | None:
+    """The terms of ``before + new``, where those of ``before`` are weights times what ``new`` is, at other places.
+
+    One of them may be a sum that came in, which is given back apart.
+    """
     now = as_access(Term(accs=new.accs, exp=new.exp))
     if now is None:
         return None
-    out = []
+    out, came_in = [], []
     for t in before:
-        found = _at_another_place(leaves, as_access, t, new, now)
-        if found is None:
+        if (found := _at_another_place(leaves, as_access, t, new, now)) is not None:
+            out.append(found)
+        elif (found := _came_in(space, leaves, t, now)) is not None:
+            came_in.append(found)
+        else:
             return None
-        out.append(found)
-    return [number_as_weight(t) for t in (*out, new.but(accs=(now,), exp=Exponent()))]
+    if len(came_in) > 1:
+        return None
+    return [number_as_weight(t) for t in (*out, new.but(accs=(now,), exp=Exponent()))], list(
+        map(number_as_weight, came_in)
+    )
+
+
+def _came_in(space: Space, leaves: Leaves, t: Term, now: Access) -> Term | None:
+    """A state that holds what a token's key holds, times scalars; None if it is a token itself."""
+    held = space.vars_of(now[1])
+    whole = [a for a in t.accs if space.vars_of(a[1]) == held]
+    scalars = [a for a in t.accs if a not in whole]
+    if len(whole) != 1 or len(held) < 2 or any(v < 0 for v in space.vars_of([i for _, idx in t.accs for i in idx])):
+        return None
+    if not any(i.is_const and n != ONE for i, n in zip(now[1], leaves[now[0]].shape, strict=True)):
+        return None
+    leaf, idx = whole[0]
+    if leaf == now[0] or any(i.is_const and n != ONE for i, n in zip(idx, leaves[leaf].shape, strict=True)):
+        return None
+    return t.but(accs=(whole[0],), exp=t.exp + logarithm(leaves, scalars))
 
 
 def _at_another_place(leaves: Leaves, as_access: AsAccess, t: Term, new: Term, now: Access) -> Term | None:

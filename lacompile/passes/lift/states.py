@@ -99,7 +99,7 @@ def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, A
         return None if apart is None else t.coef * math.exp(apart)
 
     terms = fact.value.terms
-    for t in as_update(space, engine.leaves, terms) if p.roles[N_ROLE] == ONE else terms:
+    for t in as_update(space, engine.leaves, fact.value.shape, terms) if p.roles[N_ROLE] == ONE else terms:
         bound = t.bound(space)
         if not t.poly.is_const:
             return None

@@ -20,7 +20,7 @@ def prove_step(engine: Engine, fact: Fact, terms: Sequence[Term]) -> Proof | Non
     """
     if len(terms) != 2:
         return None
-    terms = as_update(engine.space, engine.leaves, terms)
+    terms = as_update(engine.space, engine.leaves, fact.value.shape, terms)
     for new, old in (terms, tuple(reversed(terms))):
         found = _step(engine, fact, new, old)
         if found is not None:

@@ -15,13 +15,15 @@ from .space import Space
 from .term import Access, Exponent, Term
 
 
-def align_weights(space: Space, leaves: Leaves, a: Sequence[Term], b: Sequence[Term]) -> tuple[list[Term], list[Term]]:
+def align_weights(
+    space: Space, leaves: Leaves, shape: Sequence[Aff], a: Sequence[Term], b: Sequence[Term]
+) -> tuple[list[Term], list[Term]]:
     """The terms of both sides of a sum, factors of one beyond those of the other moved to its exponent."""
     targets = sorted((t for t in (*a, *b) if _is_product(t)), key=lambda t: len(t.accs))
 
     def lift(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
         weighed = ((t, _weigh(space, leaves, t, _of_its_sign(t, targets))) for t in terms)
-        return [_weigh_state(space, leaves, w, _of_its_sign(t, others)) for t, w in weighed]
+        return [_weigh_state(space, leaves, shape, w, _of_its_sign(t, others)) for t, w in weighed]
 
     return lift(a, b), lift(b, a)
 
@@ -36,11 +38,11 @@ def _is_product(t: Term) -> bool:
     return len(t.accs) + sum(bool(m) and f.is_const for m, f in t.exp.lin if t.accs) >= 2
 
 
-def as_update(space: Space, leaves: Leaves, terms: Sequence[Term]) -> list[Term]:
+def as_update(space: Space, leaves: Leaves, shape: Sequence[Aff], terms: Sequence[Term]) -> list[Term]:
     """The two terms of ``s * S + k v``, or of its product with queries, with s as a weight, a number too."""
     if len(terms) != 2:
         return list(terms)
-    left, right = align_weights(space, leaves, terms[:1], terms[1:])
+    left, right = align_weights(space, leaves, shape, terms[:1], terms[1:])
     return [number_as_weight(t) for t in (*left, *right)]
 
 
@@ -52,13 +54,22 @@ def number_as_weight(t: Term) -> Term:
     return t.but(coef=math.copysign(1.0, t.coef), exp=t.exp + log)
 
 
-def _weigh_state(space: Space, leaves: Leaves, t: Term, others: Sequence[Term]) -> Term:
+def _weigh_state(space: Space, leaves: Leaves, shape: Sequence[Aff], t: Term, others: Sequence[Term]) -> Term:
     """A state that came in: its factors without features are weights."""
     for other in others:
-        if scalars := scalar_factors(space, t, other):
+        if (scalars := scalar_factors(space, t, other)) and not (other.bound(space) and _is_part(leaves, shape, t)):
             kept = tuple(a for a in t.accs if a not in scalars)
             return t.but(accs=kept, exp=t.exp + logarithm(leaves, scalars))
     return t
+
+
+def _is_part(leaves: Leaves, shape: Sequence[Aff], t: Term) -> bool:
+    """Whether a factor is a part of a longer tensor, as the tokens of a chunk are that are added to what it read."""
+    return any(
+        len(i.terms) == 1 and 0 <= (d := i.terms[0][0]) < len(shape) and n != shape[d]
+        for leaf, idx in t.accs
+        for i, n in zip(idx, leaves[leaf].shape, strict=True)
+    )
 
 
 def _weigh(space: Space, leaves: Leaves, t: Term, targets: Sequence[Term]) -> Term:

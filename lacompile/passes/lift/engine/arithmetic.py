@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from ..affine import ONE
 from ..leaves import Opaque
 from ..multiples import gathered
 from ..running import running_terms
-from ..term import Access, Exponent, Term, Val, constant, value
+from ..term import NO_GUARDS, Access, Case, Exponent, Term, Val, constant, value
 from ..weights import align_weights, scalar_factors
 from .limits import MAX_TERMS, GiveUp, bounded
 from .structure import summed
@@ -155,7 +154,7 @@ class Arithmetic(Symbols):
                 alt = self._alt_of_sum(a, b, out)
                 return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
         left, right = gathered(self.space, self.leaves, self._together, a.terms, b.terms)
-        left, right = align_weights(self.space, self.leaves, left, right)
+        left, right = align_weights(self.space, self.leaves, a.shape, left, right)
         return self.sum_of(a.shape, (*left, *right), limit=MAX_TERMS)
 
     def _together(self, scalars: list[Term]) -> Access | float:
@@ -189,15 +188,17 @@ class Arithmetic(Symbols):
                 return None
             return found[0] if isinstance(found, tuple) else None
 
-        summands = running_terms(self.leaves, as_access, terms, token)
-        if summands is None:
+        running = running_terms(self.space, self.leaves, as_access, terms, token)
+        if running is None:
             return None
+        summands, came_in = running
         try:
             found = self.sum_of(before.shape, summands)
         except GiveUp:
             return None
         if len(found.terms) != 1:
             return None
+        found = replace(found, cases=(Case(NO_GUARDS, (*came_in, *found.terms)),)) if came_in else found
         alt = self._alt_of_sum(before, new, out) or self.leaf(out, Opaque(None, "add")).one
         return replace(found, alt=alt)
 
@@ -210,27 +211,15 @@ class Arithmetic(Symbols):
             return None
 
     def _updates(self, a: Val, b: Val) -> bool:
-        """exp(g) S + k v, or exp(g) z + k: one token's update of a state, which a contraction may want to look into."""
-        if len(a.terms) != 1 or len(b.terms) != 1 or not b.terms[0].accs or b.terms[0].exp:
+        """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""
+        if len(a.terms) != 1 or len(b.terms) != 1 or len(b.terms[0].accs) < 2 or b.terms[0].exp:
             return False
         state, update = a.terms[0], b.terms[0]
-        if len(update.accs) == 1:
-            return self._sums_up(state, update)
         if any(m for m, _ in state.exp.lin if state.accs) or scalar_factors(self.space, state, update):
             return True
         held = [self.space.vars_of(idx) for _, idx in update.accs]
         whole = frozenset().union(*held)
         return whole not in held and len(state.accs) == 1 and self.space.vars_of(state.accs[0][1]) == whole
-
-    def _sums_up(self, state: Term, update: Term) -> bool:
-        """A normaliser's state, which holds what a token's key holds, and what it is multiplied by."""
-        (leaf, idx) = update.accs[0]
-        token = any(i.is_const and n != ONE for i, n in zip(idx, self.leaf_shapes[leaf], strict=True))
-        held = self.space.vars_of(idx)
-        same = [a for a in state.accs if self.space.vars_of(a[1]) == held]
-        if not token or len(same) != 1 or len(held) < 2 or any(v < 0 for v in held):
-            return False
-        return not any(i.is_const and n != ONE for i, n in zip(same[0][1], self.leaf_shapes[same[0][0]], strict=True))
 
 
 def _weighted(t: Term) -> bool:

@@ -24,6 +24,8 @@ from .proof import E_ROLE, N_ROLE, Proof, Refused
 from .prove import prove
 from .term import Access, Mono, Term
 
+MOST_PRODUCTS = 256
+
 
 class Builder:
     """Turns a proof into the recipe that replaces its target."""
@@ -61,6 +63,15 @@ class Builder:
             self.engine, p.roles, everything, held, like, _exact(dtype), lambda leaf: self._sum(leaf, p.fact)
         )
         heads, batch = p.head_roles(self.engine.space)
+        dk = self._length(p, p.key_features)
+        if len(p.key_features) > 1 and isinstance(dk, int) and dk > MOST_PRODUCTS:
+            raise Refused(
+                "separable",
+                f"at most {MOST_PRODUCTS} products of features",
+                f"{dk} of them",
+                4,
+                "a power of the scores is a product of as many features, a tensor larger than what it would replace",
+            )
         groups_q = [batch, heads, [N_ROLE], p.key_features]
         e_group = [E_ROLE] if E_ROLE in p.roles else []
         q = self._operand(p.q, p.q_weights, groups_q, dtype, shared=not p.later or p.state is None)
@@ -88,7 +99,7 @@ class Builder:
             batch=self._length(p, batch),
             heads=self._length(p, heads),
             length=self._length(p, [N_ROLE]),
-            dk=self._length(p, p.key_features),
+            dk=dk,
             dv=self._length(p, e_group),
             dtype=dtype,
             decay_per_token=bool(p.tokens),

@@ -80,10 +80,17 @@ class Symbols(Tables):
 
     def held(self, v: Val) -> Val:
         """A sum of products as the value of the graph that it is: inside a function it is data like any other."""
-        if v.own is None or self.plain(v) or (v.alt is not None and not self.structured(v)):
+        if self.plain(v) or (v.alt is not None and not self.structured(v)):
             return v
+        found = self.as_held(v)
+        return v if found is None else replace(found, precision=Precision.EXACT)
+
+    def as_held(self, v: Val) -> Val | None:
+        """The value of the graph that a sum of products is, if one holds it: it is asked what it is by itself."""
+        if v.own is None:
+            return None
         self.taken_whole.append(v.own.accs[0][0])
-        return value(v.shape, [v.own], precision=Precision.EXACT)
+        return value(v.shape, [v.own])
 
     def _symbol(
         self, op: Any, args: list[Any], dtype: torch.dtype | None, kwargs: dict[str, Any] | None = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from ..affine import ONE, Aff
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
 from ..leaves import Opaque
-from ..term import Term, Val, value
+from ..term import Term, Val
 from . import Op, rule
 from .arith import added, operand
 from .exponentials import exponential
@@ -84,8 +85,8 @@ def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
 
 def _operand(engine: Engine, v: Val, summed: int, other: Val) -> Val:
     """An operand as it will be multiplied; one whose weights move along the summed feature as the program holds it."""
-    if v.own is not None and engine.moves_along_a_feature(v, summed):
-        return value(v.shape, [v.own])
+    if engine.moves_along_a_feature(v, summed) and (held := engine.as_held(v)) is not None:
+        return held
     return engine.flat(engine.pick_beside(v, other))
 
 
@@ -134,12 +135,15 @@ def total(op: Op) -> Val:
     keepdim = bool(op.arg(2, "keepdim", False))
     if op.func.overloadpacket is aten.mean:
         count = math.prod(op.engine.length(v.shape[d]) for d in dims)
-        return op.engine.scale(summed(op, v, dims, keepdim), 1.0 / count)
+        mean = op.engine.scale(summed(op, v, dims, keepdim), 1.0 / count)
+        return mean if mean.alt is None else replace(mean, alt=_as_it_is(op, mean.terms))
     return summed(op, v, dims, keepdim)
 
 
 def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
     engine = op.engine
+    if any(engine.moves_along_a_feature(v, d) for d in dims):
+        v = engine.as_held(v) or v
     if v.alt is not None and not engine.structured(v):
         raise GiveUp("a reduction of a projection")
     flat = engine.flat(v)

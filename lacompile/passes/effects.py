@@ -33,10 +33,6 @@ class Effects:
     impure: set[fx.Node] = field(default_factory=set)
     outside: Storages = NOWHERE
 
-    def writes_into(self, node: fx.Node, other: fx.Node) -> bool:
-        """Whether running ``node`` may change the tensor that ``other`` yields."""
-        return overlap(self.writes.get(node, NOWHERE), self.lives.get(other, NOWHERE))
-
     def alias(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether the results of two nodes may share memory."""
         return overlap(self.lives.get(a, NOWHERE), self.lives.get(b, NOWHERE))

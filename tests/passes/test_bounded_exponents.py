@@ -13,15 +13,14 @@ from lacompile.passes.lift.leaves import Opaque
 from lacompile.passes.lift.term import Precision
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv
 from .forms import B, D, E, H, distance
 
 N = 12
 
 
 def arguments(n=N):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(B, H, n, D), torch.randn(B, H, n, D), torch.randn(B, H, n, E)
-    return [x.requires_grad_() for x in (q, k, v, torch.randn(B, H, n), torch.randn(H))]
+    return [*qkv(B, H, n, D, E), torch.randn(B, H, n, requires_grad=True), torch.randn(H, requires_grad=True)]
 
 
 def pairs(g):

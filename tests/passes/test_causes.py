@@ -12,14 +12,13 @@ import torch.nn.functional as F
 from lacompile import explain
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv
+
 B, H, D = 1, 2, 4
 
 
 def heads(n, *more):
-    torch.manual_seed(0)
-    return [torch.randn(B, H, n, D, requires_grad=True) for _ in range(3)] + [
-        torch.rand(B, H, n, *m).requires_grad_() for m in more
-    ]
+    return [*qkv(B, H, n, D), *(torch.rand(B, H, n, *m, requires_grad=True) for m in more)]
 
 
 def outer(k, v):

@@ -9,16 +9,14 @@ import torch.nn.functional as F
 from lacompile import explain
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv, slopes
 from .forms import B, D, E, H, distance
 
 N = 12
 
 
 def arguments(n=N):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(B, H, n, D), torch.randn(B, H, n, D), torch.randn(B, H, n, E)
-    slope, bonus = torch.tensor([0.02, 0.1, 0.4]), torch.randn(H, D)
-    return [x.requires_grad_() for x in (q, k, v, slope, bonus)]
+    return [*qkv(B, H, n, D, E), slopes(), torch.randn(H, D, requires_grad=True)]
 
 
 def state():

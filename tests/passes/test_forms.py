@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from lacompile.testing import assert_refused, assert_rewritten
 
 from . import loops, twins  # noqa: F401  (they register their programs)
+from .drawn import qkv, slopes
 from .forms import LOOPS, PARALLEL, TWINS, B, D, E, H, N
 
 
 def arguments(n=N):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(B, H, n, D), torch.randn(B, H, n, D), torch.randn(B, H, n, E)
-    slope = torch.tensor([0.02, 0.1, 0.4])
-    return [x.requires_grad_() for x in (q, k, v, slope)]
+    return [*qkv(B, H, n, D, E), slopes()]
 
 
 @pytest.mark.parametrize("name", PARALLEL)

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from lacompile import explain
 from lacompile.testing import assert_rewritten
 
+from .drawn import qkv
+
 B, H, N, D, E = 1, 2, 12, 4, 3
 
 
 def arguments():
-    torch.manual_seed(0)
-    q, k, v = torch.randn(B, H, N, D), torch.randn(B, H, N, D), torch.randn(B, H, N, E)
-    return [x.requires_grad_() for x in (q, k, v, torch.rand(B, H, D, E), torch.rand(B, H, D))]
+    return [*qkv(B, H, N, D, E), *(torch.rand(B, H, D, *e, requires_grad=True) for e in ((E,), ()))]
 
 
 FEATURES = {"exp": torch.exp, "elu": lambda x: F.elu(x) + 1}

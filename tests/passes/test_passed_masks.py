@@ -9,13 +9,14 @@ import lacompile
 from lacompile import explain, guards
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv
+
 B, H, N, D, C = 1, 3, 12, 4, 4
 SLOPE = torch.tensor([0.05, 0.2, 0.4])
 
 
 def operands(n=N):
-    torch.manual_seed(0)
-    return [torch.randn(B, H, n, D, requires_grad=True) for _ in range(3)]
+    return qkv(B, H, n, D)
 
 
 def causal(n=N):

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv
+
 B, H, N, D, C = 1, 2, 12, 4, 4
 
 
 def arguments():
-    torch.manual_seed(0)
-    tensors = [torch.randn(B, H, N, D, requires_grad=True) for _ in range(3)]
-    return [*tensors, (-torch.rand(B, H, N)).requires_grad_(), (torch.arange(N) % 5 == 3).expand(B, N)]
+    return [*qkv(B, H, N, D), (-torch.rand(B, H, N)).requires_grad_(), (torch.arange(N) % 5 == 3).expand(B, N)]
 
 
 def over_tokens(gate):

@@ -8,12 +8,13 @@ import torch
 from lacompile import explain
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv
+
 N, D = 6, 4
 
 
 def heads(n=N):
-    torch.manual_seed(0)
-    return [torch.randn(1, 2, n, D, requires_grad=True) for _ in range(3)]
+    return qkv(1, 2, n, D)
 
 
 def tokens(divide, decay=0.9, own=None, written=False, features=torch.exp):

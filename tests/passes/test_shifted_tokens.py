@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from lacompile import explain
 from lacompile.testing import assert_rewritten
 
+from .drawn import qkv, slopes
 from .forms import B, D, E, H, mask
 
 N = 12
 
 
 def arguments(n=N):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(B, H, n, D), torch.randn(B, H, n, D), torch.randn(B, H, n, E)
-    return [x.requires_grad_() for x in (q, k, v, torch.tensor([0.02, 0.1, 0.4]))]
+    return [*qkv(B, H, n, D, E), slopes()]
 
 
 SHIFTS = {

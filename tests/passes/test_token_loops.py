@@ -8,12 +8,13 @@ import torch
 from lacompile import explain
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv
+
 N, D = 8, 4
 
 
 def heads(n=N, h=2):
-    torch.manual_seed(0)
-    return [torch.randn(1, h, n, D, requires_grad=True) for _ in range(3)]
+    return qkv(1, h, n, D)
 
 
 def outer(k, v, t):

@@ -7,16 +7,14 @@ import torch
 
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv, slopes
 from .forms import B, D, E, H, mask
 
 N = 12
 
 
 def arguments(n=N):
-    torch.manual_seed(0)
-    q, k, v = torch.randn(B, H, n, D), torch.randn(B, H, n, D), torch.randn(B, H, n, E)
-    kept = torch.rand(B, n) > 0.3
-    return [*(x.requires_grad_() for x in (q, k, v, torch.tensor([0.02, 0.1, 0.4]))), kept]
+    return [*qkv(B, H, n, D, E), slopes(), torch.rand(B, n) > 0.3]
 
 
 def causal(n):

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv
+
 B, H, N, D = 1, 2, 10, 4
 
 
 def arguments():
-    torch.manual_seed(0)
-    tensors = [torch.randn(B, H, N, D, requires_grad=True) for _ in range(3)]
-    return [*tensors, torch.randn(B, H, N, requires_grad=True), torch.rand(B, N) < 0.7]
+    return [*qkv(B, H, N, D), torch.randn(B, H, N, requires_grad=True), torch.rand(B, N) < 0.7]
 
 
 def over_tokens(update):

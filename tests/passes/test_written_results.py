@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from lacompile.passes.lift import interpret
 from lacompile.testing import assert_rewritten
 
+from .drawn import qkv, slopes
 from .forms import B, D, H, mask
 
 N = 12
 
 
 def arguments(n=N):
-    torch.manual_seed(0)
-    return [x.requires_grad_() for x in (*(torch.randn(B, H, n, D) for _ in range(3)), torch.tensor([0.02, 0.1, 0.4]))]
+    return [*qkv(B, H, n, D), slopes()]
 
 
 def attention(q, k, v, slope):

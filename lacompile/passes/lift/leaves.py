@@ -308,9 +308,6 @@ class Leaves:
         read = ((i, n) for leaf, idx in accesses for i, n in zip(idx, self._shapes[leaf], strict=True))
         return {(i, n) for i, n in read if i.is_const and n != ONE}
 
-    def known_zero_outside(self, leaf: int) -> bool:
-        return isinstance(self[leaf].kind, Extended)
-
 
 def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
     """An interval that the results of ``op`` stay in, given those of its arguments; None for one that is not there."""

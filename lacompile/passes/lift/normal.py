@@ -92,7 +92,7 @@ class Algebra(Rates):
                     ((mono(m), space.settle(f, ranges)) for m, f in term.exp.lin),
                     (((mono(m), space.settle(p, ranges)), c) for (m, p), c in term.exp.sums),
                 ),
-                (space.guard(space.settle(g, self.ranges_without_guards(ranges))) for g in term.guards),
+                (space.guard(space.settle(g, _constant(ranges))) for g in term.guards),
             )
         if any(m for m, _ in term.exp.lin) or term.exp.sums:
             exp = self.telescoped(term.exp, term.accs)
@@ -100,14 +100,6 @@ class Algebra(Rates):
                 exp = self.short_steps(exp, term.accs, self._term_ranges(term, shape))
             term = term if exp == term.exp else term.but(exp=exp)
         return term
-
-    @staticmethod
-    def ranges_without_guards(ranges: Mapping[int, Range]) -> dict[int, Range]:
-        """Only constant ranges: a guard must not be simplified by the range it itself defines."""
-        return {v: r for v, r in ranges.items() if r[0] == ZERO and v >= 0}
-
-    def _speaks_of_bound(self, *affs: Aff) -> bool:
-        return any(v < 0 for a in affs for v in self.space.vars(a))
 
     def _collapse_points(self, term: Term, shape: tuple[Aff, ...]) -> Term:
         """R2: an index whose range is one point is that point. A free dimension keeps the guards that pin it."""
@@ -138,10 +130,10 @@ class Algebra(Rates):
         if not bound:
             return term
         for var in sorted(bound - self.space.vars_of(term.factors())):
-            b = self.bounds(var, term.guards)
-            if b.other or len(b.low) != 1 or len(b.high) != 1 or not term.poly.is_const:
+            ends = self.bounds(var, term.guards).ends
+            if ends is None or not term.poly.is_const:
                 continue
-            length = b.high[0] - b.low[0] + 1
+            length = ends[1] - ends[0] + 1
             if any(v < 0 for v in self.space.vars(length)):
                 continue
             rest = [g for g in term.guards if not g.coef(var)]
@@ -184,3 +176,8 @@ class Algebra(Rates):
             return b
         start = min(a.bound(self.space) | bound_b) - 1
         return b.sub(self.space, {v: Aff.var(start - n) for n, v in enumerate(sorted(bound_b, reverse=True))})
+
+
+def _constant(ranges: Mapping[int, Range]) -> dict[int, Range]:
+    """Only constant ranges: a guard must not be simplified by the range it itself defines."""
+    return {v: r for v, r in ranges.items() if r[0] == ZERO and v >= 0}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from .affine import FIRST_DIV, ZERO, Aff
 from .regions import Regions
 from .term import Guards, Term
@@ -40,16 +38,11 @@ def _as_one_index(regions: Regions, term: Term, b1: int, b2: int, low: Aff, m: i
     return _windows(regions, term, b1, b2, low, m, rest) or _digits(regions, term, b1, b2, low, m, rest)
 
 
-def _range_of(regions: Regions, var: int, guards: Iterable[Aff]) -> tuple[Aff, Aff] | None:
-    b = regions.bounds(var, guards)
-    return None if b.other or len(b.low) != 1 or len(b.high) != 1 else (b.low[0], b.high[0])
-
-
 def _windows(regions: Regions, term: Term, b1: int, b2: int, low: Aff, m: int, rest: Guards) -> Term | None:
     space = regions.space
     if low.coef(b1) != m or b1 in space.vars_of(term.factors()):
         return None
-    range1 = _range_of(regions, b1, rest)
+    range1 = regions.bounds(b1, rest).ends
     if range1 is None:
         return None
     base = low.without(b1)
@@ -68,7 +61,7 @@ def _digits(regions: Regions, term: Term, b1: int, b2: int, low: Aff, m: int, re
         return None
     if any(b2 in space.vars(g) for g in rest):
         return None
-    range1 = _range_of(regions, b1, rest)
+    range1 = regions.bounds(b1, rest).ends
     if range1 is None or b2 in space.vars(range1[0]) | space.vars(range1[1]):
         return None
     if any(g.coef(b1) and (g.coef(b1) not in (1, -1)) for g in rest):

@@ -23,6 +23,11 @@ class Bounds(NamedTuple):
     high: list[Aff]
     other: bool  # some guard holds the variable in another way
 
+    @property
+    def ends(self) -> tuple[Aff, Aff] | None:
+        """The least and the largest value, if one guard says either and no other holds the variable."""
+        return None if self.other or len(self.low) != 1 or len(self.high) != 1 else (self.low[0], self.high[0])
+
 
 class Regions:
     """The space of one analysis, the shapes of its leaves, and what guards say about boxes."""

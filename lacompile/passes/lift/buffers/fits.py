@@ -133,7 +133,7 @@ def _fit_moving(
     inside = _inside(flat, band)
     constant = bool(((flat == (0 if log_space else 1)) == inside).all())
     readings: list[tuple[Aff, Slopes]] = []
-    for coefs in _candidates(flat, moving, log_space, constant, band):
+    for coefs in _candidates(flat, log_space, constant, band):
         ends = intervals(flat, inside, coefs, log_space, error)
         if ends is None:
             continue
@@ -193,7 +193,7 @@ def _guards(moving: tuple[int, ...], band: tuple[int, int] | None, flat: torch.T
 
 
 def _candidates(
-    flat: torch.Tensor, moving: tuple[int, ...], log_space: bool, constant: bool, band: tuple[int, int] | None
+    flat: torch.Tensor, log_space: bool, constant: bool, band: tuple[int, int] | None
 ) -> Iterable[tuple[int, ...]]:
     """Distances (constant, coefficients) worth trying.
 

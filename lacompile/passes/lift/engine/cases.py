@@ -78,7 +78,9 @@ class Cases(Structure):
         out: list[Case] = []
         while work:
             case = work.pop()
-            guard = next((g for t in case.terms for g in sorted(t.guards) if not self._speaks_of_bound(g)), None)
+            guard = next(
+                (g for t in case.terms for g in sorted(t.guards) if all(v >= 0 for v in self.space.vars(g))), None
+            )
             if guard is None:
                 out.append(case)
                 continue

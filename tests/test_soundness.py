@@ -227,6 +227,11 @@ def a_softplus_that_is_negative(q, k, v):
     return recurrent(q, k, v, lambda t: gate[:, :, t, None, None])
 
 
+def a_softplus_that_is_its_argument(q, k, v):
+    gate = F.softplus(v[..., 0], threshold=-3.0)
+    return recurrent(q, k, v, lambda t: gate[:, :, t, None, None])
+
+
 def a_step_that_decays_each_feature(q, k, v):
     """With as many features as sequences."""
     q, k, v = q[0, 0, :D], k[0, 0, :D], v[0, 0, :D]
@@ -243,6 +248,7 @@ def a_step_that_decays_each_feature(q, k, v):
         the_gate_before_the_first,
         padded_cut_and_padded,
         a_softplus_that_is_negative,
+        a_softplus_that_is_its_argument,
         a_step_that_decays_each_feature,
         weighted_by_distance,
         weighted_by_position,

@@ -188,7 +188,8 @@ class TestShipped:
 
     @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
     def test_every_winner_is_a_candidate_of_its_kind(self, path):
-        assert json.loads(path.read_text())["about"]["date"]
+        about = json.loads(path.read_text())["about"]
+        assert about["date"]
         found = table.read(path)
         assert found
         kinds = {
@@ -202,7 +203,10 @@ class TestShipped:
         for name, winner in found.items():
             at = winner.place(kinds[name])
             assert at is not None
-            assert at == search(len(winner.milliseconds), winner.milliseconds.__getitem__, 1e9).place
+            if int(about.get("turns", 1)) > 1:  # of means the fastest; a single turn is left to chance by 2 %
+                assert at == min((ms, place) for place, ms in enumerate(winner.milliseconds) if ms is not None)[1]
+            else:
+                assert at == search(len(winner.milliseconds), winner.milliseconds.__getitem__, 1e9).place
 
 
 @pytest.mark.parametrize("descriptors", [False, True])

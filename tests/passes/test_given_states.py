@@ -95,3 +95,67 @@ def test_keys_of_the_state_before():
 
     torch._dynamo.reset()
     assert all(r.length == "1" for r in explain(run)(*arguments()).rewrites)
+
+
+DECAYS = {
+    "none": lambda x, t: torch.ones_like(x[..., t, :1]),
+    "a number": lambda x, t: torch.full_like(x[..., t, :1], 0.9),
+    "a gate": lambda x, t: torch.sigmoid(x[..., t, :1]),
+}
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("given", ["both", "the normaliser's"])
+def test_states_of_a_token_loop(decay, given):
+    """z = a z + k is data for one token, and for several a sum that begins with what came in."""
+
+    def run(q, k, v, s, z):
+        s, out = s if given == "both" else torch.zeros_like(s), []
+        q, k = torch.exp(q), torch.exp(k)
+        for t in range(N):
+            a = DECAYS[decay](v, t)
+            s = a[..., None] * s + k[:, :, t, :, None] * v[:, :, t, None]
+            z = a * z + k[:, :, t]
+            below = torch.einsum("bhd,bhd->bh", q[:, :, t], z)[..., None]
+            out.append(torch.einsum("bhd,bhde->bhe", q[:, :, t], s) / (below + 1e-6))
+        return torch.stack(out, 2)
+
+    report = assert_rewritten(run, *arguments(), count=2, compiled=False)
+    assert sum(r.initial_state for r in report.rewrites) == (2 if given == "both" else 1)
+
+
+def test_a_skip_connection_beside_a_given_state():
+    """x D of a chunk's own tokens is no state that decays by D."""
+
+    def run(q, k, v, s, z):
+        out = []
+        for a in range(0, N, 4):
+            x, y, u = (t[:, :, a : a + 4] for t in (q, k, v))
+            out.append((x @ y.mT).tril() @ u + x @ s + u * z[:, :, :1, None])
+            s = s + y.mT @ u
+        return torch.cat(out, 2)
+
+    q, k, v, s, z = arguments()
+    assert_rewritten(run, q, k, v, s, (z.detach() - 0.5).requires_grad_(), compiled=False)
+
+
+@pytest.mark.parametrize("copied", ["before", "after"])
+def test_a_final_state_that_is_copied_without_gradients(copied):
+    """One call makes outputs and state: where gradients are recorded for the outputs."""
+
+    def run(q, k, v, s, z):
+        out, kept = [], None
+        for t in range(N):
+            s = 0.9 * s + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append(torch.einsum("bhd,bhde->bhe", q[:, :, t], s))
+        if copied == "before":
+            with torch.no_grad():
+                kept = s * 1
+        o = torch.stack(out, 2)
+        if copied == "after":
+            with torch.no_grad():
+                kept = s * 1
+        return o, kept
+
+    report = assert_rewritten(run, *arguments(), compiled=False)
+    assert report.rewrites[0].final_state

@@ -8,6 +8,8 @@ from torch import nn
 
 from lacompile.testing import assert_refused, assert_rewritten
 
+from .drawn import qkv
+
 B, N, DIM, HEADS = 2, 24, 16, 4
 
 
@@ -122,6 +124,17 @@ def test_inputs_that_are_written_between_heads():
 
     weights = [[torch.randn(DIM, 4) for _ in range(3)] for _ in range(2)]
     assert_rewritten(f, torch.randn(B, N, DIM), weights, count=2, grads=False, compiled=False)
+
+
+def test_a_head_without_gradients_stays_apart():
+    """One operator would run in the mode of the first head."""
+
+    def f(q, k, v):
+        with torch.no_grad():
+            first = (q[0] @ k[0].mT).tril() @ v[0]
+        return first, (q[1] @ k[1].mT).tril() @ v[1]
+
+    assert_rewritten(f, *qkv(2, 1, N, 4), count=2, compiled=False)
 
 
 # ------------------------------------------------------------------------------------------- numbers that are no number

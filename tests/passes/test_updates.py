@@ -164,3 +164,16 @@ def test_a_number_in_a_format_of_its_own():
         return over_tokens(lambda s, new, x, m, t: decay * s + new)(q, k, v, x, counts)
 
     assert_rewritten(run, *arguments(), compiled=False)
+
+
+def test_a_decay_that_is_an_input_where_it_counts():
+    """Positive if the input is, which is asked before each call."""
+
+    def given(rates):
+        q, k, v, _, counts = arguments()
+        return [q, k, v, rates.requires_grad_(), counts]
+
+    run = over_tokens(lambda s, new, x, m, t: s * torch.where(m[:, :, t], x[:, :, t], 1.0) + new)
+    report = assert_rewritten(run, *given(torch.rand(B, H, N) * 0.5 + 0.4), compiled=False)
+    assert any("> 0" in assumed for assumed in report.rewrites[0].assumptions)
+    assert_refused(run, *given(torch.rand(B, H, N) - 0.5), obligation="decay")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import fx
 
 from ..facts import Attend, Call, DecayedAttention, Expr, Match, attentions_of
 from .affine import ONE, TAU, ZERO, Aff
@@ -45,12 +46,28 @@ def final_states(
     for fact in states:
         held = dict.fromkeys(leaf for c in fact.value.cases for t in c.terms for leaf, _ in t.accs)
         for proof, attention in (found for leaf in (*held, None) for found in by_leaf.get(leaf, ())):
-            expr = final_state(builder.engine, fact, proof, attention)
-            if expr is not None:
-                assumed = builder.assumptions.of_state(fact.node, expr, proof)
-                out.append(Match(fact.node, expr, attentions_of(expr), fact.after, assumptions=assumed))
+            there = _in_the_mode_of(builder, fact, proof.fact.node)
+            expr = None if there is None else final_state(builder.engine, there, proof, attention)
+            if there is not None and expr is not None:
+                assumed = builder.assumptions.of_state(there.node, expr, proof)
+                out.append(Match(there.node, expr, attentions_of(expr), there.after, assumptions=assumed))
                 break
     return out
+
+
+def _in_the_mode_of(builder: Builder, state: Fact, attention: fx.Node) -> Fact | None:
+    """The state where gradients are recorded if and only if they are for the attention: one call computes both.
+
+    What a cache keeps is often copied without gradients; then it is what was copied.
+    """
+    facts, recorded = builder.interpreter.facts, builder.schedule.records_gradients
+    while recorded[state.node] != recorded[attention]:
+        before = (facts.get(n) for n in builder.interpreter.sources(state.node))
+        same = next((f for f in before if f is not None and f.value.cases == state.value.cases), None)
+        if same is None:
+            return None
+        state = same
+    return state
 
 
 def final_state(engine: Engine, fact: Fact, p: Proof, attention: DecayedAttention) -> Expr | None:

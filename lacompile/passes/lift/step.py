@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from .affine import ONE, Aff
@@ -90,11 +91,8 @@ def _aligned(engine: Engine, new: Term, old: Term) -> Split | None:
     # Both count from the start of their window.
     new_accs = [sub_access(space, a, {d: Aff.var(d) + ranges[0][0]}) for a in new.accs]
     old_accs = [sub_access(space, a, {d_old: Aff.var(d) + ranges[1][0]}) for a in old.accs]
-    shared = [a for a in old_accs if a in new_accs]
-    states = [a for a in old_accs if a not in new_accs]
-    rest = list(new_accs)
-    for a in shared:
-        rest.remove(a)
+    mine, theirs = Counter(old_accs), Counter(new_accs)
+    shared, states, rest = (list(c.elements()) for c in (mine & theirs, mine - theirs, theirs - mine))
     queries = [a for a in shared if _holds(engine, a, d)]
     outer = [a for a in shared if not _holds(engine, a, d)]
     keys = [a for a in rest if _holds(engine, a, d)]

@@ -60,9 +60,13 @@ class Emitter:
         return Piece(expr, frozenset(), dtype)
 
     def product(self, accesses: Sequence[Access], factors: Sequence[Piece] = ()) -> Piece | None:
-        """The product of accesses; None for the empty product."""
+        """The product of accesses; None for the empty product. Where a condition does not hold nothing is read."""
         pieces = [*(self.reader.read(a) for a in accesses), *factors]
-        return reduce(mul, pieces) if pieces else None
+        data = [p for p in pieces if p.dtype is not torch.bool]
+        conditions = [p for p in pieces if p.dtype is torch.bool]
+        if not data:
+            return reduce(mul, conditions) if conditions else None
+        return reduce(Piece.where, conditions, reduce(mul, data))
 
     def exponential(self, mono: Mono, coef: float) -> Piece:
         """In fp32 at least: what the program computed it in is not known, and it grows with the number of steps."""

@@ -37,6 +37,11 @@ class Piece:
     def exp(self) -> Piece:
         return replace(self, expr=Call(torch.exp, (self.expr,)))
 
+    def where(self, condition: Piece) -> Piece:
+        """Zero elsewhere, also where this is not a number."""
+        chosen = Call(torch.where, (condition.expr, self.expr, 0.0))
+        return Piece(chosen, self.present | condition.present, self.dtype)
+
     def above_zero(self) -> Piece:
         """What is positive, kept so for its logarithm.
 

@@ -99,10 +99,15 @@ class Structure(Program):
         t = v.one
         if t is None or len(t.accs) != 2 or t.exp:
             return False
-        free = [{x for x in self.space.vars_of(idx) if x >= 0} for _, idx in t.accs]
-        if free[0] & free[1] or not t.bound(self.space):
+        held = [self.space.vars_of(idx) for _, idx in t.accs]
+        return bool(t.bound(self.space)) and any(map(self.projects_by, t.accs, reversed(held)))
+
+    def projects_by(self, matrix: Access, held: Iterable[int]) -> bool:
+        """Whether a product over what both have is a projection: by a parameter, or by what holds no batch or token."""
+        tokens = {x for x in held if x >= 0}
+        if tokens & self.space.vars_of(matrix[1]):
             return False
-        return max(map(len, free)) > 1 or any(self.leaves[leaf].parameter for leaf, _ in t.accs)
+        return len(tokens) > 1 or self.leaves[matrix[0]].parameter
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""

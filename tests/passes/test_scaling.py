@@ -145,7 +145,7 @@ def test_no_match_costs_a_walk_over_the_graph_around_it():
 
 def test_such_a_walk_would_be_seen(monkeypatch):
     def walking(schedule, match, settled=decision.settled):
-        exec(compile("for _ in schedule.nodes: pass", f"{ROOT}/legality.py", "exec"), {"schedule": schedule})
+        exec(compile("for _ in schedule.nodes: pass", f"{ROOT}/passes/legality.py", "exec"), {"schedule": schedule})
         return settled(schedule, match)
 
     monkeypatch.setattr(decision, "settled", walking)

@@ -97,9 +97,9 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
     held = region.with_copies(env)
     for node in region.nodes:
         if node.op == "placeholder":
-            held[node] = _in_fp64(real[node]) if not isinstance(real[node], torch.SymInt) else plain_int(real[node])
+            held[node] = _own(real[node]) if not isinstance(real[node], torch.SymInt) else plain_int(real[node])
         elif node.op == "get_attr":
-            held[node] = _in_fp64(operator.attrgetter(str(node.target))(gm))
+            held[node] = _own(operator.attrgetter(str(node.target))(gm))
         elif node.op == "call_function" and node.target in (*GRAD_MODE, *INFERENCE_MODE, *AUTOCAST):
             held[node] = None
         else:
@@ -121,6 +121,11 @@ def _in_own_precision(node: fx.Node, x: Any) -> Any:
     """What a program makes from nothing is a constant: one written down as 0.9 in fp32 is not 0.9."""
     example = node.meta.get("example_value")
     return x.to(example.dtype) if isinstance(x, Tensor) and isinstance(example, Tensor) else x
+
+
+def _own(x: Any) -> Any:
+    """A copy of what the program was given: the region may write into it."""
+    return _in_fp64(x.detach().to("cpu", copy=True)) if isinstance(x, Tensor) else x
 
 
 def _in_fp64(x: Any) -> Any:

@@ -126,6 +126,7 @@ class _Writer:
         self.kept: list[Any] = []  # recipes stay alive while their ids are keys
         self.origin: fx.Node | None = None
         self.at = 0  # the place that is written
+        self.ends: dict[fx.Node, fx.Node] = {}  # what was written last behind a node: what comes next may read it
 
     def replace(self, match: Match) -> None:
         target = self.mapping[match.target]
@@ -134,9 +135,9 @@ class _Writer:
             at.append(self.mapping[node])
             at = self.mapping[node]
         self.origin, self.at = target, self.order[match.behind]
-        with self.gm.graph.inserting_after(at):
-            self.cursor = at
-            new = self._emit(match.replacement)
+        self.cursor = self.ends.get(at, at)
+        new = self._emit(match.replacement)
+        self.ends[at] = self.cursor
         want, got = target.meta["example_value"], new.meta["example_value"]
         if got.dtype != want.dtype:
             new = self._call(torch.Tensor.to, (new, want.dtype), {})

@@ -170,7 +170,8 @@ def _with_gradients(
     """The output, and the gradients of a random combination of its elements."""
     fresh = {n: t.clone().requires_grad_() for n, t in leaves.items()}
     # a product with one is no leaf of autograd: the region may write into its inputs
-    out = compute({**env, **{n: t * 1.0 for n, t in fresh.items()}}).to(torch.float64)
+    others = {n: t.clone() if isinstance(t, Tensor) else t for n, t in env.items()}
+    out = compute({**others, **{n: t * 1.0 for n, t in fresh.items()}}).to(torch.float64)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     grads: Sequence[Tensor | None] = [None] * len(fresh)
     if out.requires_grad:
@@ -210,8 +211,8 @@ def _input(
         return value if isinstance(value, int | float | bool) else plain_int(value)
     given = real.get(node)
     if isinstance(given, Tensor) and (node in decays or node in by_value or not given.is_floating_point()):
-        given = given.detach().cpu()
-        return given.to(torch.float64) if given.is_floating_point() else given
+        own = given.detach().to("cpu", copy=True)  # the region may write into it
+        return own.to(torch.float64) if own.is_floating_point() else own
     shape = [plain_int(s) for s in example.shape]
     if example.dtype is torch.bool:
         return torch.rand(shape, generator=generator) > 0.2

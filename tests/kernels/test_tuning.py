@@ -203,7 +203,7 @@ class TestShipped:
         for name, winner in found.items():
             at = winner.place(kinds[name])
             assert at is not None
-            if int(about.get("turns", 1)) > 1:  # of means the fastest; a single turn is left to chance by 2 %
+            if int(about.get("turns", 1)) > 1:  # the fastest; in a single turn 2 % are noise
                 assert at == min((ms, place) for place, ms in enumerate(winner.milliseconds) if ms is not None)[1]
             else:
                 assert at == search(len(winner.milliseconds), winner.milliseconds.__getitem__, 1e9).place

@@ -63,6 +63,7 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
         frontier, seen, whole = steps or [node], set(), fact.tensor.numel()
         follows = False  # whether it is computed from an attention that was found
         missed = 0  # how often the value at hand was none
+        sums: list[Fact] = []  # values of several sums, if none behind them is an attention
         while frontier and missed < MAX_STEPS_BACK:
             at = frontier.pop(0)
             follows |= at in done
@@ -78,14 +79,9 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                     continue  # one chunk of a loop whose whole is something else
                 attention, replacement = builder.build(proof)
             except Refused as r:
-                if r.obligation == "single-term" and (several := prove_sum(builder, fact)) is not None:
-                    summed, replacement = several
-                    matches.append(Match(at, replacement, attentions_of(replacement), fact.after))
-                    proofs += summed
-                    done.add(at)
-                    found = True
-                    continue
                 missed += 1
+                if r.obligation == "single-term":
+                    sums.append(fact)
                 refusal = _refusal(at, r)
                 size = fact.tensor.numel()
                 if best is None or (refusal.progress > best.progress and size >= whole):
@@ -100,6 +96,13 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                 proofs.append((proof, attention))
             done.add(at)  # and on to what is joined with it: one attention for each head
             found = True
+        for fact in () if found else sums:
+            if (several := prove_sum(builder, fact)) is not None:
+                found, (summed, replacement) = True, several
+                matches.append(Match(fact.node, replacement, attentions_of(replacement), fact.after))
+                proofs += summed
+                done.add(fact.node)
+                break
         if best is not None and not found and not (follows and best.progress > EXPLAINED):
             refusals += _told(causes, interpreter.facts[node], best)
     data = interpreter.engine.leaves.data

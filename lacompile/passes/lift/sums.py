@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+from typing import Any
+
 import torch
 
 from ..facts import Call, DecayedAttention, Expr
@@ -40,12 +43,30 @@ def prove_sum(builder: Builder, fact: Fact) -> tuple[list[Proved], Expr] | None:
             return None
         proved.append(found[:2])
         recipes.append(found[2])
-    if rest:
+    proofs = [p for p, _ in proved]
+    if rest or _one_operand_apart(proofs) or not all(any(_read(x) and x.v == p.v for x in proofs) for p in proofs):
         return None
     total = recipes[0]
     for recipe in recipes[1:]:
         total = Call(torch.add, (total, recipe))
     return proved, total
+
+
+def _read(p: Proof) -> bool:
+    """Whether queries read it: by itself a plain sum is none of these."""
+    return bool(p.q or p.q_weights)
+
+
+def _one_operand_apart(proofs: list[Proof]) -> bool:
+    """Whether two differ in their queries or in their keys alone, whose sum would be that of one attention."""
+
+    def tensors(p: Proof) -> tuple[Any, Any, Any]:
+        q, k, v = (sorted(leaf for leaf, _ in accs) for accs in ((*p.q, *p.outer), p.k, p.v))
+        return (q, p.q_weights, p.outer_weights), (k, p.k_weights), (v, p.fixed, p.tokens)
+
+    return any(
+        x[2] == y[2] and (x[0] == y[0] or x[1] == y[1]) for x, y in combinations([tensors(p) for p in proofs], 2)
+    )
 
 
 def _alone(builder: Builder, fact: Fact, terms: list[Term]) -> tuple[Proof, DecayedAttention, Expr] | None:

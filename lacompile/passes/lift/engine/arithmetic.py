@@ -146,6 +146,8 @@ class Arithmetic(Symbols):
         if out.is_floating_point() and self.plain(a) and self.plain(b) and (same := self._like_terms(a, b)) is not None:
             return same
         if not (self.structured(a) or self.structured(b) or _moves(a) or _moves(b)):
+            if self.projects(a) and self.projects(b):
+                return self.pointwise(aten.add.Tensor, [a, b], {}, out)
             if not (_products(a) and _products(b) and _shares_signature(a, b)):
                 if not (summed(a) or summed(b) or self._updates(a, b) or self._updates(b, a)):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)

@@ -95,9 +95,14 @@ class Structure(Program):
         return v.single and not self.index_only(v) and any(moves(t) for t in v.terms)
 
     def projects(self, v: Val) -> bool:
-        """A product with a matrix that each token is multiplied by: no scores, whatever it is weighted by."""
-        t = v.one
-        if t is None or len(t.accs) != 2 or t.exp:
+        """Products with matrices that each token is multiplied by: no scores, whatever they are weighted by."""
+        if v.alt is None or not v.single:
+            return False
+        found = [self._projection(t) for t in v.terms]
+        return any(found) and all(p or self.plain_term(t) for p, t in zip(found, v.terms, strict=True))
+
+    def _projection(self, t: Term) -> bool:
+        if len(t.accs) != 2 or t.exp:
             return False
         held = [self.space.vars_of(idx) for _, idx in t.accs]
         return bool(t.bound(self.space)) and any(map(self.projects_by, t.accs, reversed(held)))
@@ -105,9 +110,7 @@ class Structure(Program):
     def projects_by(self, matrix: Access, held: Iterable[int]) -> bool:
         """Whether a product over what both have is a projection: by a parameter, or by what holds no batch or token."""
         tokens = {x for x in held if x >= 0}
-        if tokens & self.space.vars_of(matrix[1]):
-            return False
-        return len(tokens) > 1 or self.leaves[matrix[0]].parameter
+        return self.leaves[matrix[0]].parameter or (len(tokens) > 1 and not tokens & self.space.vars_of(matrix[1]))
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""

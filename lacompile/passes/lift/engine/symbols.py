@@ -27,8 +27,11 @@ class Symbols(Tables):
 
     def pick(self, v: Val) -> Val:
         """The reading of ``v`` a consumer of plain factors wants: its own leaf unless it is worth looking into."""
-        if v.alt is None or self.structured(v):
-            return v
+        return v if v.alt is None or self.structured(v) else self.whole(v)
+
+    def whole(self, v: Val) -> Val:
+        """What can be looked into, as the leaf that it is."""
+        assert v.alt is not None
         self.taken_whole.append(v.alt.accs[0][0])
         return value(v.shape, [v.alt])
 

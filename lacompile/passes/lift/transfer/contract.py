@@ -87,6 +87,8 @@ def _operand(engine: Engine, v: Val, summed: int, other: Val) -> Val:
     """An operand as it will be multiplied; one whose weights move along the summed feature as the program holds it."""
     if engine.moves_along_a_feature(v, summed) and (held := engine.as_held(v)) is not None:
         return held
+    if v.alt is not None and other.alt is not None and engine.structured(v) and engine.structured(other):
+        return engine.whole(v)  # no state is a product of two sums: these are projections of a part of their features
     return engine.flat(engine.pick_beside(v, other))
 
 

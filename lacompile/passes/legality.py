@@ -32,9 +32,14 @@ def settled(schedule: Schedule, match: Match) -> Match | Refusal:
             writer, node = written
             return _refusal(match, "unchanged", f"{writer.name} writes into {node.name}, which the replacement reads")
         match = replace(match, place=schedule.nodes[ready])
-    for node in schedule.sharing(match.target):
-        # The replacement is a new tensor: what shared the old one's memory no longer sees writes into it.
-        used_later = node.op in ("placeholder", "get_attr") or any(order[user] > at for user in node.users)
+    sharing = list(schedule.sharing(match.target))
+    lives = effects.lives.get(match.target, NOWHERE)
+    shown = sum(any(user.op == "output" for user in node.users) for node in sharing)
+    # The replacement is a new tensor: what shared the old one's memory no longer sees writes into it.
+    told_apart = shown > 1 or any(True for _ in schedule.writers(lives, at, len(schedule.nodes) - 1))
+    for node in sharing:
+        outside = node.op in ("placeholder", "get_attr")
+        used_later = outside or (told_apart and any(order[user] > at for user in node.users))
         if node is not match.target and order[node] <= at and used_later and effects.alias(node, match.target):
             return _refusal(match, "unaliased", f"{node.name} shares its memory and is used later")
     modes = schedule.records_gradients

@@ -20,6 +20,7 @@ class Addends(Decay):
     """The terms beside the main one."""
 
     def other_term(self, t: Term) -> None:
+        t = self.counted(t)
         if sequence_index(self.engine, t) is None and self._is_state_term(t):
             return
         plain = t.poly.is_const and not t.exp.sums and all(f.is_const for _, f in t.exp.lin)

@@ -179,8 +179,11 @@ def _steps_behind(interpreter: Interpreter, node: fx.Node) -> list[fx.Node]:
 def _closest(
     interpreter: Interpreter, builder: Builder, proof: Proof, attention: DecayedAttention, replacement: Expr
 ) -> tuple[Proof, DecayedAttention, Expr]:
-    """The same attention at the earliest value that is it: before views, row factors and residuals."""
-    work = list(proof.fact.node.all_input_nodes)
+    """The same attention at the earliest value that is it: before views, row factors and residuals.
+
+    Of several parts that are read of one, as the sums beside which a column of ones counts, it is the whole.
+    """
+    work = _tensors_behind(interpreter, proof.fact.node)
     seen: set[fx.Node] = set()
     while work and len(seen) < MAX_STEPS_BACK:
         at = work.pop(0)
@@ -190,11 +193,22 @@ def _closest(
         seen.add(at)
         try:
             earlier = prove(interpreter.engine, fact)
-            if earlier.size != proof.size or not earlier.leaves <= proof.leaves:
+            same = earlier.size == proof.size and earlier.leaves <= proof.leaves
+            if not same and not (_in_parts(interpreter, at) and builder.schedule.effects.alias(at, proof.fact.node)):
                 continue
             found, expr = builder.build(earlier)
         except Refused:
             continue
         proof, attention, replacement = earlier, found, expr
-        work = list(at.all_input_nodes)
+        work = _tensors_behind(interpreter, at)
     return proof, attention, replacement
+
+
+def _tensors_behind(interpreter: Interpreter, node: fx.Node) -> list[fx.Node]:
+    """What a node is computed from; of one result of several, what they are parts of."""
+    return [n for x in node.all_input_nodes for n in ([x] if x in interpreter.facts else x.all_input_nodes)]
+
+
+def _in_parts(interpreter: Interpreter, node: fx.Node) -> bool:
+    """Whether several nodes read it, or several of its parts."""
+    return any(len(n.users) > 1 for n in (node, *(u for u in node.users if u not in interpreter.facts)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Sequence
 
 from .affine import ONE, TAU, ZERO, Aff, Number
-from .term import Mono
+from .space import Space
+from .term import Exponent, Mono, sub_mono
 
 Lin = tuple[Mono, Aff]
 """A rate times an affine form."""
@@ -35,6 +36,18 @@ def by_rate(sums: Iterable[Sum]) -> dict[Mono, list[tuple[Aff, Number]]]:
     for (mono, pos), c in sums:
         groups.setdefault(mono, []).append((pos, c))
     return groups
+
+
+def counted_from(space: Space, exp: Exponent, first: Aff) -> Exponent:
+    """The same exponent, differences of prefix sums as those of the tokens from ``first`` on."""
+    sums: list[Sum] = []
+    for rate, ends in by_rate(exp.sums).items():
+        if sum(c for _, c in ends):
+            sums += [((rate, pos), c) for pos, c in ends]
+        else:
+            later = sub_mono(space, rate, {TAU: Aff.var(TAU) + first})
+            sums += [((later, pos - first), c) for pos, c in ends]
+    return Exponent.of(exp.lin, sums)
 
 
 def single_place(ends: Sequence[tuple[Aff, Number]]) -> tuple[Aff, Number] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from .affine import TAU, Aff
+from .affine import TAU, ZERO, Aff
 from .interpret import Fact
 from .space import Space
 from .term import Access, Mono, Term
@@ -46,6 +46,8 @@ class Proof:
     scale: float = 1.0
     key_scale: float = 1.0
     """What the keys are multiplied by, where an initial state is not: k / sqrt(D) v is added to S as it is."""
+    first: Aff = ZERO
+    """The position of the sum that is the operator's first: q, k and v may be parts of longer tensors."""
     state: list[Access] | None = None
     residual: list[Term] = field(default_factory=list)
     shapes: dict[int, tuple[Aff, ...]] = field(default_factory=dict)

@@ -101,7 +101,9 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                     for n, i in enumerate(idx)
                     if n not in summed and i.terms and summed and sizes[n] == sizes[summed[0]]
                 ]
-                beside = [(a, theirs) for a, theirs in holders if a[0] != leaf and not engine.projects_by(a, mine)]
+                beside = [
+                    (a, theirs) for a, theirs in holders if a[0] != leaf and not engine.projects_by(a, (leaf, idx))
+                ]
                 features = {x for _, theirs in beside for x in theirs if x >= 0} - mine
                 if not square or not features or _given(engine, leaf) or leaf in explained:
                     continue

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from .affine import ONE, Aff
+from .affine import ONE, ZERO, Aff
 from .engine import Engine
 from .interpret import Fact
 from .leaves import Opaque
+from .prefix import counted_from
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
 from .term import Access, Mono, Term, sub_access
 
@@ -29,11 +30,26 @@ class Roles:
     """The sum that is proved, ``main``, over its position j, its row n, and its features."""
 
     def __init__(self, engine: Engine, fact: Fact, main: Term):
-        self.engine, self.space, self.fact, self.main = engine, engine.space, fact, main
+        self.engine, self.space, self.fact = engine, engine.space, fact
         self.shape = fact.value.shape
         found = sequence_index(engine, main)
         assert found is not None
         self.j, self.n = found
+        self.first: Aff = ZERO
+        self.main = self._from_the_first(main)
+
+    def _from_the_first(self, main: Term) -> Term:
+        """Positions counted from the first that is there: q, k and v may be parts of longer tensors."""
+        low = self.engine.bounds(self.j, main.guards).low
+        if len(low) == 1 and low[0].is_const and low[0].const > 0:
+            self.first = low[0]
+        return self.counted(
+            main.sub(self.space, {self.j: Aff.var(self.j) + self.first}) if self.first != ZERO else main
+        )
+
+    def counted(self, t: Term) -> Term:
+        """A term whose decays per token are those from the first position on."""
+        return t if self.first == ZERO else t.but(exp=counted_from(self.space, t.exp, self.first))
 
     def check_ranges(self) -> None:
         j, i = Aff.var(self.j), Aff.var(self.n)
@@ -131,6 +147,7 @@ class Roles:
             place,
             self.later,
             scale=self.main.coef,
+            first=self.first,
             shapes=self.engine.leaf_shapes,
         )
 

@@ -15,7 +15,7 @@ from .emit import CannotEmit, permuted, size_of
 from .engine import Engine
 from .interpret import Fact
 from .leaves import NINE_DIGITS
-from .prefix import between
+from .prefix import between, counted_from
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 from .roles import sequence_index
 from .step import prove_step
@@ -120,6 +120,9 @@ def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, A
         bound = t.bound(space)
         if not t.poly.is_const:
             return None
+        if p.first != ZERO:
+            t = t.sub(space, {j: Aff.var(j) + p.first for j in bound})
+            t = t.but(exp=counted_from(space, t.exp, p.first))
         accs = sorted(sub_access(space, a, rename) for a in t.accs)
         if not bound:
             if t.guards:

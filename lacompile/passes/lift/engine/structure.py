@@ -104,13 +104,15 @@ class Structure(Program):
     def _projection(self, t: Term) -> bool:
         if len(t.accs) != 2 or t.exp:
             return False
-        held = [self.space.vars_of(idx) for _, idx in t.accs]
-        return bool(t.bound(self.space)) and any(map(self.projects_by, t.accs, reversed(held)))
+        return bool(t.bound(self.space)) and any(map(self.projects_by, t.accs, reversed(t.accs)))
 
-    def projects_by(self, matrix: Access, held: Iterable[int]) -> bool:
+    def projects_by(self, matrix: Access, of: Access) -> bool:
         """Whether a product over what both have is a projection: by a parameter, or by what holds no batch or token."""
-        tokens = {x for x in held if x >= 0}
-        return self.leaves[matrix[0]].parameter or (len(tokens) > 1 and not tokens & self.space.vars_of(matrix[1]))
+        if self.leaves[matrix[0]].parameter:
+            return True
+        tokens = {x for x in self.space.vars_of(of[1]) if x >= 0}
+        single = sum(i.is_const and n != ONE for i, n in zip(of[1], self.leaf_shapes[of[0]], strict=True))
+        return len(tokens) + single > 1 and not tokens & self.space.vars_of(matrix[1])
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""

@@ -2,17 +2,13 @@
 
     python benchmarks/tune.py --out lacompile/kernels/tuning/configs --processes 12
 
-Writes one file, named after the GPU. What wins is the geometric mean over four problems (lightning2/trial.py) and over
-so many --turns, in each of which every candidate is timed once. With one turn, as in a search on a user's machine, the
-safe candidate is left only for one that is worth it: less is noise. With several the fastest is taken. With --processes
-the candidates are compiled side by side first, which takes most of the time.
+Writes one file, named after the GPU. What wins is the geometric mean over three problems (lightning2/trial.py). With
+--processes the candidates are compiled side by side first, which takes most of the time.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -43,22 +39,11 @@ def choices(sizes: Sequence[int], descriptors: bool) -> Iterator[tuple[Kind, lis
                 yield Kind.of(use, size, size, DTYPE, per_token, gradient, descriptors), found
 
 
-def measured(kind: Kind, count: int, device: torch.device, turns: int) -> list[float | None]:
-    """Milliseconds of every candidate, the geometric mean of its turns; None if it does not run in one of them."""
-
-    def mean(times: Sequence[float | None]) -> float | None:
-        return None if None in times else math.exp(statistics.fmean(math.log(ms) for ms in times if ms))
-
-    taken = [[milliseconds(kind, DTYPE, device, n) for n in range(count)] for _ in range(turns)]
-    return [mean(times) for times in zip(*taken, strict=True)]
-
-
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=table.SHIPPED, help="a folder")
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="heads; what the file has of others stays")
-    parser.add_argument("--turns", type=int, default=3, help="how often each candidate is timed")
     parser.add_argument("--processes", type=int, default=0, help="compile in so many first")
     parser.add_argument(processes.SHARD, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -75,13 +60,11 @@ def main() -> None:
     path = args.out / table.shipped_path(about.gpu).name
     winners: table.Table = table.read(path) if path.exists() else {}
     for kind, found in every:
-        taken = [ms and round(ms, 4) for ms in measured(kind, len(found), device, args.turns)]
-        ran = [(ms, place) for place, ms in enumerate(taken) if ms is not None]
-        place = min(ran)[1] if args.turns > 1 and ran else search(len(found), taken.__getitem__, float("inf")).place
-        winners[str(kind)] = table.Winner.of(found[place], taken, True)
-        print(f"{kind}: {place} of {taken}", flush=True)
-        said = {"date": str(date.today()), "command": command, "turns": str(args.turns)}
-        table.write(path, about, winners, **said)
+        best = search(len(found), lambda n, kind=kind: milliseconds(kind, DTYPE, device, n), float("inf"))
+        taken = [ms and round(ms, 4) for ms in best.milliseconds]
+        winners[str(kind)] = table.Winner.of(found[best.place], taken, True)
+        print(f"{kind}: {best.place} of {taken}", flush=True)
+        table.write(path, about, winners, date=str(date.today()), command=command)
 
 
 if __name__ == "__main__":

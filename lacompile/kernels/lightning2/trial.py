@@ -1,9 +1,8 @@
 """How long a kernel takes with one of its candidate tiles: what a search for the fastest one measures.
 
 A choice of tiles holds for every batch and length, so each is timed where there is work for every multiprocessor, where
-there is not and the sequence is too short to be cut, where few heads are cut into segments, and where those are long:
-two programs that read the same tiles no longer find them in the cache (docs/kernel-notes.md, section 12). What counts
-is the geometric mean, in which a tenth more in one place weighs as much as a tenth less in another.
+there is not and the sequence is too short to be cut, and where few heads are cut into segments. What counts is the
+geometric mean, in which a tenth more in one place weighs as much as a tenth less in another.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 from ..tuning.space import Kind
 from . import launch, selfcheck
 
-REGIMES = ((8, 16, 4096), (1, 64, 2048), (1, 16, 32768), (1, 16, 131072))
+REGIMES = ((8, 16, 4096), (1, 64, 2048), (1, 16, 32768))
 """Batch, heads and length."""
 MEASURED_MS, FEWEST, MOST = 15.0, 5, 50
 CALLS = 3

@@ -608,3 +608,51 @@ def test_strides_of_a_length_that_is_not_known():
 def test_what_has_an_effect_elsewhere_does_not_hinder(f):
     args = [*inputs(), *([torch.zeros(D), torch.ones(D)] if f is running_statistics else ())]
     assert len(lacompile.explain(f)(*args).rewrites) == 1
+
+
+def test_validation_writes_into_copies():
+    """The region that is run for the comparison holds the program's own writes."""
+
+    def run(q, k, v, counts):
+        own = counts.clone()
+        state, out = q.new_zeros(B, H, D, E), []
+        for t in range(N):
+            new = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+            state = torch.where(own[:, t, None, None, None], new, state)
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+        counts.logical_not_()
+        return torch.stack(out, 2)
+
+    counts = torch.rand(B, N) < 0.7
+    mine = counts.clone()
+    args = [t.detach() for t in inputs()]
+    expected = run(*args, counts)
+    torch._dynamo.reset()
+    got = torch.compile(run, backend="lightning")(*args, mine)
+    assert torch.equal(mine, counts)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_gate_that_is_written_to_before_the_loop_and_a_final_state():
+    """Both matches stand behind one node, and share a call."""
+
+    def run(q, k, v, gate, ends):
+        gate = gate.masked_fill_(ends[:, None], 0.0)
+        state, out = q.new_zeros(B, H, D, E), []
+        for t in range(N):
+            state = gate[:, :, t, None, None] * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(out, 2), state
+
+    gate = torch.rand(B, H, N) * 0.5 + 0.4
+    check(run, [*inputs(), gate, torch.rand(B, N) < 0.2], validate="off")
+
+
+def test_a_step_whose_state_holds_a_factor_twice():
+    def run(q, k, v, gate, state):
+        q, k, v = q[:, :, 0], k[:, :, 0], v[:, :, 0]
+        gate = torch.sigmoid(gate)[..., None, None]
+        state = gate * (gate * state + k[..., None] * v[..., None, :])
+        return (q[..., None] * state).sum(-2)
+
+    check(run, [*inputs(), torch.randn(B, H), torch.randn(B, H, D, E)], validate="off")

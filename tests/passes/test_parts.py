@@ -108,7 +108,7 @@ def test_parts_of_which_one_is_written():
         first.mul_(2.0)
         return first + 0, o[..., 2:] * 2
 
-    assert_rewritten(run, *arguments(), compiled=False)
+    assert_rewritten(run, *arguments())
 
 
 def test_parts_that_are_returned_stay_parts_of_one():

@@ -56,6 +56,7 @@ class Interpreter:
     read_buffers: bool = True
     reading: int = 0
     _gave_up: str | None = None
+    _leaves: int = 0  # how many there were when the last node had been run
     _weights: dict[Any, Val] = field(default_factory=dict)  # of tables that were read
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
@@ -306,12 +307,20 @@ class Interpreter:
 
     def _whole_if_inside(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
         """Plain data made of what no node holds, as a norm inside of ``F.normalize``, is the value of this node."""
-        kinds = [self.engine.leaves[leaf].kind for leaf in self.engine.leaves.data(_leaves_of([val]))]
-        if not any(isinstance(k, Opaque) and k.node is None and k.reading is None for k in kinds):
+        leaves = self.engine.leaves
+        inside = {
+            n for n in self._born_since() if isinstance(k := leaves[n].kind, Opaque) and not (k.node or k.reading)
+        }
+        if not inside or not self.engine.plain(val) or self.engine.contracts(val):
             return val
-        if not self.engine.plain(val) or self.engine.contracts(val):
+        if not inside & leaves.data(_leaves_of([val])):
             return val
         return self.engine.leaf(tensor, Opaque(node, node.name, _leaves_of([val])))
+
+    def _born_since(self) -> range:
+        """The leaves that are new since this was asked for the node before."""
+        before, self._leaves = self._leaves, len(self.engine.leaves)
+        return range(before, self._leaves)
 
     def _written_anew(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
         """What this node wrote into, as the tensor that it is now: what a product held before is gone from memory."""

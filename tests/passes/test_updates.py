@@ -177,3 +177,18 @@ def test_a_decay_that_is_an_input_where_it_counts():
     report = assert_rewritten(run, *given(torch.rand(B, H, N) * 0.5 + 0.4), compiled=False)
     assert any("> 0" in assumed for assumed in report.rewrites[0].assumptions)
     assert_refused(run, *given(torch.rand(B, H, N) - 0.5), obligation="decay")
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5])
+def test_a_state_that_is_filled_in_place(number):
+    """``fill_`` has the number as an argument beside the tensor."""
+
+    def run(q, k, v, x, counts):
+        state, out = torch.empty(B, H, D, D).fill_(0.0), []
+        decay = torch.ones(()).fill_(number) if number else torch.sigmoid(x.mean())
+        for t in range(N):
+            state = decay * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(out, 2)
+
+    assert_rewritten(run, *arguments(), compiled=False)

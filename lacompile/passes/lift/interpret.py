@@ -119,7 +119,7 @@ class Interpreter:
 
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         if not aliases(func):
-            args = [self._complete(a, d) if isinstance(a, Val) else a for a, d in zip(args, dtypes, strict=False)]
+            args = [self._complete(a, dtypes[n]) if isinstance(a, Val) else a for n, a in enumerate(args)]
         op = Op(self.engine, func, args, kwargs, out, dtypes)
         self.engine.running = self.capture.node if self.capture is not None else None
         try:
@@ -133,7 +133,7 @@ class Interpreter:
     def _complete(self, v: Val, dtype: torch.dtype) -> Val:
         """A table that is read, as the weights that its numbers are, if they are."""
         array = self.engine.array_of_table(v)
-        if array is None or array.ndim < 2 or v.one is None:
+        if array is None or array.ndim < 2:
             return v
         key = (v.one, v.shape, dtype)
         if key not in self._weights:

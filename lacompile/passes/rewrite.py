@@ -120,8 +120,7 @@ class _Writer:
         self.known_by_strides, self.deciding = _known_by_strides(schedule), _decide_values(schedule)
         self.place = {new: schedule.order[old] for old, new in mapping.items()}  # of the nodes that were copied
         self.made: dict[int, fx.Node] = {}
-        self.stand_ins: dict[fx.Node, tuple[fx.Node, int]] = {}  # new values: for which target, and from where on
-        self.replaced: dict[fx.Node, tuple[fx.Node, int]] = {}  # the same by target: what a later recipe reads
+        self.stand_ins: dict[fx.Node, tuple[fx.Node, int]] = {}  # by target: its new value, and from where on
         self.calls: dict[int, fx.Node] = {}  # by the id of the fact: a call of the operator
         self.kept: list[Any] = []  # recipes stay alive while their ids are keys
         self.origin: fx.Node | None = None
@@ -137,7 +136,6 @@ class _Writer:
         self.origin, self.at = target, self.order[match.behind]
         self.cursor = self.ends.get(at, at)
         new = self._emit(match.replacement)
-        self.ends[at] = self.cursor
         want, got = target.meta["example_value"], new.meta["example_value"]
         if got.dtype != want.dtype:
             new = self._call(torch.Tensor.to, (new, want.dtype), {})
@@ -148,10 +146,10 @@ class _Writer:
             new = self._with_strides_of(new, want)
             if not _same_strides(new.meta["example_value"], want) and match.target in self.deciding:
                 raise CannotRewrite(f"{target.name} has strides {want.stride()}, which its replacement cannot have")
-        at = self.order[match.after or match.target]
-        self.stand_ins[new] = match.target, at
-        self.replaced[match.target] = new, at
-        target.replace_all_uses_with(new, lambda user: self.place.get(user, -1) > at, propagate_meta=False)
+        self.ends[at] = self.cursor
+        behind = self.order[match.after or match.target]
+        self.stand_ins[match.target] = new, behind
+        target.replace_all_uses_with(new, lambda user: self.place.get(user, -1) > behind, propagate_meta=False)
 
     def _with_strides_of(self, new: fx.Node, want: torch.Tensor) -> fx.Node:
         """A copy whose dimensions follow each other in memory as those of ``want`` do."""
@@ -166,7 +164,7 @@ class _Writer:
 
     def _emit(self, expr: Expr) -> fx.Node:
         if isinstance(expr, Value):
-            new, behind = self.replaced.get(expr.node, (None, 0))
+            new, behind = self.stand_ins.get(expr.node, (None, 0))
             return new if new is not None and self.at > behind else self.mapping[expr.node]
         found = self.made.get(id(expr))
         if found is None:
@@ -255,9 +253,10 @@ class _Memory:
     def __init__(
         self, origin: dict[fx.Node, fx.Node], stand_ins: dict[fx.Node, tuple[fx.Node, int]], schedule: Schedule
     ):
-        self.origin, self.stand_ins, self.order, self.effects = origin, stand_ins, schedule.order, schedule.effects
+        self.origin, self.order, self.effects = origin, schedule.order, schedule.effects
+        self.stand_ins = {new: (target, at) for target, (new, at) in stand_ins.items()}
         self.cuts: dict[int, set[int]] = {}
-        for target, at in stand_ins.values():
+        for target, at in self.stand_ins.values():
             for storage in self.effects.lives.get(target, NOWHERE):
                 self.cuts.setdefault(storage, set()).add(at)
 

@@ -169,7 +169,7 @@ def _with_gradients(
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """The output, and the gradients of a random combination of its elements."""
     fresh = {n: t.clone().requires_grad_() for n, t in leaves.items()}
-    # a product with one is no leaf of autograd: the region may write into its inputs
+    # the region may write into its inputs, which may be the caller's; a product with one is no leaf of autograd
     others = {n: t.clone() if isinstance(t, Tensor) else t for n, t in env.items()}
     out = compute({**others, **{n: t * 1.0 for n, t in fresh.items()}}).to(torch.float64)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -211,8 +211,8 @@ def _input(
         return value if isinstance(value, int | float | bool) else plain_int(value)
     given = real.get(node)
     if isinstance(given, Tensor) and (node in decays or node in by_value or not given.is_floating_point()):
-        own = given.detach().to("cpu", copy=True)  # the region may write into it
-        return own.to(torch.float64) if own.is_floating_point() else own
+        given = given.detach().cpu()
+        return given.to(torch.float64) if given.is_floating_point() else given
     shape = [plain_int(s) for s in example.shape]
     if example.dtype is torch.bool:
         return torch.rand(shape, generator=generator) > 0.2

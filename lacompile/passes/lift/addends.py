@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from .affine import Aff
 from .decay import Decay
 from .leaves import NINE_DIGITS
+from .prefix import counted_from
 from .proof import D_ROLE, Refused
 from .roles import sequence_index
 from .term import Access, Exponent, Term, sub_access
@@ -20,7 +21,7 @@ class Addends(Decay):
     """The terms beside the main one."""
 
     def other_term(self, t: Term) -> None:
-        t = self.counted(t)
+        t = counted_from(self.space, t, self.first)
         if sequence_index(self.engine, t) is None and self._is_state_term(t):
             return
         plain = t.poly.is_const and not t.exp.sums and all(f.is_const for _, f in t.exp.lin)

@@ -78,8 +78,7 @@ class Assumptions:
                 if base.interval[0] <= 0:
                     if leaf in resets:
                         return
-                    wanted = leaves.positive_with(children[0])
-                    yield from map(_positive_base, [kind] if wanted is None else [leaves[n].kind for n in wanted])
+                    yield from (_positive_base(leaves[n].kind) for n in leaves.positive_with(children[0]))
             for c in children:
                 yield from visit(c)
 

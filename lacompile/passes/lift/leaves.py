@@ -252,28 +252,22 @@ class Leaves:
         less = self.less_than_one(kind)
         return less is not None and self.truth(less.leaf)
 
-    def positive_with(self, leaf: int) -> list[int] | None:
-        """The leaves of which it is not known, and that must be positive for this one to be; None if that is not all.
+    def positive_with(self, leaf: int) -> list[int]:
+        """The leaves that must be positive for this one to be: itself, where what it is made of does not say so.
 
         A mask of tokens chooses between an input's decay and 1, for example.
         """
-        kind, found = self[leaf].kind, []
+        kind = self[leaf].kind
         if self[leaf].interval[0] > 0:
             return []
-        if not isinstance(kind, Symbol):
+        if not isinstance(kind, Symbol) or kind.op not in POSITIVE_OF_POSITIVE or kind.kwargs:
             return [leaf]
-        if kind.op not in POSITIVE_OF_POSITIVE or kind.kwargs:
-            return None
-        for arg in kind.args[1:] if kind.op is aten.where.self else kind.args:
-            if isinstance(arg, Argument):
-                wanted = self.positive_with(arg.leaf) if arg.dtype is None else None
-            else:
-                number = arg.value if isinstance(arg, Number) else arg
-                wanted = [] if number is None or (isinstance(number, int | float) and number > 0) else None
-            if wanted is None:
-                return None
-            found += wanted
-        return found
+        given = kind.args[1:] if kind.op is aten.where.self else kind.args
+        tensors = [a for a in given if isinstance(a, Argument)]
+        numbers = [a.value if isinstance(a, Number) else a for a in given if not isinstance(a, Argument)]
+        if any(a.dtype is not None for a in tensors) or not all(n is None or n > 0 for n in numbers):
+            return [leaf]
+        return [n for a in tensors for n in self.positive_with(a.leaf)]
 
     def less_than_one(self, kind: Symbol) -> Argument | None:
         """The x of 1 - x."""

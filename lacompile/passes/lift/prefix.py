@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Sequence
 
 from .affine import ONE, TAU, ZERO, Aff, Number
 from .space import Space
-from .term import Exponent, Mono, sub_mono
+from .term import Exponent, Mono, Term, sub_mono
 
 Lin = tuple[Mono, Aff]
 """A rate times an affine form."""
@@ -38,16 +38,19 @@ def by_rate(sums: Iterable[Sum]) -> dict[Mono, list[tuple[Aff, Number]]]:
     return groups
 
 
-def counted_from(space: Space, exp: Exponent, first: Aff) -> Exponent:
-    """The same exponent, differences of prefix sums as those of the tokens from ``first`` on."""
+def counted_from(space: Space, t: Term, first: Aff, indices: Iterable[int] = ()) -> Term:
+    """The same term, these indices and differences of prefix sums counted from the token ``first``."""
+    if first == ZERO:
+        return t
     sums: list[Sum] = []
-    for rate, ends in by_rate(exp.sums).items():
+    moved = t.sub(space, {j: Aff.var(j) + first for j in indices})
+    for rate, ends in by_rate(moved.exp.sums).items():
         if sum(c for _, c in ends):
             sums += [((rate, pos), c) for pos, c in ends]
         else:
             later = sub_mono(space, rate, {TAU: Aff.var(TAU) + first})
             sums += [((later, pos - first), c) for pos, c in ends]
-    return Exponent.of(exp.lin, sums)
+    return moved.but(exp=Exponent.of(moved.exp.lin, sums))
 
 
 def single_place(ends: Sequence[tuple[Aff, Number]]) -> tuple[Aff, Number] | None:

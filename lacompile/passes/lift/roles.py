@@ -35,21 +35,10 @@ class Roles:
         found = sequence_index(engine, main)
         assert found is not None
         self.j, self.n = found
-        self.first: Aff = ZERO
-        self.main = self._from_the_first(main)
-
-    def _from_the_first(self, main: Term) -> Term:
-        """Positions counted from the first that is there: q, k and v may be parts of longer tensors."""
-        low = self.engine.bounds(self.j, main.guards).low
-        if len(low) == 1 and low[0].is_const and low[0].const > 0:
-            self.first = low[0]
-        return self.counted(
-            main.sub(self.space, {self.j: Aff.var(self.j) + self.first}) if self.first != ZERO else main
-        )
-
-    def counted(self, t: Term) -> Term:
-        """A term whose decays per token are those from the first position on."""
-        return t if self.first == ZERO else t.but(exp=counted_from(self.space, t.exp, self.first))
+        low = engine.bounds(self.j, main.guards).low
+        later = len(low) == 1 and low[0].is_const and low[0].const > 0  # parts of longer tensors
+        self.first = low[0] if later else ZERO
+        self.main = counted_from(self.space, main, self.first, [self.j])
 
     def check_ranges(self) -> None:
         j, i = Aff.var(self.j), Aff.var(self.n)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .affine import ONE, Aff
+from .affine import Aff
 from .leaves import Leaves
 from .space import Space
 from .term import Access, Exponent, Mono, Term
@@ -39,9 +39,8 @@ def running_terms(
             return None
     if len(came_in) > 1:
         return None
-    return [number_as_weight(t) for t in (*out, new.but(accs=(now,), exp=Exponent()))], list(
-        map(number_as_weight, came_in)
-    )
+    summed = [number_as_weight(t) for t in (*out, new.but(accs=(now,), exp=Exponent()))]
+    return summed, [number_as_weight(t) for t in came_in]
 
 
 def _came_in(space: Space, leaves: Leaves, t: Term, now: Access) -> Term | None:
@@ -51,10 +50,7 @@ def _came_in(space: Space, leaves: Leaves, t: Term, now: Access) -> Term | None:
     scalars = [a for a in t.accs if a not in whole]
     if len(whole) != 1 or len(held) < 2 or any(v < 0 for v in space.vars_of([i for _, idx in t.accs for i in idx])):
         return None
-    if not any(i.is_const and n != ONE for i, n in zip(now[1], leaves[now[0]].shape, strict=True)):
-        return None
-    leaf, idx = whole[0]
-    if leaf == now[0] or any(i.is_const and n != ONE for i, n in zip(idx, leaves[leaf].shape, strict=True)):
+    if not leaves.places([now]) or leaves.places(whole) or whole[0][0] == now[0]:
         return None
     return t.but(accs=(whole[0],), exp=t.exp + logarithm(leaves, scalars))
 

@@ -120,9 +120,7 @@ def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, A
         bound = t.bound(space)
         if not t.poly.is_const:
             return None
-        if p.first != ZERO:
-            t = t.sub(space, {j: Aff.var(j) + p.first for j in bound})
-            t = t.but(exp=counted_from(space, t.exp, p.first))
+        t = counted_from(space, t, p.first, bound)
         accs = sorted(sub_access(space, a, rename) for a in t.accs)
         if not bound:
             if t.guards:

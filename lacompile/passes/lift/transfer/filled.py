@@ -39,9 +39,9 @@ def replaced(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Af
 def as_table(engine: Engine, v: Val) -> Val:
     """Numbers at pairs of positions, more than a few different ones, as one table; any other value as it is."""
     terms = [t for c in v.cases for t in c.terms]
-    if len(engine.space.vars_of(g for c in v.cases for g in (*c.guards, *(g for t in c.terms for g in t.guards)))) < 2:
+    if len({(t.coef, t.accs) for t in terms}) <= FEW or any(t.exp or not t.poly.is_const for t in terms):
         return v
-    if any(t.exp or not t.poly.is_const for t in terms) or len({(t.coef, t.accs) for t in terms}) <= FEW:
+    if len(engine.space.vars_of(g for c in v.cases for g in (*c.guards, *(g for t in c.terms for g in t.guards)))) < 2:
         return v
     sizes = [n.const if n.is_const else math.inf for n in v.shape]
     if math.prod(sizes) > MAX_TABLE or not engine.finite_numbers(v):

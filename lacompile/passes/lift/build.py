@@ -152,11 +152,15 @@ class Builder:
             kind = self.engine.leaves[leaf].kind
             if isinstance(kind, Opaque) and kind.node is not None:
                 return kind.node
-            for inner in self.engine.leaves.made_of(leaf):
+            series = kind.series if isinstance(kind, Opaque) else None
+            inner = self.engine.leaves.made_of(leaf) if series is None else () if series.of is None else series.of[:1]
+            for n in inner:
                 try:
-                    return self._some_node([(inner, ())], held)
+                    return self._some_node([(n, ())], held)
                 except CannotEmit:
                     continue
+            if series is not None:
+                return series.pieces[series.starts[0]][0]
         raise CannotEmit("a value of the traced graph", "queries made of constants")
 
     def _operand(
@@ -221,7 +225,7 @@ class Builder:
             expr = Call(torch.mul, (expr, row_factor))
         for term in added:
             expr = Call(torch.add, (expr, term))
-        return expr
+        return expr if p.flattened is None else Call(torch.flatten, (expr, p.flattened, p.flattened + 1))
 
     def _summed_product(self, p: Proof, t: Term) -> Piece | None:
         """The factors of a plain term; those that hold key features are multiplied and summed first."""

@@ -16,8 +16,9 @@ from ..capture import Capture, Memory, ViewStep, aliases
 from .affine import ONE
 from .engine import Engine, GiveUp, Unmerged
 from .leaves import Opaque
+from .series import SeriesTable
 from .statics import Statics, fitted_constant
-from .term import Precision, Val, constant
+from .term import Precision, Term, Val, constant, value
 from .transfer import Op, transfer
 from .transfer.reshaping import view_map
 from .transfer.scatter import written, written_at
@@ -27,6 +28,7 @@ log = logging.getLogger("lacompile")
 aten = torch.ops.aten
 
 MAX_BAKED = 65_536
+CALLS = ("call_function", "call_method", "call_module")
 
 
 @dataclass
@@ -55,9 +57,15 @@ class Interpreter:
     without_gradients: list[tuple[fx.Node, torch.Tensor]] = field(default_factory=list)
     read_buffers: bool = True
     reading: int = 0
+    series: SeriesTable = field(init=False)
     _gave_up: str | None = None
+    _repeatable: bool = True  # whether what the node has run so far gives the same numbers if it is run again
+    _given: dict[fx.Node, Val] = field(default_factory=dict)  # of inputs and constants
     _leaves: int = 0  # how many there were when the last node had been run
     _weights: dict[Any, Val] = field(default_factory=dict)  # of tables that were read
+
+    def __post_init__(self) -> None:
+        self.series = SeriesTable(self.engine.leaves)
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture = Capture(gm, self)
@@ -73,6 +81,10 @@ class Interpreter:
     # ------------------------------------------------------------------------------------------------------ observer
 
     def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Val:
+        self._given[node] = self._source(node, tensor, real)
+        return self._given[node]
+
+    def _source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Val:
         if node.op == "get_attr" and isinstance(real, torch.Tensor) and real.numel() <= MAX_BAKED:
             return self._numbers(tensor, real)
         if self.statics is not None and (known := self.statics.value(node, tensor)) is not None:
@@ -121,6 +133,7 @@ class Interpreter:
         if not aliases(func):
             args = [self._complete(a, dtypes[n]) if isinstance(a, Val) else a for n, a in enumerate(args)]
         op = Op(self.engine, func, args, kwargs, out, dtypes)
+        self._repeatable &= func.namespace == "aten" and torch.Tag.nondeterministic_seeded not in func.tags
         self.engine.running = self.capture.node if self.capture is not None else None
         try:
             return transfer(op)
@@ -227,6 +240,7 @@ class Interpreter:
             self._demand(node.all_input_nodes)
             return []
         gave_up, self._gave_up = self._gave_up, None
+        repeatable, self._repeatable = self._repeatable, True
         if gave_up is not None:
             self.give_ups[node] = gave_up
             self._demand(node.all_input_nodes, by=node)
@@ -239,6 +253,7 @@ class Interpreter:
         for tensor, val in outputs:
             val = self._rooted(node, val, tensor) if single else val
             val = self._whole_if_inside(node, val, tensor) if single else val
+            val = self._beside_others(node, val, tensor, repeatable) if single else val
             val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.contracts(val)):
                 val = self._readable(node, val, tensor)
@@ -295,7 +310,7 @@ class Interpreter:
                 continue
             leaf, idx = t.accs[0]
             kind = self.engine.leaves[leaf].kind
-            if not isinstance(kind, Opaque) or kind.node is not None:
+            if not isinstance(kind, Opaque) or kind.node is not None or kind.series is not None:
                 continue
             shape = self.engine.shape(tensor)
             if idx == self.engine.own_index(self.engine.leaf_shapes[leaf]) and shape == self.engine.leaf_shapes[leaf]:
@@ -309,13 +324,41 @@ class Interpreter:
         """Plain data made of what no node holds, as a norm inside of ``F.normalize``, is the value of this node."""
         leaves = self.engine.leaves
         inside = {
-            n for n in self._born_since() if isinstance(k := leaves[n].kind, Opaque) and not (k.node or k.reading)
+            n
+            for n in self._born_since()
+            if isinstance(k := leaves[n].kind, Opaque) and not (k.node or k.reading or k.series)
         }
-        if not inside or not self.engine.plain(val) or self.engine.contracts(val):
+        if not inside:
             return val
-        if not inside & leaves.data(_leaves_of([val])):
+        if val.alt is not None:
+            made_inside = inside & leaves.data(leaf for leaf, _ in val.alt.accs)
+            return replace(val, alt=self._own_leaf(node, val, tensor).one) if made_inside else val
+        if not self.engine.plain(val) or self.engine.contracts(val) or not inside & leaves.data(_leaves_of([val])):
             return val
+        return self._own_leaf(node, val, tensor)
+
+    def _own_leaf(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
         return self.engine.leaf(tensor, Opaque(node, node.name, _leaves_of([val])))
+
+    def _beside_others(self, node: fx.Node, val: Val, tensor: torch.Tensor, repeatable: bool) -> Val:
+        """What a loop computes for a token or a chunk, of which no more is known, as a piece of one tensor for all."""
+        t = val.one if val.alt is None else val.alt
+        if t is None or len(t.accs) != 1 or node.op not in CALLS or node in self._memory.record(tensor).root.writers:
+            return val
+        kind = self.engine.leaves[t.accs[0][0]].kind
+        if not isinstance(kind, Opaque) or kind.node is not node or kind.unmerged or kind.series is not None:
+            return val
+        assert self.capture is not None
+        mode = self.capture.records_gradients, repeatable
+        found = self.series.piece(node, val.shape, tensor.dtype, self._value_now, kind, *mode)
+        if found is None:
+            return val
+        piece = value(val.shape, [Term(accs=(found,))], precision=Precision.EXACT)
+        return piece if val.alt is None else replace(val, alt=piece.one)
+
+    def _value_now(self, node: fx.Node) -> Val | None:
+        fact = self._current(node)
+        return self._given.get(node) if fact is None else fact.value
 
     def _born_since(self) -> range:
         """The leaves that are new since this was asked for the node before."""
@@ -326,7 +369,7 @@ class Interpreter:
         """What this node wrote into, as the tensor that it is now: what a product held before is gone from memory."""
         if node not in self._memory.record(tensor).root.writers[-1:]:
             return val
-        return replace(val, alt=self.engine.leaf(tensor, Opaque(node, node.name, _leaves_of([val]))).one)
+        return replace(val, alt=self._own_leaf(node, val, tensor).one)
 
     def _readable(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
         """The value with the one of the graph beside it, as a leaf of which it is known what it is."""

@@ -8,8 +8,9 @@ not many. A *table* is a small tensor of known numbers. *Extended* is a leaf con
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,35 @@ from .term import Access, Term, Val
 aten = torch.ops.aten
 
 MAX_SYMBOL_INDICES = 24
+HERE = Aff.var(-1)
+"""The place of an argument, in what names a series."""
 NINE_DIGITS = 1e-9  # relative; coefficients of exponents are compared to as much
+
+
+@dataclass
+class Series:
+    """Values of the graph that lie side by side along dimension ``dim`` of one tensor; see series.py.
+
+    ``pieces``: for the place where one begins its node, and how many places it has. ``stacked`` pieces have one each,
+    and no dimension for it. ``of``: what their functions are called with, where that is one access; at place HERE.
+    """
+
+    dim: int
+    stacked: bool
+    of: Access | None
+    pieces: dict[int, tuple[fx.Node, int]] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
+    """In order."""
+
+    def add(self, node: fx.Node, start: int, length: int) -> bool:
+        """Whether no piece is there yet; then this one is from now on."""
+        at = bisect(self.starts, start)
+        before, behind = self.starts[at - 1 : at] if at else [], self.starts[at : at + 1]
+        if any(s + self.pieces[s][1] > start for s in before) or any(start + length > s for s in behind):
+            return False
+        self.starts.insert(at, start)
+        self.pieces[start] = node, length
+        return True
 
 
 @dataclass
@@ -39,6 +68,8 @@ class Opaque:
     """What the value is, of one that can be looked into; where no node holds it, it is computed from that."""
     compute: torch.dtype | None = None
     """The format its sums were computed in."""
+    series: Series | None = None
+    """The values of the graph that are its pieces; of one that no single node holds."""
 
     @property
     def unmerged(self) -> bool:

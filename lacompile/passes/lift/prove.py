@@ -17,11 +17,13 @@ Every obligation that fails is a :class:`~lacompile.passes.facts.Refusal` naming
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..names import spoken
 from .addends import Addends
 from .affine import Aff
 from .engine import Engine
+from .flattened import apart
 from .interpret import Fact
 from .leaves import Opaque, Table
 from .proof import Proof, Refused
@@ -45,6 +47,8 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, quer
     proving = Addends(engine, fact, main)
     proving.check_ranges()
     proving.assign_roles()
+    if proving.e is None and (split := apart(engine, fact, main, proving.n)) is not None:
+        return replace(prove(engine, split[0], explained, queries=queries), flattened=split[1])
     proving.sort_factors()
     proving.sort_weights()
     if queries:

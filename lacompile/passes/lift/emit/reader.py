@@ -13,9 +13,10 @@ from ...facts import Call, Const, Expr, Value
 from ..affine import ZERO, Aff
 from ..engine import Engine
 from ..holders import Place, is_part, place_of
-from ..leaves import Argument, Extended, Number, Opaque, Symbol, Table
+from ..leaves import Argument, Extended, Number, Opaque, Series, Symbol, Table
 from ..term import Access
 from .pieces import CannotEmit, Piece
+from .series import joined_pieces
 from .views import Views
 
 aten = torch.ops.aten
@@ -40,6 +41,8 @@ class Reader:
         leaf_id, idx = access
         leaf = self.leaves[leaf_id]
         kind = leaf.kind
+        if isinstance(kind, Opaque) and kind.series is not None:
+            return self._beside(kind.series, leaf.shape, idx, leaf.dtype)
         if isinstance(kind, Opaque):
             return self.views.indexed(self._value(leaf_id, kind), leaf.shape, idx, leaf.dtype)
         if leaf_id in self.held:
@@ -63,6 +66,15 @@ class Reader:
         if kind.reading is not None:
             return self.computed(leaf_id)
         raise CannotEmit("a value of the traced graph", f"a value inside an operation ({kind.label})")
+
+    def _beside(self, series: Series, shape: tuple[Aff, ...], idx: tuple[Aff, ...], dtype: torch.dtype) -> Piece:
+        """The pieces of a series that an access reads, joined."""
+        at, dim = idx[series.dim], series.dim
+        first, last = self.views.bounds(at)
+        joined = joined_pieces(self.leaves, series, first, last)
+        start, length = joined.start, joined.length
+        shape = (*shape[:dim], Aff.lit(length), *shape[dim + 1 :])
+        return self.views.indexed(joined.expr, shape, (*idx[:dim], at - start, *idx[dim + 1 :]), dtype)
 
     def _extended(self, leaf_id: int, idx: tuple[Aff, ...]) -> Piece:
         """A leaf read beyond its ends too, where it is zero: a value of the graph, padded."""

@@ -6,6 +6,7 @@ range a narrow, both of which must be known to lie inside the tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -47,6 +48,15 @@ class Views:
             if digit not in held:
                 expr = Call(torch.unsqueeze, (expr, n))
         return Piece(expr, frozenset(held), dtype)
+
+    def bounds(self, a: Aff) -> tuple[int, int]:
+        """The first and the last place that an index reads."""
+        ranges = {d: (ZERO, size - 1) for d, size in self.digits.sizes.items()}
+        a = self.digits.over(a)
+        low, high = self.space.lower(a, ranges), self.space.upper(a, ranges)
+        if math.isinf(low) or math.isinf(high):
+            raise CannotEmit("places that are numbers", f"index {a}")
+        return int(low), int(high)
 
     def _dimension(self, expr: Expr, dim: int, size: Aff, a: Aff) -> tuple[Expr, list[int]]:
         """Dimension ``dim`` of length ``size`` indexed by ``a``: the digits it becomes, outermost first."""

@@ -1,0 +1,161 @@
+"""What a loop computes for each token or chunk by itself: projections with a bias, norms, whole networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import lacompile
+from lacompile.testing import assert_refused, assert_rewritten
+
+B, H, N, D = 2, 2, 12, 4
+WIDTH = H * D
+
+
+def layer(rows=WIDTH, columns=WIDTH):
+    """A weight and a bias."""
+    weight = torch.randn(rows, columns) / columns**0.5
+    return [weight.requires_grad_(), torch.randn(rows, requires_grad=True)]
+
+
+def tokens():
+    torch.manual_seed(0)
+    return torch.randn(B, N, WIDTH, requires_grad=True)
+
+
+def heads(x):
+    return x.unflatten(-1, (H, D))
+
+
+def step(state, q, k, v, decay):
+    """The state after one token, and what the token reads, for ``[B, H * D]`` each."""
+    state = decay * state + heads(k)[..., :, None] * heads(v)[..., None, :]
+    return state, (heads(q)[..., None, :] @ state).flatten(1)
+
+
+def loop(x, q, k, v, decay=lambda x_t: 0.9):
+    state, out = x.new_zeros(B, H, D, D), []
+    for x_t in x.unbind(1):
+        state, o = step(state, q(x_t), k(x_t), v(x_t), decay(x_t))
+        out.append(o)
+    return torch.stack(out, 1)
+
+
+MAPS = {
+    "linear": lambda x, w, b: F.linear(x, w, b),
+    "linear without a bias": lambda x, w, b: F.linear(x, w),
+    "linear of a norm": lambda x, w, b: F.linear(F.layer_norm(x, (WIDTH,)), w, b),
+    "two layers": lambda x, w, b: F.linear(F.silu(F.linear(x, w, b)), w),
+    "softmax": lambda x, w, b: heads(F.linear(x, w, b)).softmax(-1).flatten(1),
+    "normalize": lambda x, w, b: F.normalize(heads(x @ w + b), dim=-1).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_queries_keys_and_values_of_each_token(name):
+    def run(x, q, k, v):
+        return loop(x, *(lambda x_t, p=p: MAPS[name](x_t, *p) for p in (q, k, v)))
+
+    assert_rewritten(run, tokens(), layer(), layer(), layer(), compiled=False)
+
+
+@pytest.mark.parametrize("gate", [torch.sigmoid, lambda a: torch.exp(-F.softplus(a))])
+def test_a_gate_of_each_token(gate):
+    def run(x, q, g):
+        return loop(
+            x,
+            lambda x_t: F.linear(x_t, *q),
+            torch.tanh,
+            torch.cos,
+            lambda x_t: gate(F.linear(x_t, *g))[..., None, None],
+        )
+
+    assert_rewritten(run, tokens(), layer(), layer(H), compiled=False)
+
+
+CUTS = {"even": 4, "ragged": 5}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_one_projection_of_each_chunk(cut, norm):
+    def run(x, p):
+        state, out = x.new_zeros(B, H, D, D), []
+        for part in x.split(CUTS[cut], 1):
+            part = F.layer_norm(part, (WIDTH,)) if norm else part
+            q, k, v = (heads(y).transpose(1, 2) for y in F.linear(part, *p).chunk(3, -1))
+            place = torch.arange(part.shape[1], dtype=x.dtype)
+            inside = (0.9 ** (place[:, None] - place)).tril()
+            out.append((q @ k.mT * inside) @ v + 0.9 ** (place[:, None] + 1) * (q @ state))
+            state = 0.9 ** part.shape[1] * state + (k * 0.9 ** (part.shape[1] - 1 - place[:, None])).mT @ v
+        return torch.cat(out, 2)
+
+    assert_rewritten(run, tokens(), layer(3 * WIDTH), compiled=False)
+
+
+def test_a_projection_of_all_tokens_is_one_call():
+    """What is not known to work on rows stays, one call for each token."""
+
+    def nodes(key):
+        report = lacompile.explain(lambda x, k: loop(x, torch.sin, lambda x_t: key(x_t, *k), torch.cos))(
+            tokens().detach(), layer()
+        )
+        assert len(report.rewrites) == 1
+        return report.nodes_after
+
+    assert nodes(lambda x, w, b: torch.addmm(b, x, w)) - nodes(MAPS["linear"]) >= N - 1
+
+
+def test_heads_and_features_in_one_dimension_are_told_apart():
+    """Joined before the tokens are, each feature would be a head of its own."""
+
+    def run(x):
+        return loop(x, torch.sin, torch.tanh, torch.cos)
+
+    report = assert_rewritten(run, tokens(), compiled=False)
+    assert "H=2 Dk=4 Dv=4" in str(report)
+
+
+# -------------------------------------------------------------------------------------------------------------- twins
+
+
+def test_a_layer_of_its_own_for_each_token():
+    """No tensor of the program is their sequence; each is what it is."""
+    x, layers = tokens(), [layer() for _ in range(N)]
+
+    def run(x, layers):
+        it = iter(layers)
+        return loop(x, lambda x_t: F.linear(x_t, *next(it)), torch.tanh, torch.cos)
+
+    assert_refused(run, x, layers)
+
+
+def test_noise_is_drawn_for_each_use():
+    """One call made twice is two tensors where it draws numbers; the second is not the first."""
+    x = tokens().detach()
+
+    def run(x):
+        torch.manual_seed(0)
+        state, out = x.new_zeros(B, H, D, D), []
+        for x_t in x.unbind(1):
+            kept, other = F.dropout(x_t, 0.5), F.dropout(x_t, 0.5)
+            state, o = step(state, torch.sin(x_t), kept, other, 0.9)
+            out.append(o)
+        return torch.stack(out, 1)
+
+    assert_refused(run, x)
+
+
+def test_the_order_of_the_places():
+    """A series says nothing of the order in which the program goes through it."""
+
+    def last_first(x, k):
+        return loop(x.flip(1), torch.sin, lambda x_t: F.linear(x_t, *k), torch.cos).flip(1)
+
+    def keys_last_first(x, k):
+        keys = [F.linear(x_t, *k) for x_t in reversed(x.unbind(1))]
+        return loop(x, torch.sin, lambda x_t: keys.pop(0), torch.cos)
+
+    assert_refused(last_first, tokens(), layer())
+    assert_refused(keys_last_first, tokens(), layer())

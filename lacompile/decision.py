@@ -21,6 +21,7 @@ from .passes.batch import batched
 from .passes.capture import fake_mode_of
 from .passes.effects import NOWHERE, Effects, overlap
 from .passes.facts import Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
+from .passes.fission import fissioned
 from .passes.legality import settled
 from .passes.lift import Analysis, analyse
 from .passes.rewrite import rewrite
@@ -77,6 +78,7 @@ def _decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     start = time.perf_counter()
     found = analyse(gm, example_inputs, buffers=options.buffers)
     try:
+        gm, found = _behind_loops(gm, example_inputs, options, found)
         own = _own(gm, example_inputs, options, found, start)
         return _with_bodies(gm, own, _bodies(gm, example_inputs, options, found.schedule.effects))
     except LacompileError:
@@ -86,6 +88,18 @@ def _decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
         nodes = len(gm.graph.nodes)
         empty = Decision(None, Report(seconds=dict(found.seconds), nodes_before=nodes, nodes_after=nodes))
         return empty.without_rewrites("rewrite", f"{type(error).__name__}: {error}")
+
+
+def _behind_loops(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, found: Analysis
+) -> tuple[fx.GraphModule, Analysis]:
+    """The graph in which a loop's results are joined before they are projected, where more is found in that."""
+    other = fissioned(found.schedule)
+    if other is None:
+        return gm, found
+    again = analyse(other, example_inputs, buffers=options.buffers)
+    seconds = {k: found.seconds.get(k, 0) + s for k, s in again.seconds.items()}
+    return (other, replace(again, seconds=seconds)) if again.matches else (gm, replace(found, seconds=seconds))
 
 
 def _own(

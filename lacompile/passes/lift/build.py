@@ -225,7 +225,9 @@ class Builder:
             expr = Call(torch.mul, (expr, row_factor))
         for term in added:
             expr = Call(torch.add, (expr, term))
-        return expr if p.flattened is None else Call(torch.flatten, (expr, p.flattened, p.flattened + 1))
+        for d in p.flattened:
+            expr = Call(torch.flatten, (expr, d, d + 1))
+        return expr
 
     def _summed_product(self, p: Proof, t: Term) -> Piece | None:
         """The factors of a plain term; those that hold key features are multiplied and summed first."""

@@ -16,7 +16,7 @@ from ..capture import Capture, Memory, ViewStep, aliases
 from .affine import ONE
 from .engine import Engine, GiveUp, Unmerged
 from .leaves import Opaque
-from .series import SeriesTable
+from .series import Circumstances, SeriesTable
 from .statics import Statics, fitted_constant
 from .term import Precision, Term, Val, constant, value
 from .transfer import Op, transfer
@@ -59,8 +59,8 @@ class Interpreter:
     reading: int = 0
     series: SeriesTable = field(init=False)
     _gave_up: str | None = None
-    _repeatable: bool = True  # whether what the node has run so far gives the same numbers if it is run again
-    _given: dict[fx.Node, Val] = field(default_factory=dict)  # of inputs and constants
+    _repeatable: bool = True  # whether the node has run operations of PyTorch alone, and known ones
+    _given: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs and constants
     _leaves: int = 0  # how many there were when the last node had been run
     _weights: dict[Any, Val] = field(default_factory=dict)  # of tables that were read
 
@@ -81,10 +81,7 @@ class Interpreter:
     # ------------------------------------------------------------------------------------------------------ observer
 
     def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Val:
-        self._given[node] = self._source(node, tensor, real)
-        return self._given[node]
-
-    def _source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Val:
+        self._given[node] = tensor
         if node.op == "get_attr" and isinstance(real, torch.Tensor) and real.numel() <= MAX_BAKED:
             return self._numbers(tensor, real)
         if self.statics is not None and (known := self.statics.value(node, tensor)) is not None:
@@ -111,7 +108,7 @@ class Interpreter:
         if type(tensor) is torch.Tensor and tensor.numel() <= MAX_BAKED and tensor.device.type == "cpu":
             found = self._as_written(tensor)
             return self._numbers(tensor, tensor) if found is None else found
-        self._gave_up = why
+        self._gave_up, self._repeatable = why, False
         return self.engine.leaf(tensor, Opaque(None, why))
 
     def _as_written(self, tensor: torch.Tensor) -> Val | None:
@@ -133,7 +130,7 @@ class Interpreter:
         if not aliases(func):
             args = [self._complete(a, dtypes[n]) if isinstance(a, Val) else a for n, a in enumerate(args)]
         op = Op(self.engine, func, args, kwargs, out, dtypes)
-        self._repeatable &= func.namespace == "aten" and torch.Tag.nondeterministic_seeded not in func.tags
+        self._repeatable &= func.namespace == "aten"
         self.engine.running = self.capture.node if self.capture is not None else None
         try:
             return transfer(op)
@@ -248,7 +245,7 @@ class Interpreter:
         self._demand((k.node for k in kinds if isinstance(k, Opaque) and k.node is not None), by=node)
         self.engine.taken_whole.clear()
         out = []
-        single = len(outputs) == 1
+        single = len(outputs) == 1 and not isinstance(node.meta.get("example_value"), list | tuple)
         assert self.capture is not None
         for tensor, val in outputs:
             val = self._rooted(node, val, tensor) if single else val
@@ -349,16 +346,25 @@ class Interpreter:
         if not isinstance(kind, Opaque) or kind.node is not node or kind.unmerged or kind.series is not None:
             return val
         assert self.capture is not None
-        mode = self.capture.records_gradients, repeatable
-        found = self.series.piece(node, val.shape, tensor.dtype, self._value_now, kind, *mode)
+        given = map(self._tensor_of, node.all_input_nodes)
+        call = Circumstances(
+            self.capture.records_gradients,
+            repeatable and node not in self.capture.effects.impure and self._memory.record(tensor).root.node is node,
+            not any(t is not None and self._memory.record(t).root.writers for t in given),
+        )
+        found = self.series.piece(node, val.shape, tensor.dtype, self._value_now, kind, call)
         if found is None:
             return val
         piece = value(val.shape, [Term(accs=(found,))], precision=Precision.EXACT)
         return piece if val.alt is None else replace(val, alt=piece.one)
 
     def _value_now(self, node: fx.Node) -> Val | None:
-        fact = self._current(node)
-        return self._given.get(node) if fact is None else fact.value
+        """What a node's tensor holds now, whoever has written into it."""
+        tensor = self._tensor_of(node)
+        return None if tensor is None else self._memory.read(self._memory.record(tensor))
+
+    def _tensor_of(self, node: fx.Node) -> torch.Tensor | None:
+        return self.facts[node].tensor if node in self.facts else self._given.get(node)
 
     def _born_since(self) -> range:
         """The leaves that are new since this was asked for the node before."""

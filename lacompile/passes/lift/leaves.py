@@ -34,11 +34,13 @@ class Series:
 
     ``pieces``: for the place where one begins its node, and how many places it has. ``stacked`` pieces have one each,
     and no dimension for it. ``of``: what their functions are called with, where that is one access; at place HERE.
+    ``as_made``: what they are called with was not written into before.
     """
 
     dim: int
     stacked: bool
     of: Access | None
+    as_made: bool = True
     pieces: dict[int, tuple[fx.Node, int]] = field(default_factory=dict)
     starts: list[int] = field(default_factory=list)
     """In order."""

@@ -49,8 +49,8 @@ class Proof:
     first: Aff = ZERO
     """The position of the sum that is the operator's first: q, k and v may be parts of longer tensors."""
     state: list[Access] | None = None
-    flattened: int | None = None
-    """The dimension that the program's value has in place of this one and the next."""
+    flattened: tuple[int, ...] = ()
+    """The dimensions that are joined with the one behind them, one after the other, to have the program's value."""
     residual: list[Term] = field(default_factory=list)
     shapes: dict[int, tuple[Aff, ...]] = field(default_factory=dict)
     looked_at: set[fx.Node] = field(default_factory=set)

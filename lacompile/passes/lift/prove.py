@@ -48,7 +48,8 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, quer
     proving.check_ranges()
     proving.assign_roles()
     if proving.e is None and (split := apart(engine, fact, main, proving.n)) is not None:
-        return replace(prove(engine, split[0], explained, queries=queries), flattened=split[1])
+        inner = prove(engine, split[0], explained, queries=queries)
+        return replace(inner, flattened=(*inner.flattened, split[1]))
     proving.sort_factors()
     proving.sort_weights()
     if queries:

@@ -17,7 +17,7 @@ from torch import fx
 
 from .affine import ONE, ZERO, Aff
 from .leaves import HERE, Leaf, Leaves, Opaque, Series
-from .term import Access, Val
+from .term import Access, Term, Val
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,26 @@ class Place:
     length: int
     of: Aff
     dim: int
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor that a call is given, but for the place that it is at."""
+
+    value: Term
+    shape: tuple[Aff, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """``records_gradients``: for autograd a value computed without them is another. ``repeatable``: the same call again
+    has the same value. ``as_made``: nobody has written into what it is given since that was made.
+    """
+
+    records_gradients: bool
+    repeatable: bool
+    as_made: bool
 
 
 class NoPlace(Exception):
@@ -48,8 +68,7 @@ class SeriesTable:
         dtype: torch.dtype,
         value_of: Callable[[fx.Node], Val | None],
         kind: Opaque,
-        records_gradients: bool,
-        repeatable: bool,
+        call: Circumstances,
     ) -> Access | None:
         """The value of a call as a part of the tensor of all such values; None if it is none.
 
@@ -59,8 +78,7 @@ class SeriesTable:
             dtype: of its value.
             value_of: what is known of an argument.
             kind: of the leaf that its value is by itself.
-            records_gradients: for autograd a value computed without them is another.
-            repeatable: whether the same call has the same value again.
+            call: what else tells it from others.
         """
         try:
             key, place = self._named(node, value_of)
@@ -73,10 +91,11 @@ class SeriesTable:
         if stacked and place.length != 1:
             return None
         rest = (*shape[:dim], *shape[dim if stacked else dim + 1 :])
-        leaf, series = self._series((key, dim, stacked, rest, place.of, dtype, records_gradients), kind)
-        again = repeatable and series.pieces.get(place.start, (None, 0))[1] == place.length
+        leaf, series = self._series((key, dim, stacked, rest, place.of, dtype, call.records_gradients), kind)
+        again = call.repeatable and series.pieces.get(place.start, (None, 0))[1] == place.length
         if not again and not series.add(node, place.start, place.length):
             return None
+        series.as_made &= call.as_made
         own = [ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape)]
         at = Aff.lit(place.start) if stacked else own[dim] + place.start
         return leaf, (*own[:dim], at, *own[dim if stacked else dim + 1 :])
@@ -100,7 +119,7 @@ class SeriesTable:
                 value = value_of(arg)
                 if value is None:
                     raise NoPlace
-                return self._argument(value, places)
+                return self._argument(value, arg.meta["example_value"].dtype, places)
             if isinstance(arg, list | tuple):
                 return tuple(map(named, arg))
             if isinstance(arg, dict):
@@ -114,11 +133,15 @@ class SeriesTable:
             raise NoPlace
         return key, places.pop()
 
-    def _argument(self, v: Val, places: set[Place]) -> Any:
+    def _argument(self, v: Val, dtype: torch.dtype, places: set[Place]) -> Argument:
         t = v.one if v.alt is None else v.alt
         if t is None or t.exp or t.guards or not t.poly.is_const:
             raise NoPlace
-        return t.coef, t.poly, tuple((leaf, self._without_place(leaf, idx, v.shape, places)) for leaf, idx in t.accs)
+        mine: set[Place] = set()
+        accs = tuple((leaf, self._without_place(leaf, idx, v.shape, mine)) for leaf, idx in t.accs)
+        places |= mine
+        lengths = {(p.dim, Aff.lit(p.length)) for p in mine}
+        return Argument(t.but(accs=accs), tuple(HERE if (d, n) in lengths else n for d, n in enumerate(v.shape)), dtype)
 
     def _without_place(
         self, leaf: int, idx: Sequence[Aff], shape: tuple[Aff, ...], places: set[Place]
@@ -139,10 +162,10 @@ class SeriesTable:
 
 def _access(args: tuple[Any, ...]) -> Access | None:
     """The first of the arguments, where it is one access."""
-    if not args or not isinstance(args[0], tuple) or len(args[0]) != 3:
+    if not args or not isinstance(args[0], Argument):
         return None
-    coef, poly, accs = args[0]
-    return accs[0] if coef == 1 and poly == ONE and len(accs) == 1 else None
+    t = args[0].value
+    return t.accs[0] if t.coef == 1 and t.poly == ONE and len(t.accs) == 1 else None
 
 
 def _place(a: Aff, size: Aff, shape: tuple[Aff, ...], behind: int) -> Place | None:

@@ -6,26 +6,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch.amp.autocast_mode import _enter_autocast
 
+from ...capture.modes import AUTOCAST
 from ...facts import Call, Expr, Value
+from ...rows import width
 from ..affine import ONE, ZERO, Aff
 from ..leaves import HERE, Leaves, Opaque, Series
 from .pieces import CannotEmit
-
-ON_ROWS = {
-    torch.nn.functional.linear: 1,
-    torch.nn.functional.layer_norm: None,
-    torch.nn.functional.rms_norm: None,
-    torch.rms_norm: None,
-}
-"""Functions of the last dimensions of their first argument, and of how many: None, of those that the second names."""
 
 
 @dataclass(frozen=True)
@@ -52,60 +45,56 @@ def joined_pieces(leaves: Leaves, series: Series, first: int, last: int) -> Join
         node, length = series.pieces[end]
         nodes.append(node)
         end += length
-    if len(nodes) > 1 and _is_on_rows(series, nodes):
-        rest = nodes[0].args[1:]
-        rows = _rows(leaves, series, start, end) or _side_by_side([n.args[0] for n in nodes], series)
-        return Joined(
-            Call(_function(nodes[0]), (rows, *map(_recipe, rest)), _recipe(nodes[0].kwargs)), start, end - start
-        )
-    return Joined(_side_by_side(nodes, series), start, end - start)
+    expr = _at_once(leaves, series, nodes, start, end) if len(nodes) > 1 else None
+    return Joined(_side_by_side(nodes, series) if expr is None else expr, start, end - start)
 
 
-def _function(node: fx.Node) -> Callable[..., Any]:
-    assert callable(node.target)
-    return node.target
-
-
-def _side_by_side(nodes: Sequence[Any], series: Series) -> Expr:
+def _side_by_side(nodes: Sequence[fx.Node], series: Series) -> Expr:
     if len(nodes) == 1 and not series.stacked:
         return Value(nodes[0])
     return Call(torch.stack if series.stacked else torch.cat, ([Value(n) for n in nodes], series.dim))
 
 
-def _is_on_rows(series: Series, nodes: Sequence[fx.Node]) -> bool:
-    """Whether all are one function of the dimensions behind that of the series, and nothing else tells them apart."""
-    first = nodes[0]
-    if first.target not in ON_ROWS or not first.args or not isinstance(first.args[0], fx.Node):
-        return False
+def _at_once(leaves: Leaves, series: Series, nodes: Sequence[fx.Node], start: int, end: int) -> Expr | None:
+    """One call for all places: of a function of the dimensions behind that of the places, of whose arguments none but
+    the first differs, and none was written into.
+    """
+    first, last_dims = nodes[0], width(nodes[0])
+    given = [n.args[0] if n.args else None for n in nodes]
+    tensors = [x for x in given if isinstance(x, fx.Node)]
+    if not last_dims or not callable(first.target) or not series.as_made or len(tensors) < len(nodes):
+        return None
     if any(n.args[1:] != first.args[1:] or n.kwargs != first.kwargs for n in nodes):
-        return False
-    if first.graph.find_nodes(op="call_function", target=_enter_autocast):
-        return False  # in another region the same call may round in another way
-    count = ON_ROWS[first.target]
-    if count is None:
-        named = first.args[1] if len(first.args) > 1 else None
-        if not isinstance(named, list | tuple):
-            return False
-        count = len(named)
-    return series.dim <= first.args[0].meta["example_value"].dim() - count
+        return None
+    if any(first.graph.find_nodes(op="call_function", target=f) for f in AUTOCAST):
+        return None  # where the recipe stands the same call may round in another way
+    examples = [x.meta["example_value"] for x in tensors]
+    if series.dim > examples[0].dim() - last_dims - (not series.stacked):
+        return None
+    rows = _rows(leaves, series, examples, start, end) or _side_by_side(tensors, series)
+    return Call(first.target, (rows, *map(_recipe, first.args[1:])), _recipe(first.kwargs))
 
 
-def _rows(leaves: Leaves, series: Series, start: int, end: int) -> Expr | None:
-    """What the function is called with at all places, if that is a part of one tensor of the graph."""
+def _rows(leaves: Leaves, series: Series, examples: Sequence[torch.Tensor], start: int, end: int) -> Expr | None:
+    """What the function is called with at all places, if that is a part of one tensor of the graph as it is."""
     if series.of is None:
         return None
-    leaf, idx = series.of
-    kind = leaves[leaf].kind
-    dim = series.dim
-    own = [ZERO if n == ONE else Aff.var(d - (series.stacked and d > dim)) for d, n in enumerate(leaves[leaf].shape)]
+    (leaf, idx), dim = series.of, series.dim
+    found = leaves[leaf]
+    kind, shape = found.kind, found.shape
+    own = [ZERO if n == ONE else Aff.var(d - (series.stacked and d > dim)) for d, n in enumerate(shape)]
     if not isinstance(kind, Opaque) or list(idx) != [*own[:dim], HERE, *own[dim + 1 :]]:
         return None
+    if any(x.dtype != found.dtype or x.dim() != len(shape) - series.stacked for x in examples):
+        return None
     if kind.series is not None:
+        if (kind.series.dim, kind.series.stacked) != (dim, series.stacked):
+            return None
         inner = joined_pieces(leaves, kind.series, start, end - 1)
         return Call(torch.narrow, (inner.expr, dim, start - inner.start, end - start))
-    whole = leaves[leaf].shape[dim] == Aff.lit(end) and start == 0
     if kind.node is None:
         return None
+    whole = start == 0 and shape[dim] == Aff.lit(end)
     return Value(kind.node) if whole else Call(torch.narrow, (Value(kind.node), dim, start, end - start))
 
 

@@ -1,0 +1,85 @@
+"""Functions of rows: those of the last dimensions of their first argument, and how many dimensions that are."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+
+def width(node: fx.Node) -> int | None:
+    """How many of the last dimensions a call works on; for each place in those before it does the same.
+
+    None where that is not known. The other arguments must be the same for all places.
+    """
+    if node.target in POINTWISE:
+        return 0
+    found = WIDTHS.get(node.target)
+    return None if found is None else found(node)
+
+
+def _argument(node: fx.Node, n: int, name: str) -> Any:
+    return node.args[n] if n < len(node.args) else node.kwargs.get(name)
+
+
+def _kept(node: fx.Node) -> int | None:
+    """The width of a sum or a mean along dimensions that are counted from the end, and kept."""
+    dims = _argument(node, 1, "dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not _argument(node, 2, "keepdim") or not isinstance(dims, list | tuple) or any(d >= 0 for d in dims):
+        return None
+    return -min(dims)
+
+
+def _named(node: fx.Node) -> int | None:
+    shape = _argument(node, 1, "normalized_shape")
+    return len(shape) if isinstance(shape, list | tuple) else None
+
+
+def _along(n: int) -> Callable[[fx.Node], int | None]:
+    """The width of a function along a dimension that is counted from the end."""
+
+    def found(node: fx.Node) -> int | None:
+        dim = _argument(node, n, "dim")
+        return -dim if isinstance(dim, int) and dim < 0 else None
+
+    return found
+
+
+WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
+    F.linear: lambda node: 1,
+    F.layer_norm: _named,
+    F.rms_norm: _named,
+    torch.rms_norm: _named,
+    F.softmax: _along(1),
+    torch.softmax: _along(1),
+    "softmax": _along(1),
+    F.normalize: _along(2),
+    **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), _kept),
+}
+ARITHMETIC = (
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "neg",
+    "pow",
+    "square",
+    "sqrt",
+    "rsqrt",
+    "reciprocal",
+    "exp",
+    "sigmoid",
+    "tanh",
+    "relu",
+)
+POINTWISE = frozenset[Any]({
+    *(getattr(F, name) for name in ("silu", "gelu", "relu", "elu", "softplus", "sigmoid", "tanh", "logsigmoid")),
+    *(getattr(torch, name) for name in ARITHMETIC),
+    *ARITHMETIC, "float", "to",
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
+})  # fmt: skip

@@ -109,16 +109,18 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
         options["num_stages"] = min(v.stages, k.stages)
         return Case(backward_kernel, common | own | ends | blocks, backward_columns(v.bk, k.bk, k.bv, v.bv), options)
     if name == "contributions":
-        common |= {"BK": pre.bk, "BV": pre.bv, "PIECES": launch.PIECES, "REVERSE": True}
-        columns, options = {"b_source": pre.bk, "c_source": pre.bv}, {"num_warps": pre.warps, "num_stages": pre.stages}
+        common |= {"BK": pre.bk, "BV": pre.bv, "PIECES": launch.PIECES, "BOTH": True}
+        columns = {"k_source": pre.bk, "v_source": pre.bv, "q_source": pre.bk, "do_source": pre.bv}
+        options = {"num_warps": pre.warps, "num_stages": pre.stages}
         return Case(segments.contributions_kernel, common | own, columns, options)
     if name == "decode":
         bk, bv, warps = tile(dk, dv)
         const = {"DK": dk, "DV": dv, "BK": bk, "BV": bv, "PER_TOKEN": per_token, "s_v": 1, "e_v": 1} | end
         return Case(decode_kernel, const, dict.fromkeys(["q_ptr", "k_ptr", "v_ptr", "o_ptr"], 0), {"num_warps": warps})
     if name == "scan":
-        const = {"DKV": dk * dv, "TILE": 1024, "CHUNK": v.chunk, "PIECES": launch.PIECES, "REVERSE": True}
-        return Case(segments.scan_kernel, const | {"PER_TOKEN": per_token, "HAS_FIRST": True}, {}, {"num_warps": 4})
+        const = {"DKV": dk * dv, "TILE": 1024, "CHUNK": v.chunk, "PIECES": launch.PIECES, "BOTH": True}
+        const |= {"PER_TOKEN": per_token, "HAS_FIRST": True, "HAS_D_LAST": True}
+        return Case(segments.scan_kernel, const, {}, {"num_warps": 4})
     const = {"DKV": dk * dv, "BLOCKS": 2, "SPAN": launch.span(per_token), "PER_TOKEN": per_token}
     return Case(decay_grad_kernel, const | {"HAS_START": True, "HAS_D_END": True}, {}, {"num_warps": 4})
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from lacompile.kernels import cpu, reference
+from lacompile.kernels.tuning import space
 from lacompile.testing import budget, check_error, head_log_decay, qkv, relative_error, state, token_log_decay
 
 from .interpreter import interpreted_kernels, run_in_a_process_of_its_own
@@ -363,6 +364,36 @@ class TestPlan:
         ]
         assert counts == sorted(counts) and counts[0] < counts[2]
 
+    @pytest.mark.parametrize(
+        ("heads", "length", "size", "per_token", "uses", "count"),
+        [
+            (16, 2048, 128, False, 3, 1),
+            (16, 4096, 128, False, 3, 1),
+            (16, 32768, 128, False, 3, 5),
+            (8, 2048, 128, False, 3, 2),
+            (8, 4096, 128, False, 3, 2),
+            (8, 8192, 128, False, 3, 4),
+            (4, 1024, 128, False, 3, 1),
+            (4, 2048, 128, False, 3, 4),
+            (4, 8192, 128, False, 3, 4),
+            (64, 2048, 128, False, 3, 1),
+            (16, 1024, 64, False, 3, 1),
+            (16, 4096, 64, False, 3, 2),
+            (16, 8192, 64, False, 3, 4),
+            (16, 2048, 128, True, 3, 2),
+            (16, 8192, 128, True, 3, 2),
+            (32, 2048, 128, True, 3, 1),
+            (16, 2048, 128, False, 1, 4),
+            (16, 8192, 128, False, 1, 4),
+            (4, 4096, 128, False, 1, 8),
+        ],
+    )
+    def test_what_was_fastest_on_an_h200_is_chosen(self, heads, length, size, per_token, uses, count):
+        launch = lightning2.launch
+        tiles = space.hopper(size, size)[0 if size == 64 or per_token else 2]  # as in that device's table
+        programs = heads * uses * launch.blocks(size, tiles.bv)
+        assert launch.plan(length, programs, launch.Hardware(bandwidth=1.436), tiles, uses).count == count
+
     def test_a_device_is_known_by_its_memory(self, monkeypatch):
         class H200:
             multi_processor_count, memory_clock_rate, memory_bus_width = 132, 3201000, 6016
@@ -383,7 +414,7 @@ class TestPlan:
     def test_pieces_make_up_a_segment(self, tokens):
         launch = lightning2.launch
         piece = launch.Segments(tokens, 3).piece
-        assert piece % launch.CHUNK == 0 and launch.PIECES * piece >= tokens
+        assert piece % launch.CHUNK == 0 and launch.PIECES * piece >= tokens and piece >= launch.PIECE
 
     def test_segments_and_spans_are_made_of_chunks(self):
         launch = lightning2.launch

@@ -20,7 +20,7 @@ from .body import attend
 from .calls import Box, Calls, Launch, signature
 from .decay import to_log2
 from .decay_grad import decay_grad
-from .segments import segment_states
+from .segments import Backwards, segment_states
 from .selfcheck import Integers, equal, is_right
 from .tiles import of_head
 
@@ -234,10 +234,9 @@ def _prepare(
     k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
     programs = rows * (2 * k_blocks + v_blocks)
     split = launch.plan(length, programs, launch.hardware(q.device), for_v, uses=3)
-    states, d_states, slots = None, None, 1
+    states, slots = None, 1
     if split.count > 1:
-        states = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False)
-        d_states = segment_states(q, do, log_decay, scale, d_state, split, reverse=True)
+        states = segment_states(k, v, log_decay, initial_state, split, Backwards(q, do, d_state, scale))
         slots = split.count + 1
     # Whoever starts from a state stores one, so that the self-check runs this very kernel. And Triton 3.6 pipelines
     # heads of 256 into more shared memory than there is unless the last state is stored.
@@ -250,7 +249,7 @@ def _prepare(
     ]  # fmt: skip
     constants = {
         "DK": dk, "DV": dv, "CHUNK": chunk, "PER_TOKEN": per_token,
-        "HAS_START": starts, "HAS_D_START": d_states is not None or d_state is not None,
+        "HAS_START": starts, "HAS_D_START": states is not None or d_state is not None,
         "STORE_D_END": store_end, "DECAY_GRAD": want_decay,
     }  # fmt: skip
     columns = [(q, for_v.bk), (k, for_v.bk), (v, for_k.bk), (do, for_k.bk)]
@@ -280,9 +279,9 @@ def _prepare(
     def call(
         do: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None
     ) -> Gradients:
-        # Their scratch is free again before the gradients are.
-        start = initial if states is None else states(k, v, log_decay, initial)
-        d_start = d_end if d_states is None else d_states(q, do, log_decay, d_end)
+        start, d_start = initial, d_end
+        if states is not None:  # their scratch is free again before the gradients are made
+            start, d_start = states(k, v, log_decay, initial, q, do, d_end)
         dq, dk, dv = gradients(q, k, v)
         d_initial = torch.empty(end_shape if store_end else (0,), dtype=torch.float32, device=q.device)
         q_rows = torch.empty(rows_shape, dtype=torch.float32, device=q.device)

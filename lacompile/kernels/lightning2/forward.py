@@ -152,7 +152,7 @@ def _prepare(
     split = launch.plan(length, programs, launch.hardware(q.device), tiles)
     states, slots = None, 1
     if split.count > 1:
-        states, slots = segment_states(k, v, log_decay, 1.0, initial_state, split, reverse=False), split.count + 1
+        states, slots = segment_states(k, v, log_decay, initial_state, split), split.count + 1
     decay_strides, factors = launch.decay_strides(log_decay), None
     numbers = [
         scale, heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
@@ -182,7 +182,8 @@ def _prepare(
     run = Launch(kernel, programs * split.count, [*boxes, None, None, None], numbers, constants, options)
 
     def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-        start = initial if states is None else states(k, v, log_decay, initial)  # its scratch is free again before o is
+        # Its scratch is free again before o is made.
+        start = initial if states is None else states(k, v, log_decay, initial)[0]
         o, state = outputs(q)
         decays = log_decay if factors is None else factors(log_decay)
         run(q, k, v, o, decays, state if start is None else start, state)

@@ -98,11 +98,16 @@ def mark_dtype(dtype: torch.dtype, per_token: bool) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.bfloat16 and not per_token else torch.float32
 
 
+MAX_SEGMENTS = 64
+PIECES = 8
+PIECE = 2 * CHUNK
+
+
 @dataclass(frozen=True)
 class Segments:
     """A sequence split into ``count`` segments of ``tokens`` tokens (the last is shorter).
 
-    The pre-pass cuts each segment into PIECES pieces, which run in parallel.
+    The pre-pass cuts each segment into up to PIECES pieces, which run in parallel.
     """
 
     tokens: int
@@ -110,22 +115,31 @@ class Segments:
 
     @property
     def piece(self) -> int:
-        """Tokens to a piece, a multiple of every chunk; the last pieces may be empty."""
-        return -(-self.tokens // (PIECES * CHUNK)) * CHUNK
+        """Tokens to a piece, a multiple of every chunk; the last pieces may be empty.
+
+        No fewer than PIECE: a piece's state is written and read, which is more than it is made from if it is short.
+        """
+        return max(PIECE, -(-self.tokens // (PIECES * CHUNK)) * CHUNK)
 
 
-MAX_SEGMENTS = 64
-PIECES = 8
-# The pre-pass in tokens of one program of the main pass: launches, then for each segment a step of the scan. A piece
-# takes as long as in the main pass, and this many of its programs share a multiprocessor.
-PREPASS_LATENCY, SCAN_STEP, PREPASS_RESIDENT = 640, 64, 3
+# The plan counts in nanoseconds. A program takes this long beside its tokens; a pre-pass this long beside its pieces,
+# the states that its programs start from included; and each segment is a step of the scan.
+START, PREPASS, SCAN_STEP = 3300.0, 7000.0, 700.0
+# Programs that share a multiprocessor do this many times the work of one that has it to itself.
+TOGETHER = 1.25
+# A token of the pre-pass beside one of the main pass, and how many of its programs share a multiprocessor.
+PREPASS_PACE, PREPASS_RESIDENT = 0.5, 3
+# A piece's state is written and read, at two thirds of the memory's nominal speed.
+TRAFFIC = 3.0
+# Over so many tokens programs that share tiles drift apart until they move twice the bytes.
+DRIFT = 2.4e6
 
 
 @dataclass(frozen=True)
 class Hardware:
     """How many multiprocessors a device has, and a multiprocessor's share of its memory's bandwidth, an H100's being 1.
 
-    The default is an H100, which ``tiles.saturating`` and the constants above are fitted to.
+    The default is an H100. An H200's multiprocessors are the same, so that times by program hold for both.
     """
 
     processors: int = 132
@@ -151,22 +165,34 @@ def hardware(device: torch.device) -> Hardware:
 def plan(length: int, programs: int, hardware: Hardware, tiles: Config, uses: int = 1) -> Segments:
     """How to split ``length`` tokens when one segment would make ``programs`` programs, of so many ``uses``.
 
-    Segments are multiples of GRANULE tokens. The model, in units of one token of one program: waves of programs, each
-    as long as its segment, but no less than memory takes for all of them; and a pre-pass for each direction of time.
-    Its constants are fitted to times on an H100 (docs/kernel-notes.md); faster memory takes more programs to saturate.
+    Segments are multiples of GRANULE tokens. The model is of the multiprocessor that gets the most programs, no faster
+    than memory is for all of them, and of a pre-pass, which for the backward pass goes both ways at once. It is fitted
+    to times on an H200 (docs/kernel-notes.md, section 13).
     """
     processors, passes = hardware.processors, min(uses, 2)
-    slots = processors * tiles.resident
-    memory = programs * length / (processors * tiles.saturating * hardware.bandwidth)
-    best, cost = Segments(max(length, 1), 1), max(-(-programs // slots) * length, memory)
-    for count in range(2, min(MAX_SEGMENTS, -(-length // GRANULE)) + 1):
-        tokens = -(-length // (count * GRANULE)) * GRANULE
-        count = -(-length // tokens)
-        work = programs / uses * (length - tokens) / (PREPASS_RESIDENT * processors)
-        prepass = passes * (tokens / PIECES + work + PREPASS_LATENCY + SCAN_STEP * count)
-        this = max(tokens * -(-programs * count // slots), memory) + prepass
-        if count > 1 and this < cost:
-            best, cost = Segments(tokens, count), this
+    memory = tiles.pace * programs * length / (processors * tiles.saturating * hardware.bandwidth)
+    parts = passes * programs / uses  # programs of the pre-pass for each segment and piece, each with a tile of a state
+    bytes_per_ns = 1e-9 * H100_BANDWIDTH * hardware.bandwidth * processors
+    states = TRAFFIC * 4 * tiles.bk * tiles.bv * parts / bytes_per_ns
+    shared = max(1.0, tiles.resident / TOGETHER)
+
+    def main(tokens: int, count: int) -> float:
+        most = blocks(programs * count, processors)
+        full, rest = divmod(most, tiles.resident)
+        # Those left over by full multiprocessors may find one that is free, or one that is not.
+        last = 0.0 if not rest else 1.0 if most == rest else (1.0 + shared) / 2
+        return max((START + tiles.pace * tokens) * (full * shared + last), memory * (1 + tokens / DRIFT))
+
+    best, cost = Segments(max(length, 1), 1), main(length, 1)
+    for count in range(2, min(MAX_SEGMENTS, blocks(length, GRANULE)) + 1):
+        tokens = blocks(length, count * GRANULE) * GRANULE
+        split = Segments(tokens, blocks(length, tokens))
+        pieces, borders = blocks(tokens, split.piece), split.count - 1
+        work = split.piece + parts * (length - tokens) / (PREPASS_RESIDENT * processors)
+        prepass = PREPASS + SCAN_STEP * borders + PREPASS_PACE * tiles.pace * work + states * borders * pieces
+        this = main(tokens, split.count) + prepass
+        if borders and this < cost:
+            best, cost = split, this
     return best
 
 

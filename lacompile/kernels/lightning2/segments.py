@@ -1,7 +1,9 @@
 """Few heads: the sequence is cut into segments that run in parallel, each from the state at its start.
 
 A pre-pass takes the contributions to the state of pieces of segments, a scan over the pieces combines them. Both exist
-for the state (forwards, from k and v) and for its gradient (backwards, from q and do).
+for the state (forwards, from k and v) and for its gradient (backwards, from q and do). The two do not depend on each
+other, and a short pre-pass is mostly waiting, so that they go side by side: its programs take one direction or the
+other, which is no compile-time property, since two loops in one kernel would each have shared memory of their own.
 
 With a fixed decay what lies far enough behind a segment's border is below rounding there, and is not read at all. How
 far that is (:func:`reach`) follows from the decay alone: no kernel waits for another to know it, nor the host for any.
@@ -13,6 +15,7 @@ far that is (:func:`reach`) follows from the decay alone: no kernel waits for an
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -53,12 +56,12 @@ def contribution(
     begin,
     stop,
     block,
+    reverse,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
-    REVERSE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -72,12 +75,14 @@ def contribution(
         total = (stop - begin).to(tl.float32) * g_head
     state = tl.zeros([BK, BV], tl.float32)
     chunks = tl.cdiv(stop - begin, CHUNK)
+    first = begin + tl.where(reverse, chunks - 1, 0) * CHUNK
+    turn = tl.where(reverse, -CHUNK, CHUNK)
     for step in range(chunks):
-        at = begin + (chunks - 1 - step if REVERSE else step) * CHUNK
+        at = first + step * turn
         b = tl.trans(read(b_source, batch, b_head, b_stride, at, stop, 0, CHUNK, BK, DK, TMA))
         c = read(c_source, batch, c_head, c_stride, at, stop, block * BV, CHUNK, BV, DV, TMA)
         sums, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN)
-        to_state = tl.exp2(sums if REVERSE else last - sums) * scale
+        to_state = tl.exp2(tl.where(reverse, sums, last - sums)) * scale
         weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
         state = tl.dot(b, weighted, state * tl.exp2(last), input_precision=PRECISION)
         if PER_TOKEN:
@@ -86,7 +91,7 @@ def contribution(
 
 
 @triton.jit
-def piece_of(begin, stop, piece, index, g_head, CHUNK: tl.constexpr, REVERSE: tl.constexpr, PER_TOKEN: tl.constexpr):
+def piece_of(begin, stop, piece, index, g_head, reverse, CHUNK: tl.constexpr, PER_TOKEN: tl.constexpr):
     """(first token, end) of a segment's piece: nothing of it where all of it is out of reach of the border.
 
     The border is the segment's end forwards and its start backwards.
@@ -94,37 +99,57 @@ def piece_of(begin, stop, piece, index, g_head, CHUNK: tl.constexpr, REVERSE: tl
     first = begin + index * piece
     end = tl.minimum(first + piece, stop)
     if not PER_TOKEN:
-        far = reach(g_head, CHUNK)
-        if (first - begin >= far) if REVERSE else (stop - end >= far):
+        if tl.where(reverse, first - begin, stop - end) >= reach(g_head, CHUNK):
             end = first
     return first, tl.maximum(end, first)
 
 
+@triton.jit
+def side(pid, BOTH: tl.constexpr):
+    """(whether a program goes backwards, its place among those that go the same way): in turns, if there are BOTH."""
+    if BOTH:
+        return pid % 2 == 1, pid // 2
+    else:
+        return tl.full((), False, tl.int1), pid
+
+
 @triton.jit(
     do_not_specialize=[
-        "b_b", "b_h", "b_t", "c_b", "c_h", "c_t", "g_b", "g_h", "g_t",
-        "scale", "heads", "b_group", "c_group", "length", "segment", "segments", "piece",
+        "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "q_b", "q_h", "q_t", "do_b", "do_h", "do_t", "g_b", "g_h", "g_t",
+        "scale", "heads", "k_group", "v_group", "q_group", "do_group", "length", "segment", "segments", "piece",
     ]
 )  # fmt: skip
 def contributions_kernel(
-    b_source,
-    c_source,
+    k_source,
+    v_source,
+    q_source,
+    do_source,
     g_ptr,
     states_ptr,  # [rows, segments, PIECES, DK, DV] fp32: contributions; nothing where a piece is out of reach
     totals_ptr,  # [rows, segments, PIECES] fp32: log2-decay over each piece, if PER_TOKEN
-    b_b,
-    b_h,
-    b_t,
-    c_b,
-    c_h,
-    c_t,
+    d_states_ptr,  # the same two for the gradients of states
+    d_totals_ptr,
+    k_b,
+    k_h,
+    k_t,
+    v_b,
+    v_h,
+    v_t,
+    q_b,
+    q_h,
+    q_t,
+    do_b,
+    do_h,
+    do_t,
     g_b,
     g_h,
     g_t,
     scale,
     heads,
-    b_group,
-    c_group,
+    k_group,
+    v_group,
+    q_group,
+    do_group,
     length,
     segment,
     segments,
@@ -136,20 +161,27 @@ def contributions_kernel(
     CHUNK: tl.constexpr,
     UNIT: tl.constexpr,
     PIECES: tl.constexpr,
-    REVERSE: tl.constexpr,
+    BOTH: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One program per (batch and head, segment but the last in this direction of time, piece, block of columns).
+    """One program per (batch and head, segment but the last in its direction of time, piece, block of columns, side).
 
-    b ``[B,*,N,DK]`` and c ``[B,*,N,DV]`` are k and v forwards, q and do backwards.
+    ``[B,*,N,DK]`` are k and q, ``[B,*,N,DV]`` are v and do; without BOTH q and do stand for nothing.
     """
     blocks: tl.constexpr = (DV + BV - 1) // BV
-    pid = tl.program_id(0)
+    reverse, pid = side(tl.program_id(0), BOTH)
+    b_source, b_b, b_h, b_t, b_group = k_source, k_b, k_h, k_t, k_group
+    c_source, c_b, c_h, c_t, c_group = v_source, v_b, v_h, v_t, v_group
+    if BOTH:
+        if reverse:
+            b_source, b_b, b_h, b_t, b_group = q_source, q_b, q_h, q_t, q_group
+            c_source, c_b, c_h, c_t, c_group = do_source, do_b, do_h, do_t, do_group
+            states_ptr, totals_ptr = d_states_ptr, d_totals_ptr
     block = pid % blocks
     index = (pid // blocks) % PIECES
-    part = (pid // (blocks * PIECES)) % (segments - 1) + (1 if REVERSE else 0)
+    part = (pid // (blocks * PIECES)) % (segments - 1) + reverse.to(tl.int32)
     row = pid // (blocks * PIECES) // (segments - 1)
     b = row // heads
     h = row % heads
@@ -157,14 +189,14 @@ def contributions_kernel(
     g_at = g_ptr + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
     start = part * segment
-    first, end = piece_of(start, tl.minimum(start + segment, length), piece, index, g_head, CHUNK, REVERSE, PER_TOKEN)
+    first, end = piece_of(start, tl.minimum(start + segment, length), piece, index, g_head, reverse, CHUNK, PER_TOKEN)
     slot = (row * segments + part) * PIECES + index
     if end > first:
         state, total = contribution(
             of_head(b_source, b, h // b_group, b_b, b_h, UNIT, TMA),
             of_head(c_source, b, h // c_group, c_b, c_h, UNIT, TMA), g_at, b, h // b_group, h // c_group,
-            b_t * UNIT, c_t * UNIT, g_t, g_head, scale, first, end, block,
-            DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, TMA, PRECISION,
+            b_t * UNIT, c_t * UNIT, g_t, g_head, tl.where(reverse, scale, 1.0), first, end, block, reverse,
+            DK, DV, BK, BV, CHUNK, PER_TOKEN, TMA, PRECISION,
         )  # fmt: skip
         at_state, in_state = state_offsets(block, DK, DV, False, BK, BV)
         tl.store(states_ptr + slot * (DK * DV) + at_state, state, mask=in_state)
@@ -177,9 +209,13 @@ def contributions_kernel(
 def scan_kernel(
     contributions_ptr,  # [rows, segments, PIECES, DK, DV] fp32
     totals_ptr,  # [rows, segments, PIECES] fp32, if PER_TOKEN
+    d_contributions_ptr,  # the same two for the gradients of states
+    d_totals_ptr,
     g_ptr,
     first_ptr,  # [rows, DK, DV] state to begin with, if HAS_FIRST
+    d_last_ptr,  # [rows, DK, DV] gradient of the last state, if HAS_D_LAST
     states_ptr,  # [rows, segments + 1, DK, DV] fp32: the states at the borders
+    d_states_ptr,  # their gradients
     heads,
     g_h,
     length,
@@ -190,33 +226,38 @@ def scan_kernel(
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
     PIECES: tl.constexpr,
-    REVERSE: tl.constexpr,
+    BOTH: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    HAS_D_LAST: tl.constexpr,
 ):
-    """One program per (batch and head, tile of the state): ``S <- exp(total) S + contribution`` over the pieces.
+    """One program per (batch and head, tile of the state, side): ``S <- exp(total) S + contribution`` over the pieces.
 
     Segment s leads to slot s + 1 forwards and to slot s backwards.
     """
     tiles: tl.constexpr = (DKV + TILE - 1) // TILE
-    pid = tl.program_id(0)
+    reverse, pid = side(tl.program_id(0), BOTH)
     row = (pid // tiles).to(tl.int64)
     e = pid % tiles * TILE + tl.arange(0, TILE)
     inside = e < DKV
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_ptr + (pid // tiles) % heads * g_h))
+    state = tl.zeros([TILE], tl.float32)
     if HAS_FIRST:
-        state = tl.load(first_ptr + row * DKV + e, mask=inside, other=0.0).to(tl.float32)
-    else:
-        state = tl.zeros([TILE], tl.float32)
+        state = tl.load(first_ptr + row * DKV + e, mask=inside & (not reverse), other=0.0).to(tl.float32)
+    if BOTH:
+        if HAS_D_LAST:
+            state += tl.load(d_last_ptr + row * DKV + e, mask=inside & reverse, other=0.0).to(tl.float32)
+        if reverse:
+            contributions_ptr, totals_ptr, states_ptr = d_contributions_ptr, d_totals_ptr, d_states_ptr
     slots = states_ptr + row * (segments + 1) * DKV + e
-    tl.store(slots + (segments.to(tl.int64) * DKV if REVERSE else 0), state, mask=inside)
+    tl.store(slots + tl.where(reverse, segments, 0).to(tl.int64) * DKV, state, mask=inside)
     for step in range(segments - 1):
-        part = segments - 1 - step if REVERSE else step
+        part = tl.where(reverse, segments - 1 - step, step)
         start = part * segment
         stop = tl.minimum(start + segment, length)
         for n in tl.static_range(PIECES):
-            index = PIECES - 1 - n if REVERSE else n
-            first, end = piece_of(start, stop, piece, index, g_head, CHUNK, REVERSE, PER_TOKEN)
+            index = tl.where(reverse, PIECES - 1 - n, n)
+            first, end = piece_of(start, stop, piece, index, g_head, reverse, CHUNK, PER_TOKEN)
             slot = (row * segments + part) * PIECES + index
             if PER_TOKEN:
                 total = tl.load(totals_ptr + slot, mask=end > first, other=0.0)
@@ -225,56 +266,78 @@ def scan_kernel(
                 total = whole.to(tl.float32) * g_head
             here = inside & (end > first)
             state = state * tl.exp2(total) + tl.load(contributions_ptr + slot * DKV + e, mask=here, other=0.0)
-        tl.store(slots + (part if REVERSE else part + 1).to(tl.int64) * DKV, state, mask=inside)
+        tl.store(slots + tl.where(reverse, part, part + 1).to(tl.int64) * DKV, state, mask=inside)
+
+
+@dataclass(frozen=True)
+class Backwards:
+    """What the gradients of states are made of: q, the output's gradient, that of the last state, and the scale."""
+
+    q: Tensor
+    do: Tensor
+    d_last: Tensor | None
+    scale: float
 
 
 def segment_states(
-    b: Tensor,
-    c: Tensor,
-    log_decay: Tensor,
-    scale: float,
-    first: Tensor | None,
-    split: launch.Segments,
-    reverse: bool,
-) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]:
-    """Makes of tensors like these the states at the borders of the segments, ``[B,H,segments + 1,Dk,Dv]`` fp32.
+    k: Tensor, v: Tensor, log_decay: Tensor, first: Tensor | None, split: launch.Segments, back: Backwards | None = None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Makes of tensors like these the states at the borders of the segments and, of ``back``, their gradients.
 
-    Forwards (b, c) = (k, v), ``first`` is the state before token 0 and the last slot is left unset; backwards they
-    are (q, do) and the gradient of the state after the last token, and slot 0 is left unset.
+    The result takes k, v, log_decay and ``first``, the state before token 0; then q, do and the gradient of the state
+    after the last token. It returns ``[B,H,segments + 1,Dk,Dv]`` fp32 twice, the same twice without ``back``. The last
+    slot of the states and slot 0 of their gradients are left unset.
     """
     per_token = log_decay.dim() == 3
     heads = log_decay.shape[1 if per_token else 0]
-    batch, _, length, dk = b.shape
-    dv = c.shape[3]
-    rows = batch * heads
-    tiles = launch.prepass_config(dk, dv, b.dtype)
-    unit, tma = launch.unit(b, c), launch.use_tma(b, c)
-    chunk, pieces = tiles.chunk, launch.PIECES
-    boxes = [Box(b, chunk, tiles.bk), Box(c, chunk, tiles.bv)] if tma else [None, None]
+    batch, _, length, dk = k.shape
+    dv = v.shape[3]
+    rows, both = batch * heads, back is not None
+    sources = (k, v, k, v) if back is None else (k, v, back.q, back.do)
+    tiles = launch.prepass_config(dk, dv, k.dtype)
+    unit, tma = launch.unit(*sources), launch.use_tma(*sources)
+    chunk, pieces, directions = tiles.chunk, launch.PIECES, 2 if both else 1
+    boxes = [Box(x, chunk, n) if tma else None for x, n in zip(sources, 2 * (tiles.bk, tiles.bv), strict=True)]
+    cut = length, split.tokens, split.count, split.piece
     contribute = Launch(
-        contributions_kernel, rows * (split.count - 1) * pieces * launch.blocks(dv, tiles.bv), [*boxes, *[None] * 3],
-        [*launch.strides(b, unit), *launch.strides(c, unit), *launch.decay_strides(log_decay), scale, heads,
-         heads // b.shape[1], heads // c.shape[1], length, split.tokens, split.count, split.piece],
+        contributions_kernel, directions * rows * (split.count - 1) * pieces * launch.blocks(dv, tiles.bv),
+        [*boxes, *[None] * 5],
+        [*[s for x in sources for s in launch.strides(x, unit)], *launch.decay_strides(log_decay),
+         1.0 if back is None else back.scale, heads, *(heads // x.shape[1] for x in sources), *cut],
         {"DK": dk, "DV": dv, "BK": tiles.bk, "BV": tiles.bv, "CHUNK": chunk, "UNIT": unit, "PIECES": pieces,
-         "REVERSE": reverse, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": launch.precision(b.dtype)},
+         "BOTH": both, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": launch.precision(k.dtype)},
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
     )  # fmt: skip
     tile = min(1024, next_power_of_2(dk * dv))
     scan = Launch(
-        scan_kernel, rows * launch.blocks(dk * dv, tile), [None] * 5,
-        [heads, 0 if per_token else log_decay.stride(0), length, split.tokens, split.count, split.piece],
-        {"DKV": dk * dv, "TILE": tile, "CHUNK": chunk, "PIECES": pieces, "REVERSE": reverse, "PER_TOKEN": per_token,
-         "HAS_FIRST": first is not None},
+        scan_kernel, directions * rows * launch.blocks(dk * dv, tile), [None] * 9,
+        [heads, 0 if per_token else log_decay.stride(0), *cut],
+        {"DKV": dk * dv, "TILE": tile, "CHUNK": chunk, "PIECES": pieces, "BOTH": both, "PER_TOKEN": per_token,
+         "HAS_FIRST": first is not None, "HAS_D_LAST": back is not None and back.d_last is not None},
         {"num_warps": 4},
     )  # fmt: skip
 
-    def states(b: Tensor, c: Tensor, log_decay: Tensor, first: Tensor | None) -> Tensor:
-        fp32 = {"dtype": torch.float32, "device": b.device}
-        contributions = torch.empty((rows, split.count, pieces, dk, dv), **fp32)
-        totals = torch.empty((rows, split.count, pieces), **fp32)
-        made = torch.empty((batch, heads, split.count + 1, dk, dv), **fp32)
-        contribute(b, c, log_decay, contributions, totals)
-        scan(contributions, totals, log_decay, made if first is None else first, made)
-        return made
+    def states(
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        first: Tensor | None,
+        q: Tensor | None = None,
+        do: Tensor | None = None,
+        d_last: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        def memory(*shape: int) -> list[Tensor]:
+            """One for each direction, on its own: so its alignment does not depend on the number of segments."""
+            return [torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(directions)]
+
+        contributions, totals = memory(rows, split.count, pieces, dk, dv), memory(rows, split.count, pieces)
+        made = memory(batch, heads, split.count + 1, dk, dv)
+        sources = k, v, k if q is None else q, v if do is None else do
+        contribute(*sources, log_decay, contributions[0], totals[0], contributions[-1], totals[-1])
+        scan(
+            contributions[0], totals[0], contributions[-1], totals[-1], log_decay, made[0] if first is None else first,
+            made[-1] if d_last is None else d_last, made[0], made[-1],
+        )  # fmt: skip
+        return made[0], made[-1]
 
     return states

@@ -16,7 +16,8 @@ class Config:
     """Tiles and scheduling of one kernel.
 
     Which body (``hopper`` or ``portable``), contraction block BK, column block BV, tokens to a chunk, warps, pipeline
-    stages, how many programs a multiprocessor holds at a time, and how many use up its share of the memory bandwidth.
+    stages; how many programs a multiprocessor holds at a time, how many use up its share of an H100's memory bandwidth,
+    and nanoseconds for a token where a program has a multiprocessor to itself.
     """
 
     body: Literal["hopper", "portable"]
@@ -27,6 +28,7 @@ class Config:
     stages: int
     resident: int = 1
     saturating: float = 0.7
+    pace: float = 40.0
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,9 @@ def hopper(dk: int, dv: int) -> list[Config]:
     if max(dk, dv) > 128:
         return []
     if max(dk, dv) <= 64:
-        return [Config("hopper", 64, 64, CHUNK, 4, stages, 2, 0.5) for stages in (2, 3, 4)]
-    wide = [Config("hopper", 128, 128, CHUNK, 8, stages, 1, 0.55) for stages in (2, 3)]
-    return [*wide, Config("hopper", 128, 64, CHUNK, 4, 2, 2, 1.1)]
+        return [Config("hopper", 64, 64, CHUNK, 4, stages, 2, 0.6, 14.0) for stages in (2, 3, 4)]
+    wide = [Config("hopper", 128, 128, CHUNK, 8, stages, 1, 0.85, 31.0) for stages in (2, 3)]
+    return [*wide, Config("hopper", 128, 64, CHUNK, 4, 2, 2, 0.8, 19.5)]
 
 
 def candidates(

@@ -24,7 +24,8 @@ class Addends(Decay):
         t = counted_from(self.space, t, self.first)
         if sequence_index(self.engine, t) is None and self._is_state_term(t):
             return
-        plain = t.poly.is_const and not t.exp.sums and all(f.is_const for _, f in t.exp.lin)
+        of_row = all(v == self.n for v in self.space.vars(t.poly))  # how many positions there are up to it
+        plain = of_row and not t.exp.sums and all(f.is_const for _, f in t.exp.lin)
         if plain and (summed := self._over_features(t)) is not None:
             self.proof.residual.append(summed)
             return

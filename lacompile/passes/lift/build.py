@@ -254,6 +254,9 @@ class Builder:
         for t in residual:
             coef = t.coef * math.exp(sum(float(f.const) for m, f in t.exp.lin if not m))
             piece = self._summed_product(p, t)
+            if not t.poly.is_const:
+                counted = self.emitter.index(t.poly)
+                piece = counted if piece is None else piece * counted
             if piece is None:
                 added.append(coef)
             else:

@@ -91,9 +91,11 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                 continue
             proof, attention, replacement = _closest(interpreter, builder, proof, attention, replacement)
             at = proof.fact.node
-            if at not in done:
-                matches.append(Match(at, replacement, attentions_of(replacement), proof.fact.after))
-                proofs.append((proof, attention))
+            if at in done:
+                follows = True
+                continue
+            matches.append(Match(at, replacement, attentions_of(replacement), proof.fact.after))
+            proofs.append((proof, attention))
             done.add(at)  # and on to what is joined with it: one attention for each head
             found = True
         for fact in () if found else sums:

@@ -126,6 +126,19 @@ class Structure(Program):
         factors += {a for (m, _), _ in t.exp.sums for a in m if any(x < 0 for x in self.space.vars_of(a[1]))}
         return len(factors) >= 2 and any(x < 0 for _, idx in factors for a in idx for x, _ in a.terms)
 
+    def scores(self, v: Val) -> bool:
+        """A sum of products over features alone, masked or not, that is no projection: what a power multiplies out.
+
+        What was summed over positions already, an attention's result, is data for the norm behind it.
+        """
+
+        def over_features(t: Term) -> bool:
+            bound = t.bound(self.space)
+            return not any(self.space.vars(g) & bound and self.space.vars(g) - bound for g in t.guards)
+
+        terms = [t for c in v.cases for t in c.terms]
+        return self.contracts(v) and not self.projects(v) and all(map(over_features, terms))
+
     def accumulates(self, v: Val) -> bool:
         """Holds a sum over positions whose weights move along them, be it of one factor, as a recurrence makes it."""
 

@@ -82,8 +82,7 @@ class Builder:
         log_decay, decay_source = self._log_decay(p, batch, heads)
         state = None
         if p.state is not None:
-            piece = self.emitter.product(p.state)
-            assert piece is not None
+            piece = self.emitter.product(p.state) or self.emitter.number(p.state_number, _exact(dtype))
             state = self.emitter.assemble(piece.to(_exact(dtype)), [batch, heads, p.key_features, e_group])
         row_factor, added = self._around(p, residual)
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]

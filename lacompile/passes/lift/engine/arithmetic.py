@@ -177,8 +177,11 @@ class Arithmetic(Symbols):
     def _running_sum(self, before: Val, new: Val, out: torch.Tensor) -> Val | None:
         """A sum over tokens and the next one, as it is and as the tensor that the program holds; None if it is none."""
         token = new.one if new.alt is None else new.alt
-        if token is None or not self.plain_term(token) or len(token.accs) + len(token.exp.lin) != 1:
+        if token is None or not self.plain_term(token):
             return None
+        single = len(token.accs) + len(token.exp.lin) == 1
+        if not single and not any(self.space.vars_of(idx) == token.vars(self.space) for _, idx in token.accs):
+            return None  # an outer product
         terms = before.terms if before.alt is None or self.structured(before) else (before.alt,)
         named = {tuple(leaf for leaf, _ in m) for m, _ in token.exp.lin}
         terms = [t.but(exp=self.placed(t.exp, lambda m: tuple(leaf for leaf, _ in m) in named)) for t in terms]
@@ -194,6 +197,8 @@ class Arithmetic(Symbols):
         if running is None:
             return None
         summands, came_in = running
+        if not (single or came_in):
+            return None  # a key and its gate are factors: those of a sum share them
         try:
             found = self.sum_of(before.shape, summands)
         except GiveUp:

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from ..leaves import Opaque
-from ..multiples import gathered
+from ..multiples import gathered, mixture
 from ..running import running_terms
 from ..term import NO_GUARDS, Access, Case, Exponent, Term, Val, constant, value
 from ..weights import align_weights, scalar_factors
@@ -145,6 +145,8 @@ class Arithmetic(Symbols):
                 return running
         if out.is_floating_point() and self.plain(a) and self.plain(b) and (same := self._like_terms(a, b)) is not None:
             return same
+        if out.is_floating_point() and (mixed := self._mixture(a, b)) is not None:
+            return mixed
         if not (self.structured(a) or self.structured(b) or _moves(a) or _moves(b)):
             if self.projects(a) and self.projects(b):
                 return self.pointwise(aten.add.Tensor, [a, b], {}, out)
@@ -162,6 +164,15 @@ class Arithmetic(Symbols):
     def _together(self, scalars: list[Term]) -> Access | float:
         found = self.access(value((), scalars))
         return found[0] if isinstance(found, tuple) else found
+
+    def _mixture(self, a: Val, b: Val) -> Val | None:
+        """Data and a number, each times its share, as one function of both; None if they are something else."""
+        if a.alt is not None or b.alt is not None or a.one is None or b.one is None:
+            return None
+        if not self.plain(a) or not self.plain(b):
+            return None
+        found = mixture(self.leaves, self._together, a.one, b.one)
+        return None if found is None else value(a.shape, [Term(accs=(found,))])
 
     def _like_terms(self, a: Val, b: Val) -> Val | None:
         """x - x is 0 and x + 2 x is 3 x, where each side is a number times one factor; None if they differ."""

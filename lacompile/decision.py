@@ -259,7 +259,7 @@ def _unmet(match: Match, inputs: Mapping[fx.Node, Any]) -> Refusal | None:
 
     Those on values were read off these very inputs.
     """
-    for assumption in (a for a in match.assumed if a.kind == "positive"):
+    for assumption in (a for a in match.assumed if a.kind in ("positive", "share")):
         real = inputs.get(assumption.node)
         if isinstance(real, torch.Tensor) and not _compat.is_fake(real) and assumption.holds(real.detach()):
             continue

@@ -112,7 +112,7 @@ class Assumption:
     """
 
     node: fx.Node
-    kind: Literal["values", "argument", "positive"]
+    kind: Literal["values", "argument", "positive", "share"]
     text: str
     holds: Callable[[torch.Tensor], bool] = field(compare=False)
 

@@ -232,6 +232,7 @@ def _tame_decays(
     reference: Reference,
 ) -> None:
     """Made-up decay inputs take the sign that makes the log-decay negative, so that nothing overflows."""
+    decays = {n for n in decays if n in env}  # others are computed from what is made up
     made_up = [n for n in decays if n.op != "placeholder" and n not in by_value and env[n].is_floating_point()]
     for fact in match.facts:
         if made_up and bool((_Recipe(region.with_copies(env), reference)(fact.log_decay) > 0).any()):

@@ -217,3 +217,17 @@ def test_the_state_of_a_normaliser_is_not_one_apart():
 
     report = assert_rewritten(run, *heads(6, ()), compiled=False)
     assert not any("elementwise" in miss.found for miss in report.near_misses)
+
+
+def test_a_state_that_is_detached():
+    """The sums have one form, and for autograd other factors: no gradient reaches the tokens of chunks before."""
+
+    def run(q, k, v):
+        state, out = q.new_zeros(B, H, D, D), []
+        for a in range(0, 12, 4):
+            x, y, z = (t[:, :, a : a + 4] for t in (q, k, v))
+            out.append((x @ y.mT).tril() @ z + x @ state)
+            state = (state + y.mT @ z).detach()
+        return torch.cat(out, 2)
+
+    assert "detached" in only_reason(run, *heads(12)).found

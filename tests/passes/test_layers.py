@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lacompile.testing import assert_rewritten
+from lacompile.testing import assert_refused, assert_rewritten
 
 from .drawn import qkv
 
@@ -107,6 +107,31 @@ def test_queries_and_keys_that_are_normalised(norm):
         return retention(NORMS[norm](q), NORMS[norm](k), v)
 
     assert_rewritten(run, *qkv(B, H, N, D), compiled=False)
+
+
+def biased(x, w, b):
+    """PyTorch makes several operations of it where the tokens of ``x`` are not its second last dimension in memory."""
+    return heads(F.linear(x.transpose(1, 2), w, b))
+
+
+@pytest.mark.parametrize("form", [retention, chunks])
+@pytest.mark.parametrize("which", ["q", "k", "v", "all"])
+def test_projections_with_a_bias_behind_a_convolution(form, which):
+    """The product inside is no value of the graph; with its bias it is one."""
+
+    def run(x, q, k, v, w, b):
+        y = biased(F.conv1d(F.pad(x, (3, 0)), w[:, None, :4], groups=H * D), w, b)
+        return form(*(y if which in (name, "all") else t for name, t in zip("qkv", (q, k, v), strict=True)))
+
+    args = torch.randn(B, H * D, N), *qkv(B, H, N, D), weight(H * D, H * D), weight(1, H * D)[0]
+    assert_rewritten(run, *(a.detach().requires_grad_() for a in args), compiled=False)
+
+
+def test_a_function_of_a_projection_with_a_bias_of_scores():
+    def run(q, k, v, w, b):
+        return F.linear((q @ k.mT).transpose(1, 2), w, b).transpose(1, 2).relu().tril() @ v
+
+    assert_refused(run, *qkv(B, H, N, D), weight(N, N), weight(1, N)[0])
 
 
 def test_a_layer_behind_a_norm():

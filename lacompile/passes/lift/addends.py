@@ -24,7 +24,8 @@ class Addends(Decay):
         t = counted_from(self.space, t, self.first)
         if sequence_index(self.engine, t) is None and self._is_state_term(t):
             return
-        plain = t.poly.is_const and not t.exp.sums and all(f.is_const for _, f in t.exp.lin)
+        of_row = all(v == self.n for v in self.space.vars(t.poly))  # how many positions there are up to it
+        plain = of_row and not t.exp.sums and all(f.is_const for _, f in t.exp.lin)
         if plain and (summed := self._over_features(t)) is not None:
             self.proof.residual.append(summed)
             return
@@ -72,7 +73,7 @@ class Addends(Decay):
         queries = [a for a in t.accs if any(self._same_query(a, b) for b in self._main_queries())]
         states = [a for a in t.accs if a not in queries]
         mapping = self._feature_map(t, [*queries, *_factors_by_exp(t)])
-        if mapping is None or not states:
+        if mapping is None or not (states or t.exp):  # numbers that do not decay are a plain term
             return False
         if any(self._holds(a, self.n) for a in states):
             return False
@@ -88,7 +89,9 @@ class Addends(Decay):
             return False
         self.proof.state = renamed
         ratio = t.coef / self.main.coef * math.exp(apart)
-        if abs(ratio - 1) > NINE_DIGITS:
+        if not states:
+            self.proof.state_number = ratio
+        elif abs(ratio - 1) > NINE_DIGITS:
             self.proof.scale *= ratio
             self.proof.key_scale = 1 / ratio
         return True

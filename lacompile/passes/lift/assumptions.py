@@ -79,12 +79,22 @@ class Assumptions:
                     if leaf in resets:
                         return
                     yield from (_positive_base(leaves[n].kind) for n in leaves.positive_with(children[0]))
+                    yield from (self._share(n) for n in leaves.shares_with(children[0]))
             for c in children:
                 yield from visit(c)
 
         for mono in (*(m for m, _ in p.tokens), *others):
             for leaf, _ in mono:
                 yield from visit(leaf)
+
+    def _share(self, leaf: int) -> Assumption:
+        """That an input, or what a cast makes of it, lies between 0 and 1."""
+        kind = self.engine.leaves[leaf].kind
+        if isinstance(kind, Symbol) and kind.op is aten._to_copy.default:
+            return self._share(kind.args[0].leaf)
+        if not isinstance(kind, Opaque) or kind.node is None or kind.node.op != "placeholder":
+            raise Refused("decay", "a positive base of the decay", "a mixture by shares that are not known", 6)
+        return Assumption(kind.node, "share", f"0 <= {spoken(kind.node)} <= 1 (it mixes decays)", _all_shares)
 
     def _is_reset(self, leaf: int) -> bool:
         kind = self.engine.leaves[leaf].kind
@@ -102,6 +112,10 @@ def _positive_base(kind: object) -> Assumption:
             "write the decay as exp of a log-decay, or bound it with sigmoid",
         )
     return Assumption(kind.node, "positive", f"{spoken(kind.node)} > 0 (it is the base of a power)", _all_positive)
+
+
+def _all_shares(tensor: torch.Tensor) -> bool:
+    return bool(((tensor >= 0) & (tensor <= 1)).all())
 
 
 def _all_positive(tensor: torch.Tensor) -> bool:

@@ -82,8 +82,7 @@ class Builder:
         log_decay, decay_source = self._log_decay(p, batch, heads)
         state = None
         if p.state is not None:
-            piece = self.emitter.product(p.state)
-            assert piece is not None
+            piece = self.emitter.product(p.state) or self.emitter.number(p.state_number, _exact(dtype))
             state = self.emitter.assemble(piece.to(_exact(dtype)), [batch, heads, p.key_features, e_group])
         row_factor, added = self._around(p, residual)
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
@@ -256,6 +255,9 @@ class Builder:
         for t in residual:
             coef = t.coef * math.exp(sum(float(f.const) for m, f in t.exp.lin if not m))
             piece = self._summed_product(p, t)
+            if not t.poly.is_const:
+                counted = self.emitter.index(t.poly)
+                piece = counted if piece is None else piece * counted
             if piece is None:
                 added.append(coef)
             else:

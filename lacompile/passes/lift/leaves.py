@@ -153,7 +153,7 @@ BOUNDS: dict[Any, tuple[Any, ...]] = {  # which of two the results are: that of 
 POSITIVE_OF_POSITIVE = {
     aten.where.self, aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default,
     aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.reciprocal.default, aten.sqrt.default,
-    aten.detach.default,
+    aten.detach.default, aten.lerp.Tensor,
 }  # fmt: skip
 
 
@@ -252,7 +252,7 @@ class Leaves:
                 spec.append(Argument(leaf, len(where), used if used != native and used is not None else None))
                 idx.extend(where)
                 shape.extend(self[leaf].shape)
-                intervals.append(self[leaf].interval)
+                intervals.append((0.0, 1.0) if self.share(leaf) else self[leaf].interval)
                 rests_on |= self[leaf].rests_on
             else:
                 spec.append(arg)
@@ -285,6 +285,21 @@ class Leaves:
         less = self.less_than_one(kind)
         return less is not None and self.truth(less.leaf)
 
+    def share(self, leaf: int) -> bool:
+        """Whether all entries lie between 0 and 1."""
+        low, high = self[leaf].interval
+        return self.truth(leaf) or 0 <= low <= high <= 1
+
+    def shares_with(self, leaf: int) -> list[int]:
+        """The leaves that must lie between 0 and 1 for this one to be positive: what numbers are mixed by."""
+        kind = self[leaf].kind
+        if self[leaf].interval[0] > 0 or not isinstance(kind, Symbol):
+            return []
+        mixed = kind.op is aten.lerp.Tensor and isinstance(kind.args[2], Argument)
+        here = [kind.args[2].leaf] if mixed and not self.share(kind.args[2].leaf) else []
+        inner = kind.args[:2] if mixed else kind.args
+        return here + [n for a in inner if isinstance(a, Argument) for n in self.shares_with(a.leaf)]
+
     def positive_with(self, leaf: int) -> list[int]:
         """The leaves that must be positive for this one to be: itself, where what it is made of does not say so.
 
@@ -295,7 +310,7 @@ class Leaves:
             return []
         if not isinstance(kind, Symbol) or kind.op not in POSITIVE_OF_POSITIVE or kind.kwargs:
             return [leaf]
-        given = kind.args[1:] if kind.op is aten.where.self else kind.args
+        given = {aten.where.self: kind.args[1:], aten.lerp.Tensor: kind.args[:2]}.get(kind.op, kind.args)
         tensors = [a for a in given if isinstance(a, Argument)]
         numbers = [a.value if isinstance(a, Number) else a for a in given if not isinstance(a, Argument)]
         if any(a.dtype is not None for a in tensors) or not all(n is None or n > 0 for n in numbers):
@@ -361,6 +376,8 @@ def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
         return args[0]
     if packet == aten.where and len(args) > 1:
         return (min(low for low, _ in args[-2:]), max(high for _, high in args[-2:]))
+    if packet == aten.lerp and len(args) == 3 and 0 <= args[2][0] <= args[2][1] <= 1:
+        return (min(low for low, _ in args[:2]), max(high for _, high in args[:2]))
     if packet == aten.neg and args:
         return (-args[0][1], -args[0][0])
     if packet == aten.log and args and args[0][0] >= 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from .affine import ONE, Aff, Number
+from .affine import ONE, TAU, Aff, Number
 from .normal import Algebra
 from .prefix import Sum, along, between
 from .term import Access, Exponent, Guards, Mono, Term, sub_mono
@@ -121,9 +121,44 @@ def _fit(algebra: Algebra, a: Term, b: Term, t: int, pinned: Points) -> tuple[tu
         if fitted is None:
             return None
         accs.append(fitted)
-    first, own = (a.exp, Exponent()) if pinned else _own_decay(algebra, a, b, t)
+    first, own = a.exp, Exponent()
+    if not pinned:
+        first, own = _own_decay(algebra, a.but(exp=_as_steps(algebra, a.exp, b.exp)), b, t)
     exp = _fit_exponent(algebra, first, b.exp, t, pinned)
     return None if exp is None else (tuple(accs), exp + own)
+
+
+def _as_steps(algebra: Algebra, a: Exponent, b: Exponent) -> Exponent:
+    """``a`` with the rates at single places as the steps ``P(p + 1) - P(p)`` of a sum that only ``b`` has.
+
+    The first token's decay of a state that came in, ``P(1)``, looks like the rate of a head.
+    """
+    summed = {mono for (mono, _), _ in b.sums} - {mono for (mono, _), _ in a.sums}
+    lin, sums = [], []
+    for mono, f in a.lin:
+        found = _step_of(algebra, mono, summed) if f.is_const and all(mono != other for other, _ in b.lin) else None
+        if found is None:
+            lin.append((mono, f))
+        else:
+            sums += between(found[0], found[1], found[1] + 1, f.const)
+    return Exponent.of(lin, (*a.sums, *sums)) if sums else a
+
+
+def _step_of(algebra: Algebra, mono: Mono, summed: Iterable[Mono]) -> tuple[Mono, Aff] | None:
+    """The rate, over its running position, that this one is a single place of, and the place."""
+    for rate in sorted(summed):
+        if [leaf for leaf, _ in rate] != [leaf for leaf, _ in mono]:
+            continue
+        places = {
+            y - x.without(TAU)
+            for (_, at), (_, idx) in zip(rate, mono, strict=True)
+            for x, y in zip(at, idx, strict=True)
+            if x.coef(TAU)
+        }
+        place = next(iter(places)) if len(places) == 1 else None
+        if place is not None and place.is_const and sub_mono(algebra.space, rate, {TAU: place}) == mono:
+            return rate, place
+    return None
 
 
 def _own_decay(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[Exponent, Exponent]:

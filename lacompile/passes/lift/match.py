@@ -16,6 +16,7 @@ from .interpret import Fact, Interpreter
 from .proof import Proof, Refused
 from .prove import explain_missing, prove
 from .roles import sequence_index
+from .segments import prove_segments
 from .states import final_states, looks_like_state
 from .step import prove_step
 from .sums import prove_sum
@@ -91,13 +92,15 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                 continue
             proof, attention, replacement = _closest(interpreter, builder, proof, attention, replacement)
             at = proof.fact.node
-            if at not in done:
-                matches.append(Match(at, replacement, attentions_of(replacement), proof.fact.after))
-                proofs.append((proof, attention))
+            if at in done:
+                follows = True
+                continue
+            matches.append(Match(at, replacement, attentions_of(replacement), proof.fact.after))
+            proofs.append((proof, attention))
             done.add(at)  # and on to what is joined with it: one attention for each head
             found = True
         for fact in () if found else sums:
-            if (several := prove_sum(builder, fact)) is not None:
+            if (several := prove_sum(builder, fact) or prove_segments(builder, fact)) is not None:
                 found, (summed, replacement) = True, several
                 matches.append(Match(fact.node, replacement, attentions_of(replacement), fact.after))
                 proofs += summed

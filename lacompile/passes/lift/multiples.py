@@ -93,6 +93,46 @@ def _sum_of(leaves: Leaves, together: Together, x: Term, y: Term) -> Access | fl
     return together([x, y])
 
 
+def mixture(leaves: Leaves, together: Together, x: Term, y: Term) -> Access | None:
+    """``m x + (1 - m) c`` for a number c, also written ``c - m (c - x)`` where c is 1, as one function.
+
+    Between two numbers it is as positive as they are: the decay where a mask leaves tokens out.
+    """
+    for mixed, rest in ((x, y), (y, x)):
+        if mixed.exp or rest.exp or len(mixed.accs) != 2:
+            continue
+        for share, other in (mixed.accs, mixed.accs[::-1]):
+            of = _one_less(leaves, other)
+            if of is not None and not rest.accs and rest.coef == 1 == -mixed.coef and leaves.share(share[0]):
+                return _between(leaves, 1.0, together([Term(accs=(of,))]), share)
+            if rest.coef > 0 and len(rest.accs) == 1 and _opposite(leaves, share, rest.accs[0]):
+                return _between(leaves, rest.coef, together([Term(mixed.coef, accs=(other,))]), share)
+    return None
+
+
+def _one_less(leaves: Leaves, access: Access) -> Access | None:
+    """The x of 1 - x."""
+    kind = leaves[access[0]].kind
+    less = leaves.less_than_one(kind) if isinstance(kind, Symbol) else None
+    return None if less is None or less.dtype is not None else (less.leaf, access[1])
+
+
+def _opposite(leaves: Leaves, share: Access, rest: Access) -> bool:
+    """Whether ``rest`` is ``1 - share``."""
+    here, there = _condition(leaves, share), _condition(leaves, rest)
+    if here is not None and there is not None:
+        return here[0] == there[0] and here[1] is not there[1]
+    return _one_less(leaves, rest) == share
+
+
+def _between(leaves: Leaves, start: float, end: Access | float, share: Access) -> Access | None:
+    if not isinstance(end, tuple):
+        return None
+    dtype = leaves[end[0]].dtype
+    given = [Number(start, dtype, True), (end, None), (share, dtype)]
+    return leaves.symbol(aten.lerp.Tensor, given, {}, dtype)
+
+
 def _without(t: Term, a: Access) -> Term:
     accs = list(t.accs)
     accs.remove(a)

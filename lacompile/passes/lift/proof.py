@@ -51,6 +51,10 @@ class Proof:
     state: list[Access] | None = None
     flattened: tuple[int, ...] = ()
     """The dimensions that are joined with the one behind them, one after the other, to have the program's value."""
+    flattened: int | None = None
+    """The dimension that the program's value has in place of this one and the next."""
+    state_number: float = 1.0
+    """What every entry of the initial state is, where it is a number: ``state`` is then empty."""
     residual: list[Term] = field(default_factory=list)
     shapes: dict[int, tuple[Aff, ...]] = field(default_factory=dict)
     looked_at: set[fx.Node] = field(default_factory=set)

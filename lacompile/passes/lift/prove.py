@@ -19,13 +19,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from ..names import spoken
 from .addends import Addends
 from .affine import Aff
 from .engine import Engine
 from .flattened import apart
 from .interpret import Fact
-from .leaves import Opaque, Table
+from .leaves import Opaque, Symbol, Table
 from .proof import Proof, Refused
 from .roles import sequence_index
 from .step import prove_step
@@ -77,6 +79,14 @@ def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Te
     found = [t for t in terms if sequence_index(engine, t) is not None]
     if len(found) == 1:
         return found[0]
+    if found and _detached_apart(engine, terms):
+        raise Refused(
+            "single-term",
+            "one sum over j <= i",
+            f"{len(found)} sums, of which some are detached from what others are made of",
+            2,
+            "no gradient flows through a detached state, and one does through the tokens added since",
+        )
     if found:
         raise Refused(
             "single-term",
@@ -87,6 +97,18 @@ def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Te
         )
     explain_missing(engine, terms, explained)
     raise Refused("causal-range", "a sum over j <= i", "no sum whose range ends at a position", 0)
+
+
+def _detached_apart(engine: Engine, terms: Sequence[Term]) -> bool:
+    """Whether a sum holds a tensor detached that another one holds as it is, as where a loop detaches its state."""
+    held = [set(t.signature) for t in terms]
+    apart = ({n for leaf in mine if _is_detached(engine, leaf) for n in engine.leaves.made_of(leaf)} for mine in held)
+    return any(inner & others - mine for mine, inner in zip(held, apart, strict=True) for others in held)
+
+
+def _is_detached(engine: Engine, leaf: int) -> bool:
+    kind = engine.leaves[leaf].kind
+    return isinstance(kind, Symbol) and kind.op is torch.ops.aten.detach.default
 
 
 def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) -> None:

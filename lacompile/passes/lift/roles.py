@@ -37,6 +37,8 @@ class Roles:
         self.j, self.n = found
         low = engine.bounds(self.j, main.guards).low
         later = len(low) == 1 and low[0].is_const and low[0].const > 0  # parts of longer tensors
+        if later and not any(self._holds(a, self.j) for a in main.accs):  # weights alone count from anywhere
+            main, later = main.sub(self.space, {self.j: Aff.var(self.j) + low[0]}), False
         self.first = low[0] if later else ZERO
         self.main = counted_from(self.space, main, self.first, [self.j])
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .affine import Aff
+from .begun import opened
 from .leaves import Leaves
 from .space import Space
 from .term import Access, Exponent, Mono, Term
-from .weights import logarithm, number_as_weight
+from .weights import logarithm, number_as_weight, size_as_weight
 
 LONGER_THAN = 2  # a dimension of two is no sequence: the sum of both of its places is data like any other
 
@@ -24,30 +25,32 @@ def running_terms(
 ) -> tuple[list[Term], list[Term]] | None:
     """The terms of ``before + new``, where those of ``before`` are weights times what ``new`` is, at other places.
 
-    One of them may be a sum that came in, which is given back apart.
+    One of them may be a sum that came in, or the number that it started from, which is given back apart.
     """
     now = as_access(Term(accs=new.accs, exp=new.exp))
     if now is None:
         return None
     out, came_in = [], []
-    for t in before:
+    for t in (x for whole in before for x in opened(space, leaves, whole, (now[0],))):
         if (found := _at_another_place(leaves, as_access, t, new, now)) is not None:
             out.append(found)
         elif (found := _came_in(space, leaves, t, now)) is not None:
             came_in.append(found)
         else:
             return None
-    if len(came_in) > 1:
+    if len(came_in) > 1 or not (out or all(t.accs for t in came_in)):  # a number and one tensor are data
         return None
     summed = [number_as_weight(t) for t in (*out, new.but(accs=(now,), exp=Exponent()))]
-    return summed, [number_as_weight(t) for t in came_in]
+    return summed, [size_as_weight(t) for t in came_in]
 
 
 def _came_in(space: Space, leaves: Leaves, t: Term, now: Access) -> Term | None:
-    """A state that holds what a token's key holds, times scalars; None if it is a token itself."""
+    """A state that holds what a token's key holds, or a number, times scalars; None if it is a token itself."""
     held = space.vars_of(now[1])
     whole = [a for a in t.accs if space.vars_of(a[1]) == held]
     scalars = [a for a in t.accs if a not in whole]
+    if not whole and space.vars_of([i for _, idx in scalars for i in idx]) < held:
+        return t.but(accs=(), exp=t.exp + logarithm(leaves, scalars))
     if len(whole) != 1 or len(held) < 2 or any(v < 0 for v in space.vars_of([i for _, idx in t.accs for i in idx])):
         return None
     if not leaves.places([now]) or leaves.places(whole) or whole[0][0] == now[0]:

@@ -127,6 +127,7 @@ def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, A
                 return None
             if p.state is not None and not starts and accs == sorted(p.state):
                 found, into = multiple(t, _decay_over(p, last + 1, ZERO), rename), starts
+                found = None if found is None else found / p.state_number
             elif p.roles[N_ROLE] == ONE and not sums and accs == sorted([*p.k, *p.v]):
                 found, into = multiple(t, Exponent(), rename), sums
             else:

@@ -47,8 +47,13 @@ def as_update(space: Space, leaves: Leaves, shape: Sequence[Aff], terms: Sequenc
 
 
 def number_as_weight(t: Term) -> Term:
+    return size_as_weight(t) if t.accs else t
+
+
+def size_as_weight(t: Term) -> Term:
+    """A product, or the number that a sum starts from, with the size of its coefficient as a weight."""
     size = abs(t.coef)
-    if size == 1 or not t.accs or math.isinf(size):
+    if size in (0, 1) or math.isinf(size):
         return t
     log = Exponent.of([((), Aff.lit(math.log(size)))], ())
     return t.but(coef=math.copysign(1.0, t.coef), exp=t.exp + log)

@@ -59,6 +59,24 @@ class Emitter:
             expr = Call(torch.unsqueeze, (expr, 0))
         return Piece(expr, frozenset(), dtype)
 
+    def index(self, form: Aff) -> Piece:
+        """The numbers of an index form over roles."""
+        over = self.digits.over(form)
+        total = self.number(float(over.const), self.reader.exact)
+        for digit, c in over.terms:
+            total = total + self._counted(digit).scaled(c)
+        return total
+
+    def _counted(self, digit: int) -> Piece:
+        """0, 1, 2, ... along one digit."""
+        if digit not in self.digits.order:
+            raise CannotEmit("a form of positions", f"a form that holds {Aff.var(digit)}")
+        lengths = [size_of(self.engine, self.digits.sizes[d]) if d == digit else 1 for d in self.digits.order]
+        exact = self.reader.exact
+        ones = Call(torch.broadcast_to, (self.number(1.0, exact).expr, lengths))
+        counted = Call(torch.sub, (Call(torch.cumsum, (ones, self.digits.order.index(digit))), 1.0))
+        return Piece(counted, frozenset({digit}), exact)
+
     def product(self, accesses: Sequence[Access], factors: Sequence[Piece] = ()) -> Piece | None:
         """The product of accesses; None for the empty product. Where a condition does not hold nothing is read."""
         pieces = [*(self.reader.read(a) for a in accesses), *factors]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from ..leaves import Opaque
-from ..multiples import gathered
+from ..multiples import gathered, mixture
 from ..running import running_terms
 from ..term import NO_GUARDS, Access, Case, Exponent, Term, Val, constant, value
 from ..weights import align_weights, scalar_factors
@@ -145,6 +145,8 @@ class Arithmetic(Symbols):
                 return running
         if out.is_floating_point() and self.plain(a) and self.plain(b) and (same := self._like_terms(a, b)) is not None:
             return same
+        if out.is_floating_point() and (mixed := self._mixture(a, b)) is not None:
+            return mixed
         if not (self.structured(a) or self.structured(b) or _moves(a) or _moves(b)):
             if self.projects(a) and self.projects(b):
                 return self.pointwise(aten.add.Tensor, [a, b], {}, out)
@@ -163,6 +165,15 @@ class Arithmetic(Symbols):
         found = self.access(value((), scalars))
         return found[0] if isinstance(found, tuple) else found
 
+    def _mixture(self, a: Val, b: Val) -> Val | None:
+        """Data and a number, each times its share, as one function of both; None if they are something else."""
+        if a.alt is not None or b.alt is not None or a.one is None or b.one is None:
+            return None
+        if not self.plain(a) or not self.plain(b):
+            return None
+        found = mixture(self.leaves, self._together, a.one, b.one)
+        return None if found is None else value(a.shape, [Term(accs=(found,))])
+
     def _like_terms(self, a: Val, b: Val) -> Val | None:
         """x - x is 0 and x + 2 x is 3 x, where each side is a number times one factor; None if they differ."""
         x, y = (v.one if v.alt is None else v.alt for v in (a, b))
@@ -177,8 +188,11 @@ class Arithmetic(Symbols):
     def _running_sum(self, before: Val, new: Val, out: torch.Tensor) -> Val | None:
         """A sum over tokens and the next one, as it is and as the tensor that the program holds; None if it is none."""
         token = new.one if new.alt is None else new.alt
-        if token is None or not self.plain_term(token) or len(token.accs) + len(token.exp.lin) != 1:
+        if token is None or not self.plain_term(token):
             return None
+        single = len(token.accs) + len(token.exp.lin) == 1
+        if not single and not any(self.space.vars_of(idx) == token.vars(self.space) for _, idx in token.accs):
+            return None  # an outer product
         terms = before.terms if before.alt is None or self.structured(before) else (before.alt,)
         named = {tuple(leaf for leaf, _ in m) for m, _ in token.exp.lin}
         terms = [t.but(exp=self.placed(t.exp, lambda m: tuple(leaf for leaf, _ in m) in named)) for t in terms]
@@ -194,6 +208,8 @@ class Arithmetic(Symbols):
         if running is None:
             return None
         summands, came_in = running
+        if not (single or came_in):
+            return None  # a key and its gate are factors: those of a sum share them
         try:
             found = self.sum_of(before.shape, summands)
         except GiveUp:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import combinations
 
 from ..affine import ONE, Aff
 from ..leaves import Table
@@ -125,6 +126,32 @@ class Structure(Program):
         factors = [*t.accs, *(a for m, f in t.exp.lin if f.is_const for a in m)]
         factors += {a for (m, _), _ in t.exp.sums for a in m if any(x < 0 for x in self.space.vars_of(a[1]))}
         return len(factors) >= 2 and any(x < 0 for _, idx in factors for a in idx for x, _ in a.terms)
+
+    def scores(self, v: Val) -> bool:
+        """Products of rows and columns over features alone, masked or not, no projection: what a power multiplies out.
+
+        What was summed over positions already, an attention's result, is data for the norm behind it.
+        """
+        terms = [t for c in v.cases for t in c.terms]
+        return self.contracts(v) and not self.projects(v) and all(map(self._of_pairs, terms))
+
+    def _of_pairs(self, t: Term) -> bool:
+        """Whether all summed indices run over whole dimensions, and rows and columns are each of some factor alone."""
+        bound = t.bound(self.space)
+        whole = {
+            (v, size)
+            for leaf, idx in t.accs
+            for size, i in zip(self.leaf_shapes[leaf], idx, strict=True)
+            for v in bound
+            if i == Aff.var(v)
+        }
+        ranges = {g for v, size in whole for g in (Aff.var(v), size - 1 - Aff.var(v))}
+        if not all(g in ranges for g in t.guards if bound & self.space.vars(g)):
+            return False
+        if bound & self.space.vars_of(f for f in t.exp.affs()):
+            return False
+        held = [self.space.vars_of(idx) - bound for _, idx in t.accs]
+        return not bound or any(not (x <= y or y <= x) for x, y in combinations(held, 2))
 
     def accumulates(self, v: Val) -> bool:
         """Holds a sum over positions whose weights move along them, be it of one factor, as a recurrence makes it."""

@@ -156,8 +156,3 @@ def inverse(op: Op, v: Val) -> Val:
         data = value(v.shape, [Term(t.coef, accs=t.accs)])
         rest = op.engine.pointwise(aten.reciprocal.default, [data], {}, op.out)
     return rest.with_terms(lambda x: x.but(exp=t.exp * -1))
-
-
-@rule(aten.square)
-def square(op: Op) -> Val:
-    return op.symbol()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..affine import ONE, Aff
+from ..begun import opened_beside
 from ..engine import Engine, GiveUp
 from ..leaves import Argument, Leaf, Opaque, Symbol
 from ..term import Access, Exponent, Guards, Mono, Term, Val, value
@@ -27,6 +28,7 @@ def one_function(engine: Engine, shape: tuple[Aff, ...], pieces: Sequence[Sequen
 
     The result has the same numbers. Where nothing is found the terms are as they were.
     """
+    pieces = opened_beside(engine.space, engine.leaves, pieces)
     found: dict[Any, list[tuple[int, Term, Access]]] = {}
     for n, terms in enumerate(pieces):
         for t in terms:
@@ -90,7 +92,8 @@ def _common(engine: Engine, shape: tuple[Aff, ...], places: Sequence[tuple[int, 
     if regions is None:
         return None
     try:
-        joined = engine.sum_of(shape, (t for _, a, region in regions for t in _terms_in(engine, a, region)))
+        sums = opened_beside(engine.space, engine.leaves, [list(_terms_in(engine, a, r)) for _, a, r in regions])
+        joined = engine.sum_of(shape, (t for terms in sums for t in terms))
         inside = [_everywhere(engine, shape, t, [r for _, _, r in regions]) for t in joined.terms]
         if not inside or any(t is None for t in inside):
             return None
@@ -116,7 +119,8 @@ def _with_features(engine: Engine, t: Term) -> Term:
     """exp of data along a feature, or of a token, as a factor: of one token it may be one, and of others a weight."""
     lin, accs = [], list(t.accs)
     tokens = engine.leaves.places(t.accs)
-    exp = engine.placed(t.exp, lambda mono: _holds_bound(engine, mono))
+    exp = engine.telescoped(t.exp, ())  # a rate beside its prefix sums is that of a decay
+    exp = engine.placed(exp, lambda mono: _holds_bound(engine, mono))
     for mono, f in exp.lin:
         found = None
         if f.is_const and (_holds_bound(engine, mono) or tokens & engine.leaves.places(mono)):

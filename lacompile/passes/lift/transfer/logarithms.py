@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import reduce
 
 import torch
 
@@ -16,6 +18,8 @@ from .arith import number, operand
 from .exponentials import exponential
 
 aten = torch.ops.aten
+
+SMALL_POWERS = (2, 3, 4)
 
 
 @rule(aten.log)
@@ -62,6 +66,8 @@ def power(op: Op) -> Val:
     engine = op.engine
     a, b = operand(op, 0), operand(op, 1)
     exponent = number(b)
+    if exponent in SMALL_POWERS and engine.scores(a):
+        return multiplied_out(op, a, int(exponent))
     if exponent is not None and engine.contracts(a):
         a = engine.held(a)
     if exponent is not None and not any(t.exp for c in a.cases for t in c.terms):
@@ -83,6 +89,12 @@ def power(op: Op) -> Val:
     return exponential(op, engine.multiply(logarithm, b), 1.0)
 
 
+def multiplied_out(op: Op, scores: Val, times: int) -> Val:
+    """A power of scores as the product that it is; to who does not look into them, it is one function of them."""
+    out = reduce(op.engine.multiply, [replace(scores, alt=None)] * times)
+    return out if scores.alt is None else replace(out, alt=op.symbol().one)
+
+
 def _log_base(op: Op, base: Val) -> Val:
     """log of the base of a power: data stays a leaf, and must be positive."""
     engine = op.engine
@@ -97,3 +109,9 @@ def _log_base(op: Op, base: Val) -> Val:
             raise GiveUp("a power of a number that is not positive")
         return constant(base.shape, math.log(found))
     return value(base.shape, engine.log_terms(found[0]))
+
+
+@rule(aten.square)
+def square(op: Op) -> Val:
+    v: Val = op.args[0]
+    return multiplied_out(op, v, 2) if op.engine.scores(v) else op.symbol()

@@ -51,8 +51,6 @@ class Proof:
     state: list[Access] | None = None
     flattened: tuple[int, ...] = ()
     """The dimensions that are joined with the one behind them, one after the other, to have the program's value."""
-    flattened: int | None = None
-    """The dimension that the program's value has in place of this one and the next."""
     state_number: float = 1.0
     """What every entry of the initial state is, where it is a number: ``state`` is then empty."""
     residual: list[Term] = field(default_factory=list)

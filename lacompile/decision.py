@@ -99,7 +99,14 @@ def _behind_loops(
         return gm, found
     again = analyse(other, example_inputs, buffers=options.buffers)
     seconds = {k: found.seconds.get(k, 0) + s for k, s in again.seconds.items()}
-    return (other, replace(again, seconds=seconds)) if again.matches else (gm, replace(found, seconds=seconds))
+    if again.matches and _largest(again.matches) >= _largest(found.matches):
+        return other, replace(again, seconds=seconds)
+    return gm, replace(found, seconds=seconds)
+
+
+def _largest(matches: Sequence[Match]) -> int:
+    """The elements of the largest value that is replaced."""
+    return max((_compat.hint(m.target.meta["example_value"].numel()) for m in matches), default=0)
 
 
 def _own(

@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 from .._compat import suppressed_guards
 from .capture.modes import AUTOCAST
 from .effects import NOWHERE, overlap
-from .rows import width
+from .rows import OPAQUE, width
 from .schedule import Schedule
 
 RESHAPES = ("reshape", "view", "flatten", torch.reshape, torch.flatten)
@@ -31,7 +31,7 @@ def fissioned(schedule: Schedule) -> fx.GraphModule | None:
     found = [
         j for f in (torch.stack, torch.cat) for n in old.find_nodes(op="call_function", target=f) if (j := _join(n))
     ]
-    joins = [j for j in found if _step(schedule, j, j.parts, [j.node] * len(j.parts)) is not None]
+    joins = [j for j in found if _hidden(schedule, j, j.parts, [j.node] * len(j.parts))]
     if not joins or any(old.find_nodes(op="call_function", target=f) for f in AUTOCAST):
         return None
     graph = fx.Graph()
@@ -102,6 +102,14 @@ def _step(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[
     return Step(first.op, first.target, columns, first.kwargs) if fits else None
 
 
+def _hidden(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[fx.Node]) -> bool:
+    """Whether behind functions that the analysis looks into stands one that it does not: only then they are moved."""
+    step = _step(schedule, join, parts, users)
+    return step is not None and (
+        step.target in OPAQUE or any(c.own and _hidden(schedule, join, c.given, parts) for c in step.columns)
+    )
+
+
 def _reshape(join: Join, parts: Sequence[fx.Node]) -> Step | None:
     """A reshape of the dimensions behind the one that is new, with numbers for their sizes and one other at most."""
     given = [p.args[0] for p in parts]
@@ -170,7 +178,7 @@ def _move(schedule: Schedule, join: Join, graph: fx.Graph, mapping: dict[fx.Node
         return made[tuple(parts)]
 
     def anew(parts: Sequence[Any], users: Sequence[fx.Node]) -> fx.Node:
-        step = _step(schedule, join, parts, users)
+        step = _step(schedule, join, parts, users) if _hidden(schedule, join, parts, users) else None
         if step is None:
             own = Step(join.node.op, join.node.target, (), {})
             return _made(graph, own, ([mapping[n] for n in parts], join.dim), join.node)

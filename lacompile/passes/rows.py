@@ -61,6 +61,8 @@ WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
     F.normalize: _along(2),
     **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), _kept),
 }
+OPAQUE = frozenset(f for f in WIDTHS if f not in (torch.sum, "sum"))
+"""Those that the analysis of sums does not look into, or not if what they are given is one."""
 ARITHMETIC = (
     "add",
     "sub",

@@ -94,19 +94,24 @@ def _behind_loops(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, found: Analysis
 ) -> tuple[fx.GraphModule, Analysis]:
     """The graph in which a loop's results are joined before they are projected, where more is found in that."""
-    other = fissioned(found.schedule)
+    try:
+        other = fissioned(found.schedule)
+    except Exception:  # what cannot be moved stays where it is
+        log.debug("a loop's results could not be joined", exc_info=True)
+        return gm, found
     if other is None:
         return gm, found
     again = analyse(other, example_inputs, buffers=options.buffers)
     seconds = {k: found.seconds.get(k, 0) + s for k, s in again.seconds.items()}
-    if again.matches and _largest(again.matches) >= _largest(found.matches):
+    if again.matches and _worth(again) >= _worth(found):
         return other, replace(again, seconds=seconds)
     return gm, replace(found, seconds=seconds)
 
 
-def _largest(matches: Sequence[Match]) -> int:
-    """The elements of the largest value that is replaced."""
-    return max((_compat.hint(m.target.meta["example_value"].numel()) for m in matches), default=0)
+def _worth(found: Analysis) -> tuple[int, int]:
+    """The elements of the largest value that is replaced; of two alike the one in fewer pieces is better."""
+    largest = max((_compat.hint(m.target.meta["example_value"].numel()) for m in found.matches), default=0)
+    return largest, -len(found.matches) - len(found.refusals)
 
 
 def _own(

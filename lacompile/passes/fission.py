@@ -19,6 +19,7 @@ from torch.fx.node import map_arg
 from .._compat import suppressed_guards
 from .capture.modes import AUTOCAST
 from .effects import NOWHERE, overlap
+from .rewrite import same_strides
 from .rows import OPAQUE, width
 from .schedule import Schedule
 
@@ -29,7 +30,10 @@ def fissioned(schedule: Schedule) -> fx.GraphModule | None:
     """A copy of the graph with functions of rows behind what joined their results; None if there are none to move."""
     old = schedule.gm.graph
     found = [
-        j for f in (torch.stack, torch.cat) for n in old.find_nodes(op="call_function", target=f) if (j := _join(n))
+        j
+        for f in (torch.stack, torch.cat)
+        for n in old.find_nodes(op="call_function", target=f)
+        if (j := _join(schedule, n))
     ]
     joins = [j for j in found if _hidden(schedule, j, j.parts, [j.node] * len(j.parts))]
     if not joins or any(old.find_nodes(op="call_function", target=f) for f in AUTOCAST):
@@ -59,12 +63,17 @@ class Join:
         return self.dim <= rank - last - (not self.stacks)
 
 
-def _join(node: fx.Node) -> Join | None:
-    parts = node.args[0] if node.args else None
-    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-    if not isinstance(parts, list | tuple) or len(parts) < 2 or not isinstance(dim, int):
+def _join(schedule: Schedule, node: fx.Node) -> Join | None:
+    """A join whose result nobody writes into: what a function saves for its gradient must stay as it was."""
+    parts, *dims = node.args or (None,)
+    dim = [*dims, *(v for k, v in node.kwargs.items() if k == "dim")] or [0]
+    others = len(dim) > 1 or node.kwargs.keys() - {"dim"} or node in schedule.effects.writes
+    if others or not isinstance(parts, list | tuple) or len(parts) < 2 or not isinstance(dim[0], int):
         return None
-    return Join(node, parts, dim % _tensor(node).dim(), node.target is torch.stack)
+    lives, order = schedule.effects.lives.get(node, NOWHERE), schedule.order[node]
+    if any(True for _ in schedule.writers(lives, order, len(schedule.nodes))):
+        return None
+    return Join(node, parts, dim[0] % _tensor(node).dim(), node.target is torch.stack)
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,10 @@ def _step(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[
     if first.target in RESHAPES:
         return _reshape(join, parts)
     rows = width(first)
-    columns = [Column(given, any(x != given[0] for x in given)) for given in zip(*(n.args for n in parts), strict=True)]
+    columns = [
+        Column(given, not all(_same(x, given[0]) for x in given))
+        for given in zip(*(n.args for n in parts), strict=True)
+    ]
     if rows is None or not any(c.own for c in columns) or (rows and any(c.own for c in columns[1:])):
         return None
     fits = all(_fits(join, c, parts, rows) for c in columns)
@@ -103,7 +115,10 @@ def _step(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[
 
 
 def _hidden(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[fx.Node]) -> bool:
-    """Whether behind functions that the analysis looks into stands one that it does not: only then they are moved."""
+    """Whether behind functions that the analysis looks into stands one that it does not.
+
+    Else those of several arguments stay where they are: the parts of a sum are one attention, and none by themselves.
+    """
     step = _step(schedule, join, parts, users)
     return step is not None and (
         step.target in OPAQUE or any(c.own and _hidden(schedule, join, c.given, parts) for c in step.columns)
@@ -125,12 +140,22 @@ def _reshape(join: Join, parts: Sequence[fx.Node]) -> Step | None:
 
 
 def _alike(node: fx.Node, first: fx.Node) -> bool:
+    """Whether two calls differ in their arguments alone, all of one format: nothing is promoted."""
+    tensors = [x for n in (node, first) for x in map(_tensor, (n, *n.all_input_nodes)) if isinstance(x, torch.Tensor)]
+    dtype = tensors[0].dtype if tensors else None
     return (
-        (node.op, node.target, len(node.args)) == (first.op, first.target, len(first.args))
-        and node.kwargs == first.kwargs
+        (node.op, node.target, len(node.args), repr(node.kwargs))
+        == (first.op, first.target, len(first.args), repr(first.kwargs))
         and not any(isinstance(x, fx.Node) for x in node.kwargs.values())
         and isinstance(_tensor(node), torch.Tensor)
+        and dtype is not None
+        and dtype.is_floating_point
+        and all(x.dtype == dtype for x in tensors)
     )
+
+
+def _same(x: Any, y: Any) -> bool:
+    return type(x) is type(y) and x == y
 
 
 def _movable(schedule: Schedule, node: fx.Node, behind: fx.Node) -> bool:
@@ -178,8 +203,8 @@ def _move(schedule: Schedule, join: Join, graph: fx.Graph, mapping: dict[fx.Node
         return made[tuple(parts)]
 
     def anew(parts: Sequence[Any], users: Sequence[fx.Node]) -> fx.Node:
-        step = _step(schedule, join, parts, users) if _hidden(schedule, join, parts, users) else None
-        if step is None:
+        step = _step(schedule, join, parts, users)
+        if step is None or (sum(c.own for c in step.columns) > 1 and not _hidden(schedule, join, parts, users)):
             own = Step(join.node.op, join.node.target, (), {})
             return _made(graph, own, ([mapping[n] for n in parts], join.dim), join.node)
         moved.extend(parts)
@@ -188,9 +213,12 @@ def _move(schedule: Schedule, join: Join, graph: fx.Graph, mapping: dict[fx.Node
 
     with graph.inserting_before(mapping[join.node]):
         new = joined(join.parts, [join.node] * len(join.parts))
+        if not same_strides(new.meta["example_value"], _tensor(join.node)):
+            new = _made(graph, Step("call_method", "contiguous", (), {}), (new,), join.node)
     mapping[join.node].replace_all_uses_with(new)
     for node in (join.node, *moved):
         graph.erase_node(mapping[node])
+    mapping[join.node] = new
 
 
 def _made(graph: fx.Graph, step: Step, args: tuple[Any, ...], like: fx.Node) -> fx.Node:

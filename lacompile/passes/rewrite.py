@@ -142,9 +142,9 @@ class _Writer:
             got = new.meta["example_value"]
         if tuple(got.shape) != tuple(want.shape):
             raise CannotRewrite(f"{target.name} has shape {tuple(want.shape)}, its replacement {tuple(got.shape)}")
-        if not _same_strides(got, want) and match.target in self.known_by_strides:
+        if not same_strides(got, want) and match.target in self.known_by_strides:
             new = self._with_strides_of(new, want)
-            if not _same_strides(new.meta["example_value"], want) and match.target in self.deciding:
+            if not same_strides(new.meta["example_value"], want) and match.target in self.deciding:
                 raise CannotRewrite(f"{target.name} has strides {want.stride()}, which its replacement cannot have")
         self.ends[at] = self.cursor
         behind = self.order[match.after or match.target]
@@ -229,7 +229,7 @@ class _Writer:
             return op(*fakes[0], **fakes[1])
 
 
-def _same_strides(got: torch.Tensor, want: torch.Tensor) -> bool:
+def same_strides(got: torch.Tensor, want: torch.Tensor) -> bool:
     """Whether two tensors of one shape lie alike in memory, at any length; dimensions of length 1 do not count."""
     return all(
         always_equal(n, 1) or always_equal(a, b) for n, a, b in zip(got.shape, got.stride(), want.stride(), strict=True)

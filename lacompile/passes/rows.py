@@ -30,7 +30,7 @@ def _kept(node: fx.Node) -> int | None:
     """The width of a sum or a mean along dimensions that are counted from the end, and kept."""
     dims = _argument(node, 1, "dim")
     dims = [dims] if isinstance(dims, int) else dims
-    if not _argument(node, 2, "keepdim") or not isinstance(dims, list | tuple) or any(d >= 0 for d in dims):
+    if not _argument(node, 2, "keepdim") or not isinstance(dims, list | tuple) or not dims or any(d >= 0 for d in dims):
         return None
     return -min(dims)
 
@@ -82,6 +82,6 @@ ARITHMETIC = (
 POINTWISE = frozenset[Any]({
     *(getattr(F, name) for name in ("silu", "gelu", "relu", "elu", "softplus", "sigmoid", "tanh", "logsigmoid")),
     *(getattr(torch, name) for name in ARITHMETIC),
-    *ARITHMETIC, "float", "to",
+    *ARITHMETIC,
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
 })  # fmt: skip

@@ -152,3 +152,61 @@ def test_the_order_of_the_places():
 
     assert_refused(last_first, tokens(), layer())
     assert_refused(keys_last_first, tokens(), layer())
+
+
+# ---------------------------------------------------------------------------------- what is done to each result
+
+
+def attention_of(x, after):
+    """``after`` each step's result, of which the heads are apart."""
+    state, out = x.new_zeros(B, H, D, D), []
+    for x_t in x.unbind(1):
+        state = 0.9 * state + heads(torch.tanh(x_t))[..., :, None] * heads(torch.cos(x_t))[..., None, :]
+        out.append(after((heads(torch.sin(x_t))[..., :, None] * state).sum(-2), x_t))
+    return out
+
+
+AFTER = {
+    "projected": lambda o, x_t, w, b: F.linear(o.flatten(1), w, b),
+    "normalised": lambda o, x_t, w, b: F.linear(F.layer_norm(o, (D,)).reshape(B, WIDTH), w, b),
+    "normalised by hand": lambda o, x_t, w, b: F.linear(
+        (o * (o.pow(2).mean(-1, keepdim=True) + 1).rsqrt()).flatten(1), w
+    ),
+    "gated": lambda o, x_t, w, b: F.linear(o.flatten(1) * torch.sigmoid(x_t), w, b),
+    "added": lambda o, x_t, w, b: x_t + F.linear(F.rms_norm(o.flatten(1), (WIDTH,)), w, b),
+}
+
+
+@pytest.mark.parametrize("after", AFTER)
+def test_the_output_of_each_token_is_projected(after):
+    def run(x, w, b):
+        return torch.stack(attention_of(x, lambda o, x_t: AFTER[after](o, x_t, w, b)), 1)
+
+    report = assert_rewritten(run, tokens(), *layer(), compiled=False)
+    assert report.nodes_after < report.nodes_before / 2
+
+
+JOINS = {
+    "axis": lambda y: torch.stack([torch.relu(y[:, t]) for t in range(N)], axis=1),
+    "numbers of two types": lambda y: torch.stack(
+        [F.linear(y[:, t] * (1.0 if t else 1), y[0, :8]) for t in range(N)], 1
+    ),
+    "formats": lambda y: torch.stack(
+        [(y[:, t].double() if t % 2 else y[:, t].half()).softmax(-1) for t in range(N)], 1
+    ),
+    "a join of joins": lambda y: torch.stack(
+        [F.linear(torch.stack([F.linear(y[b, t], y[0, :8]).relu() for t in range(N)], 0), y[0, :8]) for b in range(B)],
+        0,
+    ),
+    "written into": lambda y: torch.stack([torch.softmax(y[:, t], -1) for t in range(N)], 1).mul_(2),
+    "strides": lambda y: torch.stack([torch.softmax(y[:, t].t(), -1) for t in range(N)], 1).view(-1),
+}
+
+
+@pytest.mark.parametrize("join", JOINS)
+def test_what_else_is_joined_in_the_program(join):
+    def run(x, w, b):
+        o = torch.stack(attention_of(x, lambda o, x_t: F.linear(o.flatten(1), w, b)), 1)
+        return o, JOINS[join](o)
+
+    assert_rewritten(run, tokens(), *layer(), compiled=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import lacompile
 from lacompile.testing import assert_refused, assert_rewritten
@@ -152,6 +153,89 @@ def test_the_order_of_the_places():
 
     assert_refused(last_first, tokens(), layer())
     assert_refused(keys_last_first, tokens(), layer())
+
+
+def written_before(x, w, b):
+    b.add_(1.0)
+    return loop(x, torch.sin, lambda x_t: F.linear(x_t, w, b), torch.tanh)
+
+
+def rows_written_before(x, w, b):
+    rows = [x_t * 2 for x_t in x.unbind(1)]
+    for row in rows:
+        row.tanh_()
+    return loop(x, torch.sin, lambda x_t: F.linear(rows.pop(0), w, b), torch.tanh)
+
+
+def of_a_batch(x, w, b):
+    inside = torch.stack([F.linear(x_t, w, b) for x_t in x.unbind(1)], 1)
+    keys = torch.stack([F.linear(y, w, b) for y in inside]).unbind(1)
+    return loop(x, torch.sin, lambda x_t, left=list(keys): left.pop(0), torch.tanh)
+
+
+def other_shapes(x, w, b):
+    def summed(x_t, n):
+        return torch.logsumexp(x_t[:, None].expand(B, n, WIDTH), 1)
+
+    return loop(x, torch.sin, lambda x_t: summed(x_t, 3), lambda x_t: summed(x_t, 5))
+
+
+def spread(x, w, b):
+    return loop(x, torch.sin, lambda x_t: F.linear(x_t[:, :, None].expand(B, WIDTH, WIDTH), w, b)[:, 1], torch.tanh)
+
+
+CALLS = [written_before, rows_written_before, of_a_batch, other_shapes, spread]
+
+
+@pytest.mark.parametrize("run", CALLS)
+def test_what_a_call_is_given(run):
+    """Its arguments are those of that time, in their shapes; places of a batch are none of tokens."""
+    w, b = layer()
+    assert_rewritten(run, tokens(), w, b.detach(), compiled=False)
+
+
+def test_a_cast_of_each_token():
+    """Rows of the wider format are computed in it."""
+
+    def run(x):
+        rows = list(x.unbind(1))
+        return loop(x.float(), lambda x_t: F.layer_norm(rows.pop(0).float(), (WIDTH,)), torch.tanh, torch.cos)
+
+    assert_rewritten(run, tokens().detach().bfloat16().requires_grad_(), compiled=False)
+
+
+def test_one_gate_for_all_heads():
+    """Its width is one, as the length of a place is."""
+
+    def run(x, g):
+        return loop(x, torch.sin, torch.tanh, torch.cos, lambda x_t: F.linear(x_t, *g).sigmoid()[..., None, None])
+
+    assert_rewritten(run, tokens(), layer(1), compiled=False)
+
+
+def test_a_checkpoint_for_each_token():
+    """Each is handed a graph of its own; the result of the operator is a tuple."""
+
+    def run(x, w, b):
+        def key(x_t):
+            return checkpoint(lambda y: F.linear(y, w, b).softmax(-1), x_t, use_reentrant=False)
+
+        return loop(x, torch.sin, key, torch.tanh)
+
+    assert_refused(run, tokens(), *layer(), obligation="separable")
+
+
+def test_a_bias_that_is_written_between_the_steps():
+    def run(x, w, b):
+        def key(x_t):
+            out = F.linear(x_t, w, b)
+            b.add_(1.0)
+            return out
+
+        return loop(x, torch.sin, key, torch.tanh)
+
+    w, b = layer()
+    assert_refused(run, tokens(), w.detach(), b.detach(), options={"validate": "off"})
 
 
 # ---------------------------------------------------------------------------------- what is done to each result

@@ -4,6 +4,7 @@ Roles are the index variables of a match (batch, head, position, feature). In la
 
 emitter      products of accesses, with their digits laid out as the dimensions of an operand
 reader       what one access reads, whatever kind of leaf it is of
+series       values of a loop side by side, or computed at once
 views        a tensor at affine indices, as a chain of views
 digits       roles that a view of the program had split, as in k[h // 4]
 lengths      sizes, as numbers or as recipes

@@ -252,7 +252,8 @@ class Leaves:
                 spec.append(Argument(leaf, len(where), used if used != native and used is not None else None))
                 idx.extend(where)
                 shape.extend(self[leaf].shape)
-                intervals.append((0.0, 1.0) if self.share(leaf) else self[leaf].interval)
+                known = self[leaf].interval
+                intervals.append((0.0, 1.0) if known == ANY and self.truth(leaf) else known)
                 rests_on |= self[leaf].rests_on
             else:
                 spec.append(arg)

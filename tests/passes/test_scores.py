@@ -102,3 +102,16 @@ def test_a_row_sum_that_divides_the_scores_is_read_after_it_was_rewritten(keep):
 
     torch.compile(run, backend=backend)(*qkv(B, H, N, D))
     assert not any("tril" in name for name in left)
+
+
+def test_the_keys_of_one_sequence_and_one_head():
+    """They have neither batch nor head, as a matrix has that tokens are projected by; a weight of pairs tells."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, 12, 4, requires_grad=True) for h in (3, 1, 1))
+    place = torch.arange(12)
+    weight = (torch.tensor([0.9, 0.8, 0.7])[:, None, None] ** (place[:, None] - place)).tril()
+
+    def run(q, k, v):
+        return (q @ k.mT * weight) @ v
+
+    assert_rewritten(run, q, k, v, compiled=False)

@@ -47,7 +47,9 @@ class Arithmetic(Symbols):
             a, b = looked_into if any(map(self._scores, looked_into)) else whole
         else:
             a, b = (
-                v if v.alt is None or (self._mask_like(w) and not self.projects(v)) else self.pick_beside(v, w)
+                v
+                if v.alt is None or (self._mask_like(w) and not self._projects_beside(v, w))
+                else self.pick_beside(v, w)
                 for v, w in ((a, b), (b, a))
             )
 
@@ -70,6 +72,10 @@ class Arithmetic(Symbols):
                 (alt,) = times([v.terms for v in whole])
             return self.sum_of(a.shape, times([a.terms, b.terms]), alt)
         return self.zip_cases([a, b], times)
+
+    def _projects_beside(self, v: Val, w: Val) -> bool:
+        """Whether it is a projection beside this weight: one that weighs the columns of the matrix makes it scores."""
+        return self.projects(v) and not self.weighs_columns(v, w)
 
     def _scores(self, v: Val) -> bool:
         """A product that may be looked into, and that is no projection: a mask of its rows or keys may come first."""

@@ -107,6 +107,20 @@ class Structure(Program):
             return False
         return bool(t.bound(self.space)) and any(map(self.projects_by, t.accs, reversed(t.accs)))
 
+    def weighs_columns(self, v: Val, w: Val) -> bool:
+        """Whether a weight moves along a free dimension of what ``v`` projects by, if that is no parameter.
+
+        The keys of a single sequence and head have neither batch nor head, and a weight of pairs moves along them.
+        """
+        moving = {x for c in w.cases for g in c.guards for x in self.space.vars(g)}
+        for t in (t for c in w.cases for t in c.terms):
+            affs = (*t.guards, *(f for _, f in t.exp.lin), *(p for (_, p), _ in t.exp.sums))
+            moving |= self.space.vars_of(affs)
+        pairs = [p for t in v.terms if len(t.accs) == 2 for p in (t.accs, t.accs[::-1])]
+        one_way = [m for m, of in pairs if self.projects_by(m, of) and not self.projects_by(of, m)]
+        matrices = [m for m in one_way if not self.leaves[m[0]].parameter]
+        return any(x >= 0 and x in moving for m in matrices for x in self.space.vars_of(m[1]))
+
     def projects_by(self, matrix: Access, of: Access) -> bool:
         """Whether a product over what both have is a projection: by a parameter, or by what holds no batch or token."""
         if self.leaves[matrix[0]].parameter:

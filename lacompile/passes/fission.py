@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .._compat import suppressed_guards
-from .capture.modes import AUTOCAST
+from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
 from .rewrite import same_strides
 from .rows import OPAQUE, width
@@ -29,20 +30,16 @@ RESHAPES = ("reshape", "view", "flatten", torch.reshape, torch.flatten)
 def fissioned(schedule: Schedule) -> fx.GraphModule | None:
     """A copy of the graph with functions of rows behind what joined their results; None if there are none to move."""
     old = schedule.gm.graph
-    found = [
-        j
-        for f in (torch.stack, torch.cat)
-        for n in old.find_nodes(op="call_function", target=f)
-        if (j := _join(schedule, n))
-    ]
-    joins = [j for j in found if _hidden(schedule, j, j.parts, [j.node] * len(j.parts))]
-    if not joins or any(old.find_nodes(op="call_function", target=f) for f in AUTOCAST):
+    nodes = [n for f in (torch.stack, torch.cat) for n in old.find_nodes(op="call_function", target=f)]
+    joins = [j for n in nodes if (j := _join(schedule, n)) is not None]
+    moves = [(j, m) for j in joins if (m := _moved(schedule, j, j.parts, [j.node] * len(j.parts))) and m.hides]
+    if not moves or switches_autocast(old):
         return None
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(old, mapping)).meta = copy.copy(old.output_node().meta)
-    for join in joins:
-        _move(schedule, join, graph, mapping)
+    for join, moved in moves:
+        _move(join, moved, graph, mapping)
     graph.lint()
     out = fx.GraphModule(schedule.gm, graph)
     out.meta = schedule.gm.meta
@@ -85,24 +82,51 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Step:
-    """The call that every part is the result of, and that can be made of joined arguments."""
+class Kept:
+    """Parts that are joined as they are."""
 
+    parts: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Parts that are one function each, which is called of joined arguments instead.
+
+    ``hides``: whether it, or one inside of it, is a function that the analysis does not look into. Else those of
+    several joined arguments stay where they are: the parts of a sum are one attention together, and none by themselves.
+    """
+
+    parts: Sequence[fx.Node]
     op: str
     target: Any
-    columns: Sequence[Column]
+    args: Sequence[Any]
     kwargs: dict[str, Any]
 
+    @cached_property
+    def joined(self) -> list[Kept | Moved]:
+        return [a for a in self.args if isinstance(a, Kept | Moved)]
 
-def _step(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[fx.Node]) -> Step | None:
+    @cached_property
+    def hides(self) -> bool:
+        return self.target in OPAQUE or any(isinstance(a, Moved) and a.hides for a in self.joined)
+
+
+def _moved(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[fx.Node]) -> Moved | None:
     """The function that all parts are the results of; None if it cannot be moved behind the join."""
     if not all(isinstance(n, fx.Node) and list(n.users) == [user] for n, user in zip(parts, users, strict=True)):
         return None
     first = parts[0]
     if not all(_alike(n, first) and _movable(schedule, n, join.node) for n in parts):
         return None
+
+    def inside(given: Sequence[fx.Node]) -> Kept | Moved:
+        found = _moved(schedule, join, given, parts)
+        return found if found is not None and (found.hides or len(found.joined) == 1) else Kept(tuple(given))
+
     if first.target in RESHAPES:
-        return _reshape(join, parts)
+        sizes = _reshaped(join, parts)
+        given = inside([p.args[0] for p in parts]) if sizes is not None else None
+        return None if sizes is None else Moved(parts, "call_method", "reshape", [given, *sizes], {})
     rows = width(first)
     columns = [
         Column(given, not all(_same(x, given[0]) for x in given))
@@ -110,33 +134,20 @@ def _step(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[
     ]
     if rows is None or not any(c.own for c in columns) or (rows and any(c.own for c in columns[1:])):
         return None
-    fits = all(_fits(join, c, parts, rows) for c in columns)
-    return Step(first.op, first.target, columns, first.kwargs) if fits else None
+    if not all(_fits(join, c, parts, rows) for c in columns):
+        return None
+    args = [inside(c.given) if c.own else c.given[0] for c in columns]
+    return Moved(parts, first.op, first.target, args, first.kwargs)
 
 
-def _hidden(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[fx.Node]) -> bool:
-    """Whether behind functions that the analysis looks into stands one that it does not.
-
-    Else those of several arguments stay where they are: the parts of a sum are one attention, and none by themselves.
-    """
-    step = _step(schedule, join, parts, users)
-    return step is not None and (
-        step.target in OPAQUE or any(c.own and _hidden(schedule, join, c.given, parts) for c in step.columns)
-    )
-
-
-def _reshape(join: Join, parts: Sequence[fx.Node]) -> Step | None:
-    """A reshape of the dimensions behind the one that is new, with numbers for their sizes and one other at most."""
-    given = [p.args[0] for p in parts]
-    before, behind = [_tensor(n).shape for n in given], [_tensor(n).shape for n in parts]
+def _reshaped(join: Join, parts: Sequence[fx.Node]) -> list[int] | None:
+    """The sizes of a reshape of the dimensions behind the new one: numbers, and one other at most."""
+    before, behind = ([_tensor(n).shape for n in nodes] for nodes in ([p.args[0] for p in parts], parts))
     dim = join.dim
     if not join.stacks or any(x != before[0] for x in before) or before[0][:dim] != behind[0][:dim]:
         return None
-    sizes = [*behind[0][:dim], len(parts), *behind[0][dim:]]
-    if sum(not isinstance(n, int) for n in sizes) > 1:
-        return None
-    columns = [Column((n if isinstance(n, int) else -1,), own=False) for n in sizes]
-    return Step("call_method", "reshape", [Column(given, own=True), *columns], {})
+    sizes = [n if isinstance(n, int) else -1 for n in (*behind[0][:dim], len(parts), *behind[0][dim:])]
+    return sizes if sizes.count(-1) <= 1 else None
 
 
 def _alike(node: fx.Node, first: fx.Node) -> bool:
@@ -175,11 +186,10 @@ def _fits(join: Join, column: Column, parts: Sequence[fx.Node], rows: int) -> bo
         given = list(map(_tensor, column.given))
         if not all(isinstance(x, torch.Tensor) and x.dim() == rank for x in given) or not join.leaves_alone(rank, rows):
             return False
-        shapes = [_without(x.shape, None if join.stacks else join.dim) for x in given if x is not None]
-        lengths = join.stacks or all(
-            x.shape[join.dim] == _tensor(n).shape[join.dim] for x, n in zip(given, parts, strict=True) if x is not None
-        )
-        return all(s == shapes[0] for s in shapes) and lengths
+        if join.stacks:
+            return all(x.shape == given[0].shape for x in given)
+        lengths = all(x.shape[join.dim] == _tensor(n).shape[join.dim] for x, n in zip(given, parts, strict=True))
+        return lengths and all(_without(x.shape, join.dim) == _without(given[0].shape, join.dim) for x in given)
     shared = _tensor(column.given[0])
     return bool(rows) or not isinstance(shared, torch.Tensor) or join.leaves_alone(rank, shared.dim())
 
@@ -189,45 +199,44 @@ def _tensor(arg: Any) -> Any:
     return arg.meta.get("example_value") if isinstance(arg, fx.Node) else None
 
 
-def _without(shape: Sequence[Any], dim: int | None) -> list[Any]:
+def _without(shape: Sequence[Any], dim: int) -> list[Any]:
     return [n for d, n in enumerate(shape) if d != dim]
 
 
-def _move(schedule: Schedule, join: Join, graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
-    moved: list[fx.Node] = []
-    made: dict[tuple[fx.Node, ...], fx.Node] = {}
+def _move(join: Join, moved: Moved, graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
+    behind: list[fx.Node] = []
+    made: dict[Kept, fx.Node] = {}  # several functions may be called with the same parts
 
-    def joined(parts: Sequence[Any], users: Sequence[fx.Node]) -> fx.Node:
-        if tuple(parts) not in made:
-            made[tuple(parts)] = anew(parts, users)
-        return made[tuple(parts)]
-
-    def anew(parts: Sequence[Any], users: Sequence[fx.Node]) -> fx.Node:
-        step = _step(schedule, join, parts, users)
-        if step is None or (sum(c.own for c in step.columns) > 1 and not _hidden(schedule, join, parts, users)):
-            own = Step(join.node.op, join.node.target, (), {})
-            return _made(graph, own, ([mapping[n] for n in parts], join.dim), join.node)
-        moved.extend(parts)
-        args = [joined(c.given, parts) if c.own else map_arg(c.given[0], mapping.__getitem__) for c in step.columns]
-        return _made(graph, step, tuple(args), parts[0])
+    def call(arg: Any) -> Any:
+        if isinstance(arg, Kept):
+            if arg not in made:
+                parts = [mapping[n] for n in arg.parts]
+                made[arg] = _made(graph, join.node.op, join.node.target, (parts, join.dim), {}, join.node)
+            return made[arg]
+        if isinstance(arg, Moved):
+            behind.extend(arg.parts)
+            return _made(graph, arg.op, arg.target, tuple(map(call, arg.args)), arg.kwargs, arg.parts[0])
+        return map_arg(arg, mapping.__getitem__)
 
     with graph.inserting_before(mapping[join.node]):
-        new = joined(join.parts, [join.node] * len(join.parts))
+        new = call(moved)
         if not same_strides(new.meta["example_value"], _tensor(join.node)):
-            new = _made(graph, Step("call_method", "contiguous", (), {}), (new,), join.node)
+            new = _made(graph, "call_method", "contiguous", (new,), {}, join.node)
     mapping[join.node].replace_all_uses_with(new)
-    for node in (join.node, *moved):
+    for node in (join.node, *behind):
         graph.erase_node(mapping[node])
     mapping[join.node] = new
 
 
-def _made(graph: fx.Graph, step: Step, args: tuple[Any, ...], like: fx.Node) -> fx.Node:
-    """The call of other arguments, in the place of another node's."""
-    node = graph.create_node(step.op, step.target, args, step.kwargs)
+def _made(
+    graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
+) -> fx.Node:
+    """A call in the place of another node's."""
+    node = graph.create_node(op, target, args, kwargs)
     node.meta = copy.copy(like.meta)
     fakes = map_arg(args, lambda n: n.meta["example_value"])
     mode = like.meta["example_value"].fake_mode
     with mode, suppressed_guards(mode), torch.no_grad():
-        of = (lambda x, *rest, **kw: getattr(x, step.target)(*rest, **kw)) if step.op == "call_method" else step.target
-        node.meta["example_value"] = of(*fakes, **step.kwargs)
+        called = getattr(fakes[0], target)(*fakes[1:], **kwargs) if op == "call_method" else target(*fakes, **kwargs)
+        node.meta["example_value"] = called
     return node

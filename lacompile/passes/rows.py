@@ -64,21 +64,8 @@ WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
 OPAQUE = frozenset(f for f in WIDTHS if f not in (torch.sum, "sum"))
 """Those that the analysis of sums does not look into, or not if what they are given is one."""
 ARITHMETIC = (
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "neg",
-    "pow",
-    "square",
-    "sqrt",
-    "rsqrt",
-    "reciprocal",
-    "exp",
-    "sigmoid",
-    "tanh",
-    "relu",
-)
+    "add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp", "sigmoid", "tanh", "relu",
+)  # fmt: skip
 POINTWISE = frozenset[Any]({
     *(getattr(F, name) for name in ("silu", "gelu", "relu", "elu", "softplus", "sigmoid", "tanh", "logsigmoid")),
     *(getattr(torch, name) for name in ARITHMETIC),

@@ -77,7 +77,9 @@ def test_states_that_are_given(form, gate):
 def test_states_of_numbers(form, gate, start):
     """A state of numbers is one, as a given one is; without a decay it is a plain term."""
     if form is tokens and gate in ("mixed", "two gates"):
-        pytest.skip("the first token's key times its gate, and the number that decays, are two tensors")
+        # not found yet: the first token's key times its gate, and the number that decays, are two tensors
+        assert_refused(form(GATES[gate], STARTS[start]), *arguments(), obligation="separable")
+        return
     report = assert_rewritten(form(GATES[gate], STARTS[start]), *arguments(), count=2, compiled=False)
     assert gate == "kept whole" or sum(r.initial_state for r in report.rewrites) == 1
 

@@ -12,6 +12,11 @@ INFERENCE_MODE = (torch.autograd.grad_mode._enter_inference_mode, torch.autograd
 AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
+def switches_autocast(graph: fx.Graph) -> bool:
+    """Whether an autocast begins or ends in it: the same call may then round in another way elsewhere."""
+    return any(graph.find_nodes(op="call_function", target=f) for f in AUTOCAST)
+
+
 def grad_modes(gm: fx.GraphModule) -> dict[fx.Node, bool]:
     """Whether gradients are recorded when each node runs."""
     enabled = torch.is_grad_enabled()

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from .leaves import Argument, Leaves, Number, Symbol
+from .leaves import Leaves, Number, Symbol
 from .space import Space
 from .term import Access, Term
 from .weights import logarithm, size_as_weight
@@ -55,11 +55,9 @@ def _as_sum(leaves: Leaves, access: Access) -> list[tuple[Access | float, Access
     if not isinstance(kind, Symbol) or kind.op is not aten.add.Tensor or kind.kwargs or len(kind.args) != 2:
         return []
     parts: list[Access | float] = []
-    at = 0
-    for arg in kind.args:
-        if isinstance(arg, Argument) and arg.dtype is None:
-            parts.append((arg.leaf, idx[at : at + arg.rank]))
-            at += arg.rank
+    for arg in kind.given(idx):
+        if isinstance(arg, tuple) and arg[1] is None:
+            parts.append(arg[0])
         elif isinstance(arg, int | float):
             parts.append(float(arg))
         elif isinstance(arg, Number):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,6 +104,16 @@ class Symbol:
     op: Any
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
+
+    def given(self, idx: Sequence[Aff]) -> Iterator[Any]:
+        """The arguments where the symbol is read at ``idx``: an access and its format, or what is no tensor."""
+        start = 0
+        for a in self.args:
+            if isinstance(a, Argument):
+                yield (a.leaf, tuple(idx[start : start + a.rank])), a.dtype
+                start += a.rank
+            else:
+                yield a
 
 
 @dataclass(frozen=True)

@@ -59,16 +59,9 @@ def _of_symbol(leaves: Leaves, kind: Symbol, idx: tuple[Any, ...], dtype: torch.
         return None if made is None else [(1.0, made)]
     if (less := leaves.less_than_one(kind)) is not None:
         return _of_complement(leaves, less, idx, dtype)
-    args: list[Any] = []
-    start = 0
-    for a in kind.args:
-        if not isinstance(a, Argument):
-            args.append(a)
-            continue
-        if a.dtype is not None:
-            return None
-        args.append((a.leaf, idx[start : start + a.rank]))
-        start += a.rank
+    if any(isinstance(a, Argument) and a.dtype is not None for a in kind.args):
+        return None
+    args = [a[0] if isinstance(a, tuple) else a for a in kind.given(idx)]
     first = args[0]
     if op is aten.where.self:
         return _of_choice(leaves, *args, dtype=dtype)

@@ -13,7 +13,7 @@ from ...facts import Call, Const, Expr, Value
 from ..affine import ZERO, Aff
 from ..engine import Engine
 from ..holders import Place, is_part, place_of
-from ..leaves import Argument, Extended, Number, Opaque, Series, Symbol, Table
+from ..leaves import Extended, Number, Opaque, Series, Symbol, Table
 from ..term import Access
 from .pieces import CannotEmit, Piece
 from .series import joined_pieces
@@ -108,14 +108,13 @@ class Reader:
     def _symbol(self, kind: Symbol, idx: tuple[Aff, ...], dtype: torch.dtype) -> Piece:
         args: list[Any] = []
         present: frozenset[int] = frozenset()
-        start = 0
-        for arg in kind.args:
-            if isinstance(arg, Argument):
-                piece = self.read((arg.leaf, idx[start : start + arg.rank]))
-                start += arg.rank
-                if arg.dtype is not None:
-                    piece = piece.to(arg.dtype)
-                if kind.op is aten.log.default and not self.leaves.truth(arg.leaf):
+        for arg in kind.given(idx):
+            if isinstance(arg, tuple):
+                access, used = arg
+                piece = self.read(access)
+                if used is not None:
+                    piece = piece.to(used)
+                if kind.op is aten.log.default and not self.leaves.truth(access[0]):
                     piece = piece.above_zero()
                     dtype = piece.dtype
                 args.append(piece.expr)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...capture.modes import AUTOCAST
+from ...capture.modes import switches_autocast
 from ...facts import Call, Expr, Value
 from ...rows import width
 from ..affine import ONE, ZERO, Aff
@@ -36,7 +37,8 @@ def joined_pieces(leaves: Leaves, series: Series, first: int, last: int) -> Join
     Raises:
         CannotEmit: the program does not compute one of them.
     """
-    start = max((s for s in series.pieces if s <= first), default=first)
+    before = bisect(series.starts, first)
+    start = series.starts[before - 1] if before else first
     nodes: list[fx.Node] = []
     end = start
     while end <= last:
@@ -66,8 +68,8 @@ def _at_once(leaves: Leaves, series: Series, nodes: Sequence[fx.Node], start: in
         return None
     if any(n.args[1:] != first.args[1:] or n.kwargs != first.kwargs for n in nodes):
         return None
-    if any(first.graph.find_nodes(op="call_function", target=f) for f in AUTOCAST):
-        return None  # where the recipe stands the same call may round in another way
+    if switches_autocast(first.graph):
+        return None
     examples = [x.meta["example_value"] for x in tensors]
     if series.dim > examples[0].dim() - last_dims - (not series.stacked):
         return None

@@ -44,7 +44,7 @@ class Arithmetic(Symbols):
         whole = None
         if not moving:
             looked_into, whole = (a, b), (self.pick_beside(a, b), self.pick_beside(b, a))
-            a, b = looked_into if any(map(self._scores, looked_into)) else whole
+            a, b = looked_into if any(map(self._may_be_masked, looked_into)) else whole
         else:
             a, b = (
                 v
@@ -77,7 +77,7 @@ class Arithmetic(Symbols):
         """Whether it is a projection beside this weight: one that weighs the columns of the matrix makes it scores."""
         return self.projects(v) and not self.weighs_columns(v, w)
 
-    def _scores(self, v: Val) -> bool:
+    def _may_be_masked(self, v: Val) -> bool:
         """A product that may be looked into, and that is no projection: a mask of its rows or keys may come first."""
         return v.alt is not None and v.one is not None and not self.projects(v)
 

@@ -70,20 +70,9 @@ def _sum_in(engine: Engine, a: Access) -> Iterator[tuple[Opaque, tuple[Aff, ...]
     if isinstance(kind, Opaque) and kind.reading is not None:
         yield kind, idx
     if isinstance(kind, Symbol):
-        for child in _children(kind, idx):
+        for child in kind.given(idx):
             if isinstance(child, tuple):
                 yield from _sum_in(engine, child[0])
-
-
-def _children(kind: Symbol, idx: tuple[Aff, ...]) -> Iterator[Any]:
-    """The arguments of a function: an access and its format, or what is no tensor."""
-    start = 0
-    for a in kind.args:
-        if isinstance(a, Argument):
-            yield (a.leaf, idx[start : start + a.rank]), a.dtype
-            start += a.rank
-        else:
-            yield a
 
 
 def _common(engine: Engine, shape: tuple[Aff, ...], places: Sequence[tuple[int, Term, Access]]) -> Access | None:
@@ -191,7 +180,7 @@ def _with_sum(engine: Engine, a: Access, new: Access) -> Access | None:
         return new
     assert isinstance(kind, Symbol)
     args: list[Any] = []
-    for child in _children(kind, idx):
+    for child in kind.given(idx):
         if isinstance(child, tuple) and _pattern(engine, child[0][0]) is not None:
             inner = _with_sum(engine, child[0], new)
             if inner is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -19,8 +20,23 @@ def symbolic_kernels(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
     """The kernels that take symbolic sizes, where the traced program has some."""
     from torch._dispatch.python import enable_python_dispatcher
 
-    env = getattr(fake_mode, "shape_env", None)
-    return contextlib.nullcontext() if env is None or not env.var_to_range else enable_python_dispatcher()
+    return enable_python_dispatcher() if has_symbols(fake_mode) else contextlib.nullcontext()
+
+
+def has_symbols(fake_mode: Any) -> bool:
+    """Whether a size of the traced program is, or was, a symbol."""
+    return bool(getattr(getattr(fake_mode, "shape_env", None), "var_to_range", None))
+
+
+@contextlib.contextmanager
+def numbers_on_the_cpu() -> Iterator[None]:
+    """Numbers become a tensor of the CPU first, as they do on fake tensors, whatever device they are meant for."""
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)
+    try:
+        yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)
 
 
 def always_equal(a: Any, b: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Runs a Dynamo graph on fake tensors and shows every functional ATen operation to an observer.
+"""Runs a Dynamo graph on tensors without numbers and shows every functional ATen operation to an observer.
 
 The graph is neither copied nor re-emitted: a dispatch mode below the interpreter sees the ~12 kinds of operations that
 remain of hundreds, and each one belongs to the Dynamo node being run. That costs a tenth of building a second graph
@@ -9,13 +9,15 @@ with ``make_fx``.
     memory       what each tensor holds now: mutation is undone
     functional   what an in-place operation leaves behind
     schemas      what an operation writes into
+    standins     the tensors without numbers: fakes, or what is cheaper
     modes        gradients, inference, autocast
     observer     who is shown all this
 """
 
 from .memory import Memory, ViewStep
 from .observer import Observer
-from .run import Capture, fake_mode_of
+from .run import Capture
 from .schemas import aliases
+from .standins import fake_mode_of
 
 __all__ = ["Capture", "Memory", "Observer", "ViewStep", "aliases", "fake_mode_of"]

@@ -15,6 +15,7 @@ from .functional import functional
 from .memory import Memory, ViewStep
 from .observer import Observer
 from .schemas import METADATA_QUERIES, aliases, moves, written
+from .standins import Standins
 
 aten = torch.ops.aten
 
@@ -24,9 +25,9 @@ NO_VALUES = ("device", "layout", "pin_memory", "memory_format")  # keywords that
 class Dispatch(TorchDispatchMode):
     """Shows what runs inside it to an observer; notes what it writes into."""
 
-    def __init__(self, observer: Observer, memory: Memory, effects: Effects):
+    def __init__(self, observer: Observer, memory: Memory, effects: Effects, standins: Standins):
         super().__init__()
-        self.observer, self.memory, self.effects = observer, memory, effects
+        self.observer, self.memory, self.effects, self.standins = observer, memory, effects, standins
         self.failed: Any = None  # the operation that raised, if it is one that writes nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -43,8 +44,7 @@ class Dispatch(TorchDispatchMode):
             # what shares its old storage is no longer told apart from what shares its new one
             self.effects.lives[node] = self.effects.writes[node] = frozenset({ANYWHERE})
         self.failed = None if targets else func
-        # the same tensor on fakes, where PyTorch remembers what becomes of a shape only for the former
-        out = (aten.view.default if func is aten._unsafe_view.default else func)(*args, **kwargs)
+        out = self.standins.call(func, args, kwargs)
         self.failed = None
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.effects.impure.add(node)

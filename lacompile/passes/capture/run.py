@@ -11,25 +11,27 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..._compat import changes_mode, suppressed_guards, symbolic_kernels
+from ..._compat import changes_mode
 from ..effects import Boundary, Effects, storages
 from .dispatch import Dispatch
 from .memory import Memory
 from .modes import AUTOCAST, GRAD_MODE, Autocasts, grad_modes
 from .observer import Ignorant, Observer
+from .standins import standins
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
 
 class Capture:
-    """Runs a graph on fake tensors and shows every functional ATen operation to an observer."""
+    """Runs a graph on tensors without numbers and shows every functional ATen operation to an observer."""
 
     def __init__(self, gm: fx.GraphModule, observer: Observer):
         self.gm = gm
         self.observer = observer
         self.memory = Memory(observer)
         self.effects = Effects()
-        self._dispatch = Dispatch(observer, self.memory, self.effects)
+        self._standins = standins(gm)
+        self._dispatch = Dispatch(observer, self.memory, self.effects, self._standins)
         self._grad_modes = grad_modes(gm)
         self._autocasts = Autocasts()
 
@@ -46,15 +48,11 @@ class Capture:
         return self._grad_modes[node]
 
     def run(self, example_inputs: Sequence[Any]) -> None:
-        """Interprets the whole graph. A node that cannot run on fakes yields unknown tensors, nothing worse."""
-        fake_mode = fake_mode_of(self.gm)
+        """Interprets the whole graph. A node that cannot run yields unknown tensors, nothing worse."""
         env: dict[fx.Node, Any] = {}
         reals = iter(example_inputs)
         with contextlib.ExitStack() as stack:
-            if fake_mode is not None:
-                stack.enter_context(fake_mode)
-                stack.enter_context(suppressed_guards(fake_mode))
-                stack.enter_context(symbolic_kernels(fake_mode))
+            stack.enter_context(self._standins.modes())
             stack.enter_context(torch.no_grad())
             stack.callback(self._autocasts.leave_all)
             for node in self.gm.graph.nodes:
@@ -64,7 +62,7 @@ class Capture:
                     self.observer.gradients_resume()
                 if node.op in ("placeholder", "get_attr"):
                     real = next(reals, None) if node.op == "placeholder" else None
-                    env[node] = self._input(node, real) if node.op == "placeholder" else self._constant(node, fake_mode)
+                    env[node] = self._input(node, real) if node.op == "placeholder" else self._constant(node)
                     self.effects.lives[node] = storages([env[node]])
                     self.effects.outside |= self.effects.lives[node]
                 elif node.op == "output":
@@ -78,17 +76,17 @@ class Capture:
     def _input(self, node: fx.Node, real: Any) -> Any:
         example = node.meta.get("example_value", node.meta.get("val"))
         if isinstance(example, torch.Tensor):
-            tensor = example.detach()  # in-place operations of the trace must not touch Dynamo's own fake
+            tensor = self._standins.of_example(example)  # what the graph writes in place must not touch Dynamo's own
             self.memory.enter(tensor, self.observer.source(node, tensor, real))
             return tensor
         return example
 
-    def _constant(self, node: fx.Node, fake_mode: Any) -> Any:
+    def _constant(self, node: fx.Node) -> Any:
         attr: Any = self.gm
         for part in str(node.target).split("."):
             attr = getattr(attr, part)
-        if isinstance(attr, torch.Tensor) and fake_mode is not None:
-            tensor = fake_mode.from_tensor(attr)
+        if isinstance(attr, torch.Tensor):
+            tensor = self._standins.of_real(attr)
             self.memory.enter(tensor, self.observer.source(node, tensor, attr))
             return tensor
         return attr
@@ -107,14 +105,20 @@ class Capture:
             return self._called(node, args[1:], does)
         try:
             with self._dispatch:
-                if node.op == "call_function":
-                    return node.target(*args, **kwargs)  # type: ignore[operator]
-                if node.op == "call_method":
-                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                module: Any = self.gm.get_submodule(str(node.target))
-                return module(*args, **kwargs)
-        except Exception as error:  # whatever cannot run on fakes is unknown, and the analysis goes on
+                result = self._run(node, *self._standins.given(args, kwargs))
+            if not self._standins.are_right(node, result):
+                raise TypeError("not what Dynamo saw")
+        except Exception as error:  # whatever cannot run without numbers is unknown, and the analysis goes on
             return self._opaque(node, args, kwargs, error)
+        return result
+
+    def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        module: Any = self.gm.get_submodule(str(node.target))
+        return module(*args, **kwargs)
 
     def _finish(self, node: fx.Node, result: Any) -> None:
         self.effects.note_result(node, result)
@@ -160,7 +164,7 @@ class Capture:
 
         def forget(t: Any) -> Any:
             if isinstance(t, torch.Tensor):
-                fresh = t.detach()
+                fresh = self._standins.of_example(t)
                 self.memory.enter_unknown(fresh, why)
                 return fresh
             return t
@@ -170,14 +174,3 @@ class Capture:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-
-
-def fake_mode_of(gm: fx.GraphModule) -> Any:
-    """The mode the graph was traced in; None for a graph without tensors."""
-    for node in gm.graph.nodes:
-        example = node.meta.get("example_value", node.meta.get("val"))
-        for t in tree_leaves(example):
-            mode = getattr(t, "fake_mode", None)
-            if mode is not None:
-                return mode
-    return None

@@ -604,6 +604,24 @@ def test_strides_of_a_length_that_is_not_known():
     assert_rewritten(positions_first, long, after=[short])
 
 
+def test_strides_behind_an_einsum_that_sums_nothing():
+    """A division by a normaliser, as an einsum: its result is laid out as what it is given."""
+
+    def normalised(q, k, v, z):
+        o = torch.einsum("bnm,emb->enb", torch.einsum("nbd,mbd->bnm", q, k).tril(), v)
+        o = torch.einsum("enb,bn->enb", o, z)
+        rows = o.permute(2, 0, 1).reshape(-1)
+        rows *= 3.0
+        return o
+
+    args = [torch.randn(*shape, requires_grad=True) for shape in ((3, 2, 4), (3, 2, 4), (4, 3, 2), (2, 3))]
+    assert normalised(*args).stride() != torch.empty(4, 3, 2).stride()
+    torch._dynamo.reset()
+    got = torch.compile(normalised, backend="lightning")(*args)
+    assert got.stride() == normalised(*args).stride()
+    assert_rewritten(normalised, *args)
+
+
 @pytest.mark.parametrize("f", named(in_place_activation_alone, foreach_alone, running_statistics))
 def test_what_has_an_effect_elsewhere_does_not_hinder(f):
     args = [*inputs(), *([torch.zeros(D), torch.ones(D)] if f is running_statistics else ())]

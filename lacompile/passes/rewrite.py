@@ -63,7 +63,7 @@ def _facts_with_final_state(expr: Expr) -> list[DecayedAttention]:
     return own + [f for e in children(expr) for f in _facts_with_final_state(e)]
 
 
-MADE_ANEW = (torch.nn.functional.linear, torch.matmul, operator.matmul, torch.bmm, torch.einsum)
+MADE_ANEW = (torch.nn.functional.linear, torch.matmul, operator.matmul, torch.bmm)
 """Functions whose results have strides of their own, whatever those of their arguments are."""
 BY_STRIDES = ("view", "view_as", "as_strided", "unflatten")
 """Functions whose result, or whether they have one, depends on the strides of their argument."""
@@ -82,10 +82,23 @@ def _known_by_strides(schedule: Schedule) -> set[fx.Node]:
         if (
             shows
             or getattr(user.target, "__name__", user.target) in BY_STRIDES
-            or (user in told and user.target not in MADE_ANEW)
+            or (user in told and user.target not in MADE_ANEW and not _contracts(user))
         ):
             told.update(user.all_input_nodes)
     return told
+
+
+def _contracts(node: fx.Node) -> bool:
+    """Whether it is an einsum of two tensors that sums over what both have: else that is a product entry by entry."""
+    if node.target is not torch.einsum or len(node.args) != 3 or not isinstance(equation := node.args[0], str):
+        return False
+    operands, arrow, result = equation.replace(" ", "").partition("->")
+    first = operands.split(",")[0]
+    if not arrow or "." in equation or not isinstance(node.args[1], fx.Node):
+        return False
+    sizes = dict(zip(first, node.args[1].meta["example_value"].shape, strict=True))
+    summed = (set(first) & set(operands.split(",")[1])) - set(result)
+    return any(isinstance(sizes[letter], int) and sizes[letter] > 1 for letter in summed)
 
 
 MAY_COPY = ("reshape", "reshape_as", "flatten", "ravel", "contiguous")

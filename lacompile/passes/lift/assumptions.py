@@ -10,6 +10,7 @@ from torch import fx
 from ..facts import Assumption, Expr, values_of
 from ..names import spoken
 from ..schedule import Schedule
+from .doubles import Doubles
 from .interpret import Interpreter
 from .leaves import Opaque, Symbol
 from .proof import Proof, Refused
@@ -22,6 +23,7 @@ class Assumptions:
 
     def __init__(self, schedule: Schedule, interpreter: Interpreter):
         self.schedule, self.interpreter, self.engine = schedule, interpreter, interpreter.engine
+        self.doubles = Doubles(interpreter)
 
     def region(self, node: fx.Node, read: set[fx.Node]) -> set[fx.Node]:
         """What ``node`` is computed from behind the values that its replacement reads."""
@@ -31,12 +33,16 @@ class Assumptions:
         """What a proved attention rests on, whose recipe reads these values and whose target this region computes.
 
         Raises:
-            Refused: the decay has a base of which nothing can be assumed.
+            Refused: the decay has a base of which nothing can be assumed, or a value that is read is a rounded one.
         """
         return (*self._by_value(read, region, p.looked_at), *self._positive(p))
 
     def of_state(self, node: fx.Node, state: Expr, p: Proof) -> tuple[Assumption, ...]:
-        """What the final state of a proved attention rests on beside the attention: factors that it alone reads."""
+        """What the final state of a proved attention rests on beside the attention: factors that it alone reads.
+
+        Raises:
+            Refused: a value that is read is a rounded one.
+        """
         read = {v.node for v in values_of(state)}
         return tuple(self._by_value(read, self.region(node, read), p.looked_at))
 
@@ -47,9 +53,22 @@ class Assumptions:
 
     def _by_value(self, read: set[fx.Node], region: set[fx.Node], looked_at: set[fx.Node]) -> Iterable[Assumption]:
         """Inputs that the normal form of this region, or the proof about it, knows the numbers of."""
+        region = region.union(*self._beside(read, region))
         looked_at = looked_at.union(*(self.engine.relied.get(at, ()) for at in region))
         inputs = {n for n in region if n.op == "placeholder"}
         return self._of_numbers(read | inputs, looked_at)
+
+    def _beside(self, read: set[fx.Node], region: set[fx.Node]) -> Iterable[set[fx.Node]]:
+        """What makes values that are read the same as those that they are read in place of."""
+        for one, other in self.doubles.among(read, region):
+            if self.doubles.rounds_more(one, other):
+                raise Refused(
+                    "emission",
+                    "a value of the traced graph",
+                    "a factor that the program holds elsewhere, but rounded on its way",
+                    8,
+                )
+            yield one | other
 
     def _of_numbers(self, read: Iterable[fx.Node], looked_at: Iterable[fx.Node]) -> Iterable[Assumption]:
         statics = self.interpreter.statics

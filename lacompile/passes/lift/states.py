@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import fx
@@ -16,7 +17,7 @@ from .engine import Engine
 from .interpret import Fact
 from .leaves import NINE_DIGITS
 from .prefix import between, counted_from
-from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
+from .proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
 from .roles import sequence_index
 from .step import prove_step
 from .term import Exponent, Term, sub_access
@@ -49,9 +50,10 @@ def final_states(
             there = _in_the_mode_of(builder, fact, proof.fact.node)
             expr = None if there is None else final_state(builder.engine, there, proof, attention)
             if there is not None and expr is not None:
-                assumed = builder.assumptions.of_state(there.node, expr, proof)
-                out.append(Match(there.node, expr, attentions_of(expr), there.after, assumptions=assumed))
-                break
+                with suppress(Refused):  # the loop's own last state is as right
+                    assumed = builder.assumptions.of_state(there.node, expr, proof)
+                    out.append(Match(there.node, expr, attentions_of(expr), there.after, assumptions=assumed))
+                    break
     return out
 
 

@@ -65,7 +65,7 @@ def _facts_with_final_state(expr: Expr) -> list[DecayedAttention]:
 
 MADE_ANEW = (torch.nn.functional.linear, torch.matmul, operator.matmul, torch.bmm)
 """Functions whose results have strides of their own, whatever those of their arguments are."""
-BY_STRIDES = ("view", "view_as", "as_strided", "unflatten")
+BY_STRIDES = ("view", "view_as", "view_as_complex", "as_strided", "as_strided_", "unflatten")
 """Functions whose result, or whether they have one, depends on the strides of their argument."""
 
 

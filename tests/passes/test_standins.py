@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from lacompile.passes.capture import Capture
 from lacompile.passes.capture.observer import Ignorant
-from lacompile.passes.capture.standins import Fakes, Metas, fake_mode_of, standins
+from lacompile.passes.capture.standins import TO_DEVICE, Fakes, Metas, fake_mode_of, standins
 
 X = torch.randn(2, 4, 6)
 Y = torch.randn(4, 6, dtype=torch.bfloat16)
@@ -164,8 +164,12 @@ def test_an_autocast_around_the_program_needs_fakes():
         assert isinstance(graph_of(products, X, Y, N)[2], Fakes)
 
 
-def test_a_method_that_names_a_device_needs_fakes():
-    assert isinstance(graph_of(lambda x: x.cpu().mul_(2), X)[2], Fakes)
+@pytest.mark.parametrize("method", TO_DEVICE)
+def test_a_method_that_names_a_device_needs_fakes(method):
+    gm, _, chosen = graph_of(lambda x: x.exp() + 1, X)
+    assert isinstance(chosen, Metas)
+    next(n for n in gm.graph.nodes if n.target == "exp").target = method
+    assert isinstance(standins(gm), Fakes)
 
 
 def test_symbolic_sizes_need_fakes():

@@ -23,7 +23,8 @@ from .schemas import aliases
 aten = torch.ops.aten
 
 META = torch.device("meta")
-SENDS = ("cpu", "cuda", "xpu", "mtia", "hpu", "ipu", "pin_memory")  # methods that name a device
+TO_DEVICE = ("cpu", "cuda", "xpu", "mtia", "hpu", "ipu", "pin_memory", "new_tensor", "new")
+"""Methods that send a tensor to a device which they name, or numbers to that of a tensor."""
 
 
 class Standins(Protocol):
@@ -210,7 +211,7 @@ def _needs_fakes(gm: fx.GraphModule, mode: Any) -> bool:
         or torch._C._is_any_autocast_enabled()
         or any(map(switches_autocast, graphs))
         or len(devices) > 1
-        or any(n.op == "call_method" and n.target in SENDS for n in nodes)
+        or any(n.op == "call_method" and n.target in TO_DEVICE for n in nodes)
         or not all(_is_plain(n) for n in nodes if n.op in ("placeholder", "get_attr"))
     )
 

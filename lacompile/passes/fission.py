@@ -8,8 +8,9 @@ functions of rows are moved, of values that nothing else reads, and over memory 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,22 +18,23 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .._compat import suppressed_guards
+from .._compat import always_equal, suppressed_guards
 from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
+from .joins import Join, joins
 from .rewrite import same_strides
-from .rows import OPAQUE, width
+from .rows import BATCHED, OPAQUE, width
 from .schedule import Schedule
 
 RESHAPES = ("reshape", "view", "flatten", torch.reshape, torch.flatten)
+TRANSPOSES = ("transpose", torch.transpose)
+REORDERS = (*TRANSPOSES, "permute", torch.permute)
 
 
 def fissioned(schedule: Schedule) -> fx.GraphModule | None:
     """A copy of the graph with functions of rows behind what joined their results; None if there are none to move."""
     old = schedule.gm.graph
-    nodes = [n for f in (torch.stack, torch.cat) for n in old.find_nodes(op="call_function", target=f)]
-    joins = [j for n in nodes if (j := _join(schedule, n)) is not None]
-    moves = [(j, m) for j in joins if (m := _moved(schedule, j, j.parts, [j.node] * len(j.parts))) and m.hides]
+    moves = [(j, m) for j in joins(schedule) if (m := _moved(schedule, j, j.parts, j.users)) and m.hides]
     if not moves or switches_autocast(old):
         return None
     graph = fx.Graph()
@@ -47,33 +49,6 @@ def fissioned(schedule: Schedule) -> fx.GraphModule | None:
 
 
 @dataclass(frozen=True)
-class Join:
-    """Tensors side by side along dimension ``dim``, a new one where they are stacked."""
-
-    node: fx.Node
-    parts: Sequence[Any]
-    dim: int
-    stacks: bool
-
-    def leaves_alone(self, rank: int, last: int) -> bool:
-        """Whether the dimension is none of the last ones of a part of this rank."""
-        return self.dim <= rank - last - (not self.stacks)
-
-
-def _join(schedule: Schedule, node: fx.Node) -> Join | None:
-    """A join whose result nobody writes into: what a function saves for its gradient must stay as it was."""
-    parts, *dims = node.args or (None,)
-    dim = [*dims, *(v for k, v in node.kwargs.items() if k == "dim")] or [0]
-    others = len(dim) > 1 or node.kwargs.keys() - {"dim"} or node in schedule.effects.writes
-    if others or not isinstance(parts, list | tuple) or len(parts) < 2 or not isinstance(dim[0], int):
-        return None
-    lives, order = schedule.effects.lives.get(node, NOWHERE), schedule.order[node]
-    if any(True for _ in schedule.writers(lives, order, len(schedule.nodes))):
-        return None
-    return Join(node, parts, dim[0] % _tensor(node).dim(), node.target is torch.stack)
-
-
-@dataclass(frozen=True)
 class Column:
     """One argument of a call that each part is: one for all, or each part's own."""
 
@@ -83,9 +58,10 @@ class Column:
 
 @dataclass(frozen=True)
 class Kept:
-    """Parts that are joined as they are."""
+    """Parts that are joined as they are, along this dimension."""
 
     parts: tuple[fx.Node, ...]
+    dim: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +84,11 @@ class Moved:
 
     @cached_property
     def hides(self) -> bool:
-        return self.target in OPAQUE or any(isinstance(a, Moved) and a.hides for a in self.joined)
+        return (
+            self.target in OPAQUE
+            or self.target in BATCHED
+            or any(isinstance(a, Moved) and a.hides for a in self.joined)
+        )
 
 
 def _moved(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence[fx.Node]) -> Moved | None:
@@ -119,15 +99,23 @@ def _moved(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence
     if not all(_alike(n, first) and _movable(schedule, n, join.node) for n in parts):
         return None
 
-    def inside(given: Sequence[fx.Node]) -> Kept | Moved:
-        found = _moved(schedule, join, given, parts)
-        return found if found is not None and (found.hides or len(found.joined) == 1) else Kept(tuple(given))
+    def inside(given: Sequence[fx.Node], along: Join = join) -> Kept | Moved:
+        found = _moved(schedule, along, given, parts)
+        kept = found is None or not (found.hides or len(found.joined) == 1)
+        return Kept(tuple(given), along.dim) if found is None or kept else found
 
     if first.target in RESHAPES:
         sizes = _reshaped(join, parts)
         given = inside([p.args[0] for p in parts]) if sizes is not None else None
         return None if sizes is None else Moved(parts, "call_method", "reshape", [given, *sizes], {})
-    rows = width(first)
+    if first.target in REORDERS:
+        order = _order(first)
+        if order is None or any(_order(n) != order for n in parts):
+            return None
+        whole, dim = _joined_order(join, order)
+        given = inside([p.args[0] for p in parts], replace(join, dim=dim))
+        return Moved(parts, "call_method", "permute", [given, *whole], {})
+    rows = _tensor(first).dim() - 1 if first.target in BATCHED else width(first)
     columns = [
         Column(given, not all(_same(x, given[0]) for x in given))
         for given in zip(*(n.args for n in parts), strict=True)
@@ -141,13 +129,37 @@ def _moved(schedule: Schedule, join: Join, parts: Sequence[Any], users: Sequence
 
 
 def _reshaped(join: Join, parts: Sequence[fx.Node]) -> list[int] | None:
-    """The sizes of a reshape of the dimensions behind the new one: numbers, and one other at most."""
+    """The sizes of a reshape of the dimensions behind that of the places: numbers, and one other at most."""
     before, behind = ([_tensor(n).shape for n in nodes] for nodes in ([p.args[0] for p in parts], parts))
-    dim = join.dim
-    if not join.stacks or any(x != before[0] for x in before) or before[0][:dim] != behind[0][:dim]:
+    dim, rest = join.dim, join.dim + (not join.stacks)
+    kept = (_equal(x[:rest], y[:rest]) for x, y in zip(before, behind, strict=True))
+    if not all(kept) or not all(_equal(_without(x, join), _without(before[0], join)) for x in before):
         return None
-    sizes = [n if isinstance(n, int) else -1 for n in (*behind[0][:dim], len(parts), *behind[0][dim:])]
+    length = len(parts) if join.stacks else sum(x[dim] for x in behind)
+    sizes = [n if isinstance(n, int) else -1 for n in (*behind[0][:dim], length, *behind[0][rest:])]
     return sizes if sizes.count(-1) <= 1 else None
+
+
+def _order(node: fx.Node) -> list[int] | None:
+    """The dimensions of what a call is given, in the order that they have in its result."""
+    x, *dims = node.args
+    rank = _tensor(x).dim()
+    dims = dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
+    if node.kwargs or not all(isinstance(d, int) for d in dims):
+        return None
+    dims = [d % rank for d in dims]
+    if node.target in TRANSPOSES and len(dims) == 2:
+        a, b = dims
+        dims = [b if d == a else a if d == b else d for d in range(rank)]
+    return dims if len(dims) == rank else None
+
+
+def _joined_order(join: Join, order: Sequence[int]) -> tuple[list[int], int]:
+    """The order of the dimensions of the joined tensor, and that along which it was joined before."""
+    if not join.stacks:
+        return list(order), order[join.dim]
+    moved = [d + (d >= join.dim) for d in order]
+    return [*moved[: join.dim], join.dim, *moved[join.dim :]], join.dim
 
 
 def _alike(node: fx.Node, first: fx.Node) -> bool:
@@ -187,9 +199,11 @@ def _fits(join: Join, column: Column, parts: Sequence[fx.Node], rows: int) -> bo
         if not all(isinstance(x, torch.Tensor) and x.dim() == rank for x in given) or not join.leaves_alone(rank, rows):
             return False
         if join.stacks:
-            return all(x.shape == given[0].shape for x in given)
-        lengths = all(x.shape[join.dim] == _tensor(n).shape[join.dim] for x, n in zip(given, parts, strict=True))
-        return lengths and all(_without(x.shape, join.dim) == _without(given[0].shape, join.dim) for x in given)
+            return all(_equal(x.shape, given[0].shape) for x in given)
+        lengths = all(
+            always_equal(x.shape[join.dim], _tensor(n).shape[join.dim]) for x, n in zip(given, parts, strict=True)
+        )
+        return lengths and all(_equal(_without(x.shape, join), _without(given[0].shape, join)) for x in given)
     shared = _tensor(column.given[0])
     return bool(rows) or not isinstance(shared, torch.Tensor) or join.leaves_alone(rank, shared.dim())
 
@@ -199,8 +213,13 @@ def _tensor(arg: Any) -> Any:
     return arg.meta.get("example_value") if isinstance(arg, fx.Node) else None
 
 
-def _without(shape: Sequence[Any], dim: int) -> list[Any]:
-    return [n for d, n in enumerate(shape) if d != dim]
+def _equal(shape: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(shape) == len(other) and all(map(always_equal, shape, other))
+
+
+def _without(shape: Sequence[Any], join: Join) -> list[Any]:
+    """The sizes that all parts must have."""
+    return [n for d, n in enumerate(shape) if join.stacks or d != join.dim]
 
 
 def _move(join: Join, moved: Moved, graph: fx.Graph, mapping: dict[fx.Node, fx.Node]) -> None:
@@ -210,22 +229,41 @@ def _move(join: Join, moved: Moved, graph: fx.Graph, mapping: dict[fx.Node, fx.N
     def call(arg: Any) -> Any:
         if isinstance(arg, Kept):
             if arg not in made:
+                function = torch.stack if join.stacks else torch.cat
                 parts = [mapping[n] for n in arg.parts]
-                made[arg] = _made(graph, join.node.op, join.node.target, (parts, join.dim), {}, join.node)
+                made[arg] = _made(graph, "call_function", function, (parts, arg.dim), {}, arg.parts[0])
             return made[arg]
         if isinstance(arg, Moved):
             behind.extend(arg.parts)
-            return _made(graph, arg.op, arg.target, tuple(map(call, arg.args)), arg.kwargs, arg.parts[0])
+            args = tuple(map(call, arg.args))
+            if arg.target in BATCHED:
+                return _at_once(graph, join, arg, args)
+            return _made(graph, arg.op, arg.target, args, arg.kwargs, arg.parts[0])
         return map_arg(arg, mapping.__getitem__)
 
     with graph.inserting_before(mapping[join.node]):
         new = call(moved)
-        if not same_strides(new.meta["example_value"], _tensor(join.node)):
+        if join.into is not None:
+            places = (*[slice(None)] * join.dim, slice(join.into.start, join.into.stop))
+            graph.call_function(operator.setitem, (mapping[join.into.tensor], places, new)).meta = join.node.meta.copy()
+        elif not same_strides(new.meta["example_value"], _tensor(join.node)):
             new = _made(graph, "call_method", "contiguous", (new,), {}, join.node)
-    mapping[join.node].replace_all_uses_with(new)
-    for node in (join.node, *behind):
+    if join.into is None:
+        mapping[join.node].replace_all_uses_with(new)
+    for node in (*join.needless, *behind):
         graph.erase_node(mapping[node])
     mapping[join.node] = new
+
+
+def _at_once(graph: fx.Graph, join: Join, moved: Moved, args: tuple[Any, ...]) -> fx.Node:
+    """A call of a function that has one dimension for all its rows."""
+    like = moved.parts[0]
+    if not join.stacks:
+        return _made(graph, moved.op, moved.target, args, moved.kwargs, like)
+    rows = _made(graph, "call_method", "flatten", (args[0], 0, 1), {}, like)
+    rows = _made(graph, moved.op, moved.target, (rows, *args[1:]), moved.kwargs, like)
+    n = len(moved.parts)
+    return _made(graph, "call_method", "unflatten", (rows, 0, (-1, n) if join.dim else (n, -1)), {}, like)
 
 
 def _made(

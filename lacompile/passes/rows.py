@@ -63,6 +63,8 @@ WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
 }
 OPAQUE = frozenset(f for f in WIDTHS if f not in (torch.sum, "sum"))
 """Those that the analysis of sums does not look into, or not if what they are given is one."""
+BATCHED = frozenset[Any]({F.group_norm, torch.group_norm})
+"""Functions of all dimensions behind the first one, of which there is one alone for all rows."""
 ARITHMETIC = (
     "add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp", "sigmoid", "tanh", "relu",
 )  # fmt: skip

@@ -257,6 +257,8 @@ AFTER = {
         (o * (o.pow(2).mean(-1, keepdim=True) + 1).rsqrt()).flatten(1), w
     ),
     "gated": lambda o, x_t, w, b: F.linear(o.flatten(1) * torch.sigmoid(x_t), w, b),
+    "group norm": lambda o, x_t, w, b: F.linear(F.group_norm(o.flatten(1), H), w, b),
+    "group norm of heads": lambda o, x_t, w, b: F.linear(F.group_norm(o, H).flatten(1), w, b),
     "added": lambda o, x_t, w, b: x_t + F.linear(F.rms_norm(o.flatten(1), (WIDTH,)), w, b),
 }
 
@@ -268,6 +270,78 @@ def test_the_output_of_each_token_is_projected(after):
 
     report = assert_rewritten(run, tokens(), *layer(), compiled=False)
     assert report.nodes_after < report.nodes_before / 2
+
+
+@pytest.mark.parametrize("add", [lambda y: y.unsqueeze(1), lambda y: y[:, None], lambda y: y.unsqueeze(-2)])
+def test_results_that_are_given_a_dimension_to_be_joined_along(add):
+    def run(x, w, b):
+        return torch.cat(attention_of(x, lambda o, x_t: add(F.linear(o.flatten(1), w, b))), 1)
+
+    report = assert_rewritten(run, tokens(), *layer(), compiled=False)
+    assert report.nodes_after < report.nodes_before / 2
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_group_norm_of_any_place(dim):
+    """It has one dimension for all its rows: that of the tokens joins it, in front or behind."""
+
+    def run(x, w, b):
+        return torch.stack(attention_of(x, lambda o, x_t: F.group_norm(o.flatten(1), H, b, b)), dim)
+
+    assert_rewritten(run, tokens(), *layer(), compiled=False)
+
+
+def test_groups_of_what_is_joined():
+    """Along the channels nothing can be joined."""
+
+    def run(x, w, b):
+        outs = attention_of(x, lambda o, x_t: F.group_norm(o.flatten(1), H))
+        return torch.cat(outs, 1), torch.stack(outs, 2)
+
+    assert_refused(run, tokens(), *layer(), options={"validate": "off"})
+
+
+LAYERS = {
+    "alone": lambda x, o, w, b: o,
+    "projected": lambda x, o, w, b: F.linear(o, w, b),
+    "added": lambda x, o, w, b: x + F.linear(o, w, b),
+    "scaled and added": lambda x, o, w, b: x * 0.5 + 2 * o,
+    "normalised": lambda x, o, w, b: F.layer_norm(x + o, (WIDTH,)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_one_layer_after_the_other(name):
+    """What the second one's tokens are parts of is a value of the graph, whatever it is made of."""
+
+    def run(x, w, b, *projections):
+        for _ in range(2):
+            o = loop(x, *(lambda x_t, p=p: F.linear(x_t, *p) for p in projections))
+            x = LAYERS[name](x, o, w, b)
+        return x
+
+    report = assert_rewritten(run, tokens(), *layer(), layer(), layer(), layer(), count=2, compiled=False)
+    assert report.nodes_after < report.nodes_before / 2
+
+
+def test_a_layer_whose_tokens_are_written_into():
+    """The keys of later tokens are made of what is there by then."""
+
+    def run(x, w, b):
+        y = 0.5 * x + loop(x, torch.sin, torch.tanh, torch.cos)
+        state, out = x.new_zeros(B, H, D, D), []
+        for t in range(N):
+            y_t = y[:, t]
+            state, o = step(state, torch.sin(y_t), F.linear(y_t, w, b), torch.cos(y_t), 0.9)
+            y[:, t + 1 :] *= 0.5
+            out.append(o)
+        return torch.stack(out, 1)
+
+    torch._dynamo.reset()
+    w, b = layer()
+    x = tokens().detach()
+    got = torch.compile(run, backend="lightning")(x, w.detach(), b.detach())
+    torch.testing.assert_close(got, run(x, w.detach(), b.detach()), rtol=1e-4, atol=1e-5)
 
 
 JOINS = {

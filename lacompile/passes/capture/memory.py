@@ -41,6 +41,7 @@ class Record:
     step: ViewStep | None = None
     node: fx.Node | None = None  # while which it was made
     writers: list[fx.Node] = field(default_factory=list)  # of a root: the nodes that wrote into its storage, in order
+    settled: int = 0  # of a root: how many of its writers had been looked at when gradients were last recorded again
     seen: int = 0  # how many of its root's writers had written when ``value`` was computed
 
     @property
@@ -85,6 +86,10 @@ class Memory:
         """From now on ``tensor`` is ``value``, and no view of another one."""
         self._records[id(tensor)] = Record(tensor, value)
 
+    def roots(self) -> list[Record]:
+        """The tensors that are no view of another one."""
+        return [r for records in self._roots.values() for r in records]
+
     # -------------------------------------------------------------------------------------------------------- reading
 
     def read(self, rec: Record) -> Any:
@@ -95,6 +100,12 @@ class Memory:
             rec.value = self._replay(rec.step, self.read(rec.parent))
             rec.seen = writes
         return rec.value
+
+    def made_from(self, rec: Record, root: Any) -> Any:
+        """What a tensor is, if its root is ``root``."""
+        if rec.parent is None or rec.step is None:
+            return root
+        return self._replay(rec.step, self.made_from(rec.parent, root))
 
     def _replay(self, step: ViewStep, parent: Any) -> Any:
         args = [parent if isinstance(a, torch.Tensor) else a for a in step.args]

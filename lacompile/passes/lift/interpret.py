@@ -63,6 +63,7 @@ class Interpreter:
     _given: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs and constants
     _leaves: int = 0  # how many there were when the last node had been run
     _weights: dict[Any, Val] = field(default_factory=dict)  # of tables that were read
+    _wholes: dict[fx.Node, Val] = field(default_factory=dict)  # of which parts are called with, as leaves
 
     def __post_init__(self) -> None:
         self.series = SeriesTable(self.engine.leaves)
@@ -224,13 +225,24 @@ class Interpreter:
         return self._memory.record(view.parent_tensor).node is self._memory.record(view.out).node
 
     def gradients_resume(self) -> None:
-        """For autograd what was computed so far without gradients is data, whatever it was computed from."""
+        """For autograd what was computed so far without gradients is data, whatever it was computed from.
+
+        So is what was written then into a tensor, and of the rest of that tensor no more is known.
+        """
+        assert self.capture is not None
         self._demand(node for node, _ in self.without_gradients)
         for node, tensor in self.without_gradients:
             before = self._memory.read(self._memory.record(tensor))
             kind = Opaque(node if node in self.facts else None, "computed without gradients", _leaves_of([before]))
             self._memory.forget(tensor, self.engine.leaf(tensor, kind))
         self.without_gradients.clear()
+        for record in self._memory.roots():
+            behind = record.writers[record.settled :]
+            record.settled = len(record.writers)
+            if any(not self.capture.records_gradients_at(w) for w in behind) and not self.engine.index_only(
+                record.value
+            ):
+                self._memory.spoil([record.tensor], "written into without gradients")
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:
         if node.op == "output":
@@ -352,16 +364,37 @@ class Interpreter:
             repeatable and node not in self.capture.effects.impure and self._memory.record(tensor).root.node is node,
             not any(t is not None and self._memory.record(t).root.writers for t in given),
         )
-        found = self.series.piece(node, val.shape, tensor.dtype, self._value_now, kind, call)
+        found = self.series.piece(node, val.shape, tensor.dtype, self._given_to, kind, call)
         if found is None:
             return val
         piece = value(val.shape, [Term(accs=(found,))], precision=Precision.EXACT)
         return piece if val.alt is None else replace(val, alt=piece.one)
 
-    def _value_now(self, node: fx.Node) -> Val | None:
-        """What a node's tensor holds now, whoever has written into it."""
+    def _given_to(self, node: fx.Node) -> Val | None:
+        """What a node's tensor holds now, whoever has written into it.
+
+        A part of what is looked into, as the tokens of another attention or of a residual, is one of a value of the
+        graph.
+        """
         tensor = self._tensor_of(node)
-        return None if tensor is None else self._memory.read(self._memory.record(tensor))
+        if tensor is None:
+            return None
+        record = self._memory.record(tensor)
+        root = record.root
+        fact = self.facts.get(root.node) if root.node is not None else None
+        if record is root or fact is None or fact.tensor is not root.tensor or root.writers:
+            return self._memory.read(record)
+        if self._reads_places(fact.value):
+            return self._memory.read(record)
+        if fact.node not in self._wholes:
+            self._wholes[fact.node] = self._own_leaf(fact.node, fact.value, fact.tensor)
+            self._demand([fact.node])
+        return self._memory.made_from(record, self._wholes[fact.node])
+
+    def _reads_places(self, v: Val) -> bool:
+        """Whether each factor is read at one place where the value is."""
+        t = v.one if v.alt is None else v.alt
+        return t is not None and self.engine.plain_term(t) and all(len(idx) <= len(v.shape) for _, idx in t.accs)
 
     def _tensor_of(self, node: fx.Node) -> torch.Tensor | None:
         return self.facts[node].tensor if node in self.facts else self._given.get(node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import Any
@@ -20,10 +20,10 @@ from .schedule import Schedule
 
 @dataclass(frozen=True)
 class Region:
-    """The nodes that compute a match's target, in graph order, from the inputs of its replacement.
+    """The nodes that compute a match's target, in graph order, from some values.
 
     ``copies`` are the nodes that compute the value of an input once more, by that input: both must be one value.
-    ``dependent`` are those inputs that are computed from others, if they are: they are no inputs of the region then.
+    ``dependent`` are values that the match's replacement reads and that are computed here.
     """
 
     nodes: list[fx.Node]
@@ -39,19 +39,37 @@ class Region:
         return {**env, **{copy: env[given] for copy, given in self.copies.items()}}
 
 
-def region_of(schedule: Schedule, match: Match, *, independent: bool = False) -> Region:
-    """What to run for the target.
+def cuts(schedule: Schedule, match: Match) -> Iterator[list[fx.Node]]:
+    """Values that what a match is about can be computed from, those that are nearest to it first.
 
-    With ``independent``, an input that is computed from another, as a gate and its logarithm's argument may be, belongs
-    to the region with all that it is computed by.
+    They are those that the replacement reads; of these the ones that are not computed from others, as a gate and the
+    argument of its logarithm may be; and the numbers that the graph is given.
+    """
+    read = list(dict.fromkeys(v.node for v in values_of(match.replacement)))
+    yield read
+    independent = [n for n in read if not schedule.computed_from(n, {*read} - {n})]
+    if len(independent) < len(read):
+        yield independent
+    above = schedule.ancestors(match.target, ()).union(*(schedule.ancestors(n, ()) for n in read))
+    given = [n for n in schedule.inputs if n in above and _is_floating(n)]
+    if any(n not in given for n in independent):
+        yield given
+
+
+def _is_floating(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    return isinstance(example, Tensor) and example.is_floating_point()
+
+
+def region_of(schedule: Schedule, match: Match, inputs: Sequence[fx.Node]) -> Region:
+    """What to run for the target, where these values are known.
 
     The nodes are found from the last to the first: a node is needed for its result, or for what it writes into memory
     that a needed node behind it reads.
     """
     order, lives = schedule.order, schedule.effects.lives
-    inputs = list(dict.fromkeys(v.node for v in values_of(match.replacement)))
-    dependent = [n for n in inputs if independent and schedule.computed_from(n, {*inputs} - {n})]
-    inputs = [n for n in inputs if n not in dependent]
+    read = dict.fromkeys(v.node for v in values_of(match.replacement))
+    dependent = [n for n in read if n not in inputs]
     numbers = schedule.numbers
     by_number: dict[int, fx.Node] = {}
     copies = {n: first for n in inputs if (first := by_number.setdefault(numbers[n], n)) is not n}
@@ -69,8 +87,8 @@ def region_of(schedule: Schedule, match: Match, *, independent: bool = False) ->
     need(schedule.writers(lives.get(match.target, NOWHERE), -1, end))
     if match.place is not None:
         # behind the place of the replacement a value that it reads may be written to, and then be read by the target
-        read = NOWHERE.union(*(lives.get(n, NOWHERE) for n in inputs))
-        need(schedule.writers(read, order[match.place], end))
+        memory = NOWHERE.union(*(lives.get(n, NOWHERE) for n in inputs))
+        need(schedule.writers(memory, order[match.place], end))
     memory = lives.get(match.target, NOWHERE)
     while waiting:
         at = -heappop(waiting)

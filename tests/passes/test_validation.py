@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import lacompile
 from lacompile.testing import assert_rewritten
 
 B, H, N, D = 2, 3, 20, 4
@@ -54,7 +55,16 @@ def fused_update(q, k, v):
     return torch.stack(out, 2)
 
 
+def first_head_repeated(q, k, v, x, *weights):
+    """A function of repeated heads repeats: made up as a value of its own it would not."""
+    q, k, v = (F.linear(x, w).reshape(B, -1, H, D).transpose(1, 2) for w in weights)
+    k, v = k[:, :1].expand(-1, H, -1, -1), v[:, :1].repeat_interleave(H, 1)
+    return (torch.exp(q) @ torch.sin(k).mT).tril() @ v
+
+
+REPEATED = ((B, N, H * D), *[(H * D, H * D)] * 3)
 PROGRAMS = [
+    (first_head_repeated, REPEATED, 1),
     (features_computed_twice, (), 2),
     (decays_written_down, (), 1),
     (moving_average, ((H,),), 1),
@@ -79,3 +89,10 @@ def test_a_copy_without_gradients_is_no_copy():
         run(*args).square().sum().backward()
         found.append(args[1].grad)
     torch.testing.assert_close(*found)
+
+
+def test_nothing_is_shown_by_zeros():
+    """Where made-up values disagree, the program computes them; of zeros it computes zeros, whatever it does."""
+    report = lacompile.explain(first_head_repeated)(*(torch.zeros_like(x) for x in inputs(*REPEATED)))
+    assert not report.rewrites
+    assert {miss.obligation for miss in report.near_misses} == {"agreement"}

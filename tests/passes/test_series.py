@@ -337,11 +337,7 @@ def test_a_layer_whose_tokens_are_written_into():
             out.append(o)
         return torch.stack(out, 1)
 
-    torch._dynamo.reset()
-    w, b = layer()
-    x = tokens().detach()
-    got = torch.compile(run, backend="lightning")(x, w.detach(), b.detach())
-    torch.testing.assert_close(got, run(x, w.detach(), b.detach()), rtol=1e-4, atol=1e-5)
+    assert_rewritten(run, tokens(), *layer(), grads=False, compiled=False)
 
 
 JOINS = {

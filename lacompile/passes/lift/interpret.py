@@ -70,6 +70,7 @@ class Interpreter:
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture = Capture(gm, self)
+        self.engine.patience += len(gm.graph.nodes)
         for node in gm.graph.nodes:
             example = node.meta.get("example_value")
             if node.op == "placeholder" and isinstance(example, torch.SymInt):

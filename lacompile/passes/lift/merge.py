@@ -17,6 +17,7 @@ from .normal import Algebra
 from .term import Term
 
 MAX_UNMERGED = 64
+FEW = 4  # that may remain unmerged once an analysis has lost its patience
 MAX_ENDS = 9  # pairs of ends that are tried for one index
 
 
@@ -30,8 +31,11 @@ def merge_sum(
     """The normal form of a sum of (un-normalised) terms of a tensor of this shape.
 
     Raises:
-        TooManyTerms: more than ``limit`` terms remain.
+        TooManyTerms: more than ``limit`` terms remain, or more than a few where very many pairs were tried in vain
+            before: a loop whose sums never merge asks of all pairs anew with each token.
     """
+    if algebra.patience <= 0:
+        limit = min(limit, FEW)
     done: dict[Term, None] = {}  # in order
     alike: dict[tuple[int, ...], list[Term]] = {}  # the same by their leaves: others do not merge
     for raw in terms:
@@ -65,6 +69,7 @@ def _merged(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term 
     merged = _merge(algebra, a, b, shape) or _split(algebra, a, b, shape)
     if merged is None:
         known.add((a, b))
+        algebra.patience -= 1
     return merged
 
 

@@ -17,6 +17,7 @@ from .rates import Rates
 from .term import Exponent, Mono, Term
 
 ROUNDS = 8
+PATIENCE = 500  # pairs of terms that may turn out not to merge, and one more for each node: those that merge need ten
 MISSING: Any = object()
 
 
@@ -25,6 +26,7 @@ class Algebra(Rates):
 
     def __init__(self) -> None:
         super().__init__()
+        self.patience = PATIENCE
         self._normal: dict[tuple[Term, tuple[Aff, ...]], Term | None] = {}
         self._unmerged: dict[tuple[Aff, ...], set[tuple[Term, Term]]] = {}
 

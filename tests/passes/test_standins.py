@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from lacompile.passes.capture import Capture
 from lacompile.passes.capture.observer import Ignorant
-from lacompile.passes.capture.standins import TO_DEVICE, Fakes, Metas, fake_mode_of, standins
+from lacompile.passes.capture.standins import RESHAPING, TO_DEVICE, Fakes, Metas, fake_mode_of, standins
+from lacompile.testing import assert_rewritten
 
 X = torch.randn(2, 4, 6)
 Y = torch.randn(4, 6, dtype=torch.bfloat16)
@@ -164,12 +165,22 @@ def test_an_autocast_around_the_program_needs_fakes():
         assert isinstance(graph_of(products, X, Y, N)[2], Fakes)
 
 
-@pytest.mark.parametrize("method", TO_DEVICE)
-def test_a_method_that_names_a_device_needs_fakes(method):
+@pytest.mark.parametrize("method", [*TO_DEVICE, *sorted(RESHAPING)])
+def test_a_method_that_names_a_device_or_changes_a_shape_needs_fakes(method):
     gm, _, chosen = graph_of(lambda x: x.exp() + 1, X)
     assert isinstance(chosen, Metas)
     next(n for n in gm.graph.nodes if n.target == "exp").target = method
     assert isinstance(standins(gm), Fakes)
+
+
+def test_a_shape_that_changes_in_place():
+    """Dynamo's example of the first value is of the shape that it is given later."""
+
+    def run(q, k, v):
+        i, j = torch.arange(8.0).unsqueeze_(-1), torch.arange(8.0).unsqueeze_(0)
+        return (q @ k.mT * (0.9 ** torch.abs(i - j)).masked_fill_(i < j, 0)) @ v
+
+    assert_rewritten(run, *(torch.randn(2, 8, 4, requires_grad=True) for _ in range(3)), compiled=False)
 
 
 def test_symbolic_sizes_need_fakes():

@@ -25,6 +25,22 @@ aten = torch.ops.aten
 META = torch.device("meta")
 TO_DEVICE = ("cpu", "cuda", "xpu", "mtia", "hpu", "ipu", "pin_memory", "new_tensor", "new")
 """Methods that send a tensor to a device which they name, or numbers to that of a tensor."""
+RESHAPING = frozenset(
+    f"{name}_"
+    for name in (
+        "unsqueeze",
+        "squeeze",
+        "transpose",
+        "t",
+        "swapaxes",
+        "swapdims",
+        "as_strided",
+        "resize",
+        "resize_as",
+        "set",
+    )
+)
+"""Methods after which a tensor is of another shape: what Dynamo saw of it before is not known any more."""
 
 
 class Standins(Protocol):
@@ -200,8 +216,8 @@ def _spells_device(text: str) -> bool:
 def _needs_fakes(gm: fx.GraphModule, mode: Any) -> bool:
     """Whether something in the graph may depend on what a meta tensor does not know.
 
-    That is a size that is a symbol, an autocast, which asks for the device, a second device, and an input that is no
-    plain tensor.
+    That is a size that is a symbol, an autocast, which asks for the device, a second device, an input that is no plain
+    tensor, and a shape that changes.
     """
     graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
     nodes = [n for graph in graphs for n in graph.nodes]
@@ -211,7 +227,7 @@ def _needs_fakes(gm: fx.GraphModule, mode: Any) -> bool:
         or torch._C._is_any_autocast_enabled()
         or any(map(switches_autocast, graphs))
         or len(devices) > 1
-        or any(n.op == "call_method" and n.target in TO_DEVICE for n in nodes)
+        or any(n.op == "call_method" and (n.target in TO_DEVICE or n.target in RESHAPING) for n in nodes)
         or not all(_is_plain(n) for n in nodes if n.op in ("placeholder", "get_attr"))
     )
 

@@ -25,21 +25,10 @@ aten = torch.ops.aten
 META = torch.device("meta")
 TO_DEVICE = ("cpu", "cuda", "xpu", "mtia", "hpu", "ipu", "pin_memory", "new_tensor", "new")
 """Methods that send a tensor to a device which they name, or numbers to that of a tensor."""
-RESHAPING = frozenset(
-    f"{name}_"
-    for name in (
-        "unsqueeze",
-        "squeeze",
-        "transpose",
-        "t",
-        "swapaxes",
-        "swapdims",
-        "as_strided",
-        "resize",
-        "resize_as",
-        "set",
-    )
-)
+RESHAPING = (
+    "unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_",
+    "as_strided_", "resize_", "resize_as_", "set_",
+)  # fmt: skip
 """Methods after which a tensor is of another shape: what Dynamo saw of it before is not known any more."""
 
 

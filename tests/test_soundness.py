@@ -622,6 +622,18 @@ def test_strides_behind_an_einsum_that_sums_nothing():
     assert_rewritten(normalised, *args)
 
 
+def test_strides_that_a_complex_view_needs():
+    """Its last dimension must be the innermost one, as it is in the program."""
+
+    def run(q, k, v, weight):
+        o = torch.einsum("bhnm,bhme->bhen", (q @ k.mT).tril(), v)
+        pairs = torch.view_as_complex(o.reshape(2, 3, 4, 2, 2))
+        return torch.nn.functional.linear(torch.view_as_real(pairs * pairs).flatten(-2), weight)
+
+    args = [torch.randn(*shape, requires_grad=True) for shape in (*[(2, 3, 4, 4)] * 3, (4, 4))]
+    assert_rewritten(run, *args, compiled=False)
+
+
 @pytest.mark.parametrize("f", named(in_place_activation_alone, foreach_alone, running_statistics))
 def test_what_has_an_effect_elsewhere_does_not_hinder(f):
     args = [*inputs(), *([torch.zeros(D), torch.ones(D)] if f is running_statistics else ())]

@@ -58,6 +58,11 @@ def is_fake(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
+def in_autocast() -> bool:
+    """Whether an autocast is on, for whatever device."""
+    return torch._C._is_any_autocast_enabled()
+
+
 def fake_device(tensor: torch.Tensor) -> torch.device | None:
     """Where a tensor with a shape and no values pretends to be, without a dispatch; None for any other tensor."""
     return getattr(tensor, "fake_device", None)

@@ -107,7 +107,7 @@ def _undisturbed(schedule: Schedule, writes: Sequence[Write]) -> bool:
         alone = w.view is None or list(w.view.users) == [w.node]
         if not alone or w.node.users or effects.writes[w.node] != memory or overlap(memory, written):
             return False
-        if any(True for _ in schedule.writers(written, order[w.node], last)):
+        if schedule.is_written(written, order[w.node], last):
             return False
         if any(modes[n] != modes[writes[-1].node] for n in (w.node, w.view) if n is not None):
             return False

@@ -188,7 +188,7 @@ def _movable(schedule: Schedule, node: fx.Node, behind: fx.Node) -> bool:
     writes = overlap(effects.writes.get(node, NOWHERE), read)  # others are into what it makes itself
     if node in effects.impure or writes or modes[node] != modes[behind]:
         return False
-    return not any(True for _ in schedule.writers(read, order[node], order[behind]))
+    return not schedule.is_written(read, order[node], order[behind])
 
 
 def _fits(join: Join, column: Column, parts: Sequence[fx.Node], rows: int) -> bool:

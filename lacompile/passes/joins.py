@@ -56,7 +56,7 @@ def _join(schedule: Schedule, node: fx.Node) -> Join | None:
     if others or not isinstance(parts, list | tuple) or len(parts) < 2 or not isinstance(dim[0], int):
         return None
     lives, order = schedule.effects.lives.get(node, NOWHERE), schedule.order[node]
-    if any(True for _ in schedule.writers(lives, order, len(schedule.nodes))):
+    if schedule.is_written(lives, order, len(schedule.nodes)):
         return None
     at = dim[0] % node.meta["example_value"].dim()
     return Join(node, parts, [node] * len(parts), at, node.target is torch.stack, [node])

@@ -36,7 +36,7 @@ def settled(schedule: Schedule, match: Match) -> Match | Refusal:
     lives = effects.lives.get(match.target, NOWHERE)
     shown = sum(any(user.op == "output" for user in node.users) for node in sharing)
     # The replacement is a new tensor: what shared the old one's memory no longer sees writes into it.
-    told_apart = shown > 1 or any(True for _ in schedule.writers(lives, at, len(schedule.nodes) - 1))
+    told_apart = shown > 1 or schedule.is_written(lives, at, len(schedule.nodes) - 1)
     for node in sharing:
         outside = node.op in ("placeholder", "get_attr")
         used_later = outside or (told_apart and any(order[user] > at for user in node.users))

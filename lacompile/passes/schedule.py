@@ -71,7 +71,7 @@ class Schedule:
         if not self._writing:
             return False
         touched = [self.effects.lives.get(n, NOWHERE) for n in (node, *node.all_input_nodes)]
-        return any(next(self.writers(storages, -1, len(self.nodes)), None) is not None for storages in touched)
+        return any(self.is_written(storages, -1, len(self.nodes)) for storages in touched)
 
     def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
         """The nodes behind ``start``, up to ``end``."""
@@ -92,6 +92,10 @@ class Schedule:
         for found in places:
             for at in found[bisect_right(found, start) : bisect_right(found, end)]:
                 yield self.nodes[at]
+
+    def is_written(self, storages: Storages, start: int, end: int) -> bool:
+        """Whether one of these storages may be written into behind place ``start``, up to ``end``."""
+        return any(True for _ in self.writers(storages, start, end))
 
     def sharing(self, node: fx.Node) -> Iterator[fx.Node]:
         """The nodes, this one among them, whose results may share memory with that of ``node``."""

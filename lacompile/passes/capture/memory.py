@@ -41,7 +41,6 @@ class Record:
     step: ViewStep | None = None
     node: fx.Node | None = None  # while which it was made
     writers: list[fx.Node] = field(default_factory=list)  # of a root: the nodes that wrote into its storage, in order
-    settled: int = 0  # of a root: how many of its writers had been looked at when gradients were last recorded again
     seen: int = 0  # how many of its root's writers had written when ``value`` was computed
 
     @property
@@ -60,6 +59,7 @@ class Memory:
         self.node: fx.Node | None = None  # the Dynamo node that is being run
         self._records: dict[int, Record] = {}
         self._roots: dict[int, list[Record]] = {}  # by storage: those that are no view of another record
+        self._written: list[tuple[Record, fx.Node]] = []
 
     def knows(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self._records
@@ -86,9 +86,10 @@ class Memory:
         """From now on ``tensor`` is ``value``, and no view of another one."""
         self._records[id(tensor)] = Record(tensor, value)
 
-    def roots(self) -> list[Record]:
-        """The tensors that are no view of another one."""
-        return [r for records in self._roots.values() for r in records]
+    def written(self) -> list[tuple[Record, fx.Node]]:
+        """The roots that were written into since this was last asked, each with the writer; none that was forgotten."""
+        found, self._written = self._written, []
+        return found
 
     # -------------------------------------------------------------------------------------------------------- reading
 
@@ -124,7 +125,7 @@ class Memory:
             path.append(path[-1].parent)
         bases = [self.read(r) for r in path]
         root = path[-1]
-        root.writers.append(self.node)
+        self._note_write(root, self.node)
         rec.value, rec.seen = value, len(root.writers)
         for child, parent, base in zip(path, path[1:], bases[1:], strict=False):
             assert child.step is not None
@@ -137,11 +138,16 @@ class Memory:
         for t in tensors:
             self.overwrite(t, self.observer.unknown(t, why))
 
+    def _note_write(self, root: Record, by: fx.Node) -> None:
+        root.writers.append(by)
+        if root.node is not None:
+            self._written.append((root, by))
+
     def _forget_aliases(self, written: Record, by: fx.Node) -> None:
         """Tensors that share the written storage in a way that no view of this graph explains, as two inputs may."""
         for storage in storages([written.tensor]):
             for other in self._roots.get(storage, ()):
                 if other is not written:
                     other.value = self.observer.unknown(other.tensor, "a tensor it shares memory with was written to")
-                    other.writers.append(by)
+                    self._note_write(other, by)
                     other.seen = len(other.writers)

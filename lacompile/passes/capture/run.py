@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..._compat import changes_mode
 from ..effects import Boundary, Effects, storages
@@ -17,7 +17,7 @@ from .dispatch import Dispatch
 from .memory import Memory
 from .modes import AUTOCAST, GRAD_MODE, Autocasts, grad_modes
 from .observer import Ignorant, Observer
-from .standins import standins
+from .standins import standins, tensors_in
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 
@@ -99,7 +99,7 @@ class Capture:
             return None
         if node.op == "call_function" and node.target in AUTOCAST:
             return self._autocasts.switch(node, args)
-        if node.op == "call_function" and changes_mode(node.target) and not _tensors((args, kwargs)):
+        if node.op == "call_function" and changes_mode(node.target) and not tensors_in((args, kwargs)):
             return None  # noted as impure, and not run
         if node.target is CHECKPOINT and not (does := self._boundary(args[0])).aliases:
             return self._called(node, args[1:], does)
@@ -122,7 +122,7 @@ class Capture:
 
     def _finish(self, node: fx.Node, result: Any) -> None:
         self.effects.note_result(node, result)
-        tensors = [result] if isinstance(result, torch.Tensor) else _tensors(result)
+        tensors = tensors_in(result)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             for t in tensors:  # its derivative need not be that of the operations that it runs
                 self.memory.forget(t, self.observer.unknown(t, f"{node.target}"))
@@ -152,7 +152,7 @@ class Capture:
     def _opaque(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> Any:
         """A node that could not be run may have written into every tensor that it was given."""
         name = str(node.target)
-        given = _tensors((args, kwargs)) if self._dispatch.failed is None else []
+        given = tensors_in((args, kwargs)) if self._dispatch.failed is None else []
         self._dispatch.failed = None
         self.effects.impure.add(node)
         self.effects.note_write(node, given)
@@ -170,7 +170,3 @@ class Capture:
             return t
 
         return tree_map(forget, node.meta.get("example_value", node.meta.get("val")))
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]

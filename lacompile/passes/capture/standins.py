@@ -1,8 +1,8 @@
 """The tensors that a graph is run on: they have a shape, a format and a storage, and no numbers.
 
-Dynamo's fakes know of devices, symbolic sizes and autocast, and take a quarter of a millisecond for an operation. A
-graph that has no use for these runs on meta tensors, and what becomes of a shape is asked for once: an unrolled loop
-does the same to each of its tokens.
+Dynamo's fakes know of devices, symbolic sizes and autocast, and that costs more than all else of an operation. A graph
+that has no use for these runs on meta tensors, and what becomes of a shape is asked for once: an unrolled loop does the
+same to each of its tokens.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Metas:
         return out
 
     def are_right(self, node: fx.Node, result: Any) -> bool:
-        got, seen = _tensors(result), _examples(node)
+        got, seen = tensors_in(result), _examples(node)
         return not seen or [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in seen]
 
     def _as_meta(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -208,14 +208,13 @@ def _needs_fakes(gm: fx.GraphModule, mode: Any) -> bool:
     That is a size that is a symbol, an autocast, which asks for the device, a second device, an input that is no plain
     tensor, and a shape that changes.
     """
+    if _compat.has_symbols(mode) or _compat.in_autocast():
+        return True
     graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
     nodes = [n for graph in graphs for n in graph.nodes]
-    devices = {_compat.fake_device(t) for n in nodes for t in _examples(n)}
     return (
-        _compat.has_symbols(mode)
-        or torch._C._is_any_autocast_enabled()
-        or any(map(switches_autocast, graphs))
-        or len(devices) > 1
+        any(map(switches_autocast, graphs))
+        or len({_compat.fake_device(t) for n in nodes for t in _examples(n)}) > 1
         or any(n.op == "call_method" and (n.target in TO_DEVICE or n.target in RESHAPING) for n in nodes)
         or not all(_is_plain(n) for n in nodes if n.op in ("placeholder", "get_attr"))
     )
@@ -229,10 +228,10 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _examples(node: fx.Node) -> list[torch.Tensor]:
-    return _tensors(node.meta.get("example_value", node.meta.get("val")))
+    return tensors_in(node.meta.get("example_value", node.meta.get("val")))
 
 
-def _tensors(tree: Any) -> list[torch.Tensor]:
+def tensors_in(tree: Any) -> list[torch.Tensor]:
     return [tree] if isinstance(tree, torch.Tensor) else [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 

@@ -43,12 +43,8 @@ class Doubles:
 
     def _named(self, node: fx.Node) -> int | None:
         """The leaf that a value is, where that does not stand for this very value."""
-        fact = self.facts.get(node)
-        t = None if fact is None else fact.value.one if fact.value.alt is None else fact.value.alt
-        if t is None or len(t.accs) != 1:
-            return None
-        leaf = t.accs[0][0]
-        kind = self.leaves[leaf].kind
+        leaf = self._leaf(node)
+        kind = None if leaf is None else self.leaves[leaf].kind
         return leaf if isinstance(kind, Symbol) or (isinstance(kind, Opaque) and kind.series is not None) else None
 
     def _all_in(self, node: fx.Node) -> set[int]:
@@ -73,12 +69,15 @@ class Doubles:
         return seen
 
     def _is_its_own(self, node: fx.Node) -> bool:
-        fact = self.facts.get(node)
-        t = None if fact is None else fact.value.one if fact.value.alt is None else fact.value.alt
-        if t is None or len(t.accs) != 1:
-            return False
-        kind = self.leaves[t.accs[0][0]].kind
+        leaf = self._leaf(node)
+        kind = None if leaf is None else self.leaves[leaf].kind
         return isinstance(kind, Opaque) and kind.node is node
+
+    def _leaf(self, node: fx.Node) -> int | None:
+        """The only leaf that a value is a product of, if it is of one."""
+        fact = self.facts.get(node)
+        t = None if fact is None else fact.value.taken
+        return None if t is None or len(t.accs) != 1 else t.accs[0][0]
 
     def _formats(self, nodes: Iterable[fx.Node]) -> set[torch.dtype]:
         found = {self.facts[n].tensor.dtype for n in nodes if n in self.facts}
@@ -87,8 +86,4 @@ class Doubles:
 
 def _leaves(v: Val) -> set[int]:
     terms = [t for c in v.cases for t in c.terms] + ([] if v.alt is None else [v.alt])
-    found = {leaf for t in terms for leaf, _ in t.accs}
-    for t in terms:
-        for mono in (*(m for m, _ in t.exp.lin), *(m for (m, _), _ in t.exp.sums)):
-            found |= {leaf for leaf, _ in mono}
-    return found
+    return {leaf for t in terms for mono in (t.accs, *t.exp.monos) for leaf, _ in mono}

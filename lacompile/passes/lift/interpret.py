@@ -237,13 +237,10 @@ class Interpreter:
             kind = Opaque(node if node in self.facts else None, "computed without gradients", _leaves_of([before]))
             self._memory.forget(tensor, self.engine.leaf(tensor, kind))
         self.without_gradients.clear()
-        for record in self._memory.roots():
-            behind = record.writers[record.settled :]
-            record.settled = len(record.writers)
-            if any(not self.capture.records_gradients_at(w) for w in behind) and not self.engine.index_only(
-                record.value
-            ):
-                self._memory.spoil([record.tensor], "written into without gradients")
+        data = [root for root, by in self._memory.written() if not self.capture.records_gradients_at(by)]
+        for root in dict.fromkeys(data):
+            if not self.engine.index_only(root.value):
+                self._memory.spoil([root.tensor], "written into without gradients")
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:
         if node.op == "output":
@@ -352,7 +349,7 @@ class Interpreter:
 
     def _beside_others(self, node: fx.Node, val: Val, tensor: torch.Tensor, repeatable: bool) -> Val:
         """What a loop computes for a token or a chunk, of which no more is known, as a piece of one tensor for all."""
-        t = val.one if val.alt is None else val.alt
+        t = val.taken
         if t is None or len(t.accs) != 1 or node.op not in CALLS or node in self._memory.record(tensor).root.writers:
             return val
         kind = self.engine.leaves[t.accs[0][0]].kind
@@ -394,7 +391,7 @@ class Interpreter:
 
     def _reads_places(self, v: Val) -> bool:
         """Whether each factor is read at one place where the value is."""
-        t = v.one if v.alt is None else v.alt
+        t = v.taken
         return t is not None and self.engine.plain_term(t) and all(len(idx) <= len(v.shape) for _, idx in t.accs)
 
     def _tensor_of(self, node: fx.Node) -> torch.Tensor | None:

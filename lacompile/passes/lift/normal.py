@@ -17,7 +17,7 @@ from .rates import Rates
 from .term import Exponent, Mono, Term
 
 ROUNDS = 8
-PATIENCE = 500  # pairs of terms that may turn out not to merge, and one more for each node: those that merge need ten
+PATIENCE = 500  # pairs of terms that may turn out not to merge, and one more for each node of the graph
 MISSING: Any = object()
 
 

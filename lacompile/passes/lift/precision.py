@@ -59,7 +59,7 @@ def _known(leaves: Leaves, t: Term) -> bool:
 def _of_tables(leaves: Leaves, t: Term) -> bool:
     if t.accs:
         return any(isinstance(leaves[leaf].kind, Table) for leaf, _ in t.accs)
-    rates = (*(m for m, _ in t.exp.lin), *(m for (m, _), _ in t.exp.sums))
+    rates = t.exp.monos
     return all(isinstance(leaves[leaf].kind, Table) for m in rates for leaf, _ in m)
 
 

@@ -134,7 +134,7 @@ class SeriesTable:
         return key, places.pop()
 
     def _argument(self, v: Val, dtype: torch.dtype, places: set[Place]) -> Argument:
-        t = v.one if v.alt is None else v.alt
+        t = v.taken
         if t is None or t.exp or t.guards or not t.poly.is_const:
             raise NoPlace
         mine: set[Place] = set()

@@ -96,6 +96,11 @@ class Exponent:
         )
         return self if same else Exponent.of(lin, sums)
 
+    @property
+    def monos(self) -> Iterable[Mono]:
+        """The rates, whether fixed or summed over positions."""
+        return (*(m for m, _ in self.lin), *(m for (m, _), _ in self.sums))
+
     def affs(self) -> list[Aff]:
         """Every affine form mentioned, those inside monomials included."""
         out: list[Aff] = []
@@ -293,6 +298,11 @@ class Val:
     def one(self) -> Term | None:
         """The only term of the only case, if that is what the value is."""
         return self.cases[0].terms[0] if self.single and len(self.cases[0].terms) == 1 else None
+
+    @property
+    def taken(self) -> Term | None:
+        """The value as it is where it may be taken so, else its only term."""
+        return self.one if self.alt is None else self.alt
 
     def with_terms(self, f: Callable[[Term], Term]) -> Val:
         return replace(

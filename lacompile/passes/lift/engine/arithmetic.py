@@ -182,7 +182,7 @@ class Arithmetic(Symbols):
 
     def _like_terms(self, a: Val, b: Val) -> Val | None:
         """x - x is 0 and x + 2 x is 3 x, where each side is a number times one factor; None if they differ."""
-        x, y = (v.one if v.alt is None else v.alt for v in (a, b))
+        x, y = (v.taken for v in (a, b))
         if x is None or y is None or x.body != y.body or len(x.accs) > 1:
             return None
         if a.alt is not None and b.alt is not None and a.one is not None and b.one is not None:

@@ -153,8 +153,8 @@ def kernels(about: dict[str, str], table: Table) -> Figure:
     axes[1].legend(loc="lower right", frameon=False, fontsize=8.5)
     footer(
         figure, about,
-        "The floor: each tensor read or written once at the speed of a large copy "
-        f"({about['copy_bandwidth']}, same run). bf16.",
+        "The floor: each tensor read or written once at the speed of a large copy in the same run, "
+        f"here {about['copy_bandwidth']}. bf16.",
     )  # fmt: skip
     return figure
 

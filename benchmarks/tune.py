@@ -18,7 +18,6 @@ import processes
 import torch
 
 from lacompile.kernels.lightning2.compiler import identity
-from lacompile.kernels.lightning2.launch import mark_dtype
 from lacompile.kernels.lightning2.trial import milliseconds
 from lacompile.kernels.tuning import table
 from lacompile.kernels.tuning.search import search
@@ -34,8 +33,7 @@ def choices(sizes: Sequence[int], descriptors: bool) -> Iterator[tuple[Kind, lis
     for size in sizes:
         for use, gradient in USES:
             for per_token in (False, True):
-                marks = mark_dtype(DTYPE, per_token) if gradient else None
-                found = candidates(size, size, DTYPE, descriptors, marks)
+                found = candidates(size, size, DTYPE, descriptors, gradient)
                 yield Kind.of(use, size, size, DTYPE, per_token, gradient, descriptors), found
 
 

@@ -192,10 +192,10 @@ class TestShipped:
         found = table.read(path)
         assert found
         kinds = {
-            str(kind): candidates(size, size, torch.bfloat16, descriptors, marks if gradient else None)
+            str(kind): candidates(size, size, torch.bfloat16, descriptors, gradient)
             for size in (64, 128, 256)
             for descriptors in (False, True)
-            for per_token, marks in ((False, torch.bfloat16), (True, torch.float32))
+            for per_token in (False, True)
             for use, gradient in (("forward", False), ("backward", False), ("backward", True))
             for kind in [Kind.of(use, size, size, torch.bfloat16, per_token, gradient, descriptors)]
         }

@@ -260,8 +260,14 @@ def _prepare(
         from .hopper.layouts import SWIZZLED
 
         numbers = [decay_strides[1], *numbers]
-        constants |= {"BK": for_v.bk, "BV": for_v.bv, "STAGES": for_v.stages, "WARPS": for_v.warps}
-        boxes, options = [Box(x, chunk, n, SWIZZLED) for x, n in columns], {"num_warps": for_v.warps}
+        constants |= {
+            "BK": for_v.bk,
+            "BV": for_v.bv,
+            "STAGES": for_v.stages,
+            "AHEAD": for_v.ahead,
+            "REGISTERS": for_v.registers,
+        }
+        boxes, options = [Box(x, chunk, n, SWIZZLED) for x, n in columns], for_v.options
         if per_token:
             factors = token_factors(log_decay, chunk)
     else:

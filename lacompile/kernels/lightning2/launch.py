@@ -49,8 +49,7 @@ def config(
     ``descriptors``: every tensor can be read by one. ``decay_gradient``: the backward kernel is to find that too.
     """
     hopper = descriptors and HOPPER and has_warp_group_products(device)
-    marks = mark_dtype(dtype, per_token) if decay_gradient else None
-    found, turned = (candidates(*sizes, dtype, hopper, marks) for sizes in ((dk, dv), (dv, dk)))
+    found, turned = (candidates(*sizes, dtype, hopper, decay_gradient) for sizes in ((dk, dv), (dv, dk)))
     kind = Kind.of(use, dk, dv, dtype, per_token, decay_gradient, hopper)
     if forced is not None and forced[0] == kind:
         at = forced[1]
@@ -124,7 +123,7 @@ class Segments:
 
 # The plan counts in nanoseconds. A program takes this long beside its tokens; a pre-pass this long beside its pieces,
 # the states that its programs start from included; and each segment is a step of the scan.
-START, PREPASS, SCAN_STEP = 3300.0, 7000.0, 700.0
+START, PREPASS, SCAN_STEP = 3300.0, 7000.0, 2000.0
 # Programs that share a multiprocessor do this many times the work of one that has it to itself.
 TOGETHER = 1.25
 # A token of the pre-pass beside one of the main pass, and how many of its programs share a multiprocessor.
@@ -181,7 +180,7 @@ def plan(length: int, programs: int, hardware: Hardware, tiles: Config, uses: in
         full, rest = divmod(most, tiles.resident)
         # Those left over by full multiprocessors may find one that is free, or one that is not.
         last = 0.0 if not rest else 1.0 if most == rest else (1.0 + shared) / 2
-        return max((START + tiles.pace * tokens) * (full * shared + last), memory * (1 + tokens / DRIFT))
+        return max((START + tiles.pace * tokens) * (full * shared + last), START + memory * (1 + tokens / DRIFT))
 
     best, cost = Segments(max(length, 1), 1), main(length, 1)
     for count in range(2, min(MAX_SEGMENTS, blocks(length, GRANULE)) + 1):

@@ -9,15 +9,24 @@ import torch
 
 Use = Literal["forward", "backward"]
 CHUNK = 64
+REGISTERS = 65536
+"""Of a multiprocessor."""
 
 
 @dataclass(frozen=True)
 class Config:
     """Tiles and scheduling of one kernel.
 
-    Which body (``hopper`` or ``portable``), contraction block BK, column block BV, tokens to a chunk, warps, pipeline
-    stages; how many programs a multiprocessor holds at a time, how many use up its share of an H100's memory bandwidth,
-    and nanoseconds for a token where a program has a multiprocessor to itself.
+    Attributes:
+        body: which one, ``hopper`` or ``portable``.
+        bk, bv: blocks of the contraction and of columns.
+        chunk: tokens to a chunk.
+        warps: of a program; Hopper's body has so many twice, for the outputs and for the state.
+        stages: of the pipeline.
+        ahead: Hopper's body forms the scores of the next chunk beside the products of this one.
+        resident: how many programs a multiprocessor holds at a time.
+        saturating: how many use up its share of an H100's memory bandwidth.
+        pace: nanoseconds for a token where a program has a multiprocessor to itself.
     """
 
     body: Literal["hopper", "portable"]
@@ -26,9 +35,21 @@ class Config:
     chunk: int
     warps: int
     stages: int
+    ahead: bool = False
     resident: int = 1
     saturating: float = 0.7
     pace: float = 40.0
+
+    @property
+    def registers(self) -> int:
+        """Of Hopper's body, for each thread that keeps the state; those that make outputs have what is left of 512."""
+        return 256 if self.bk == 128 else 168 if self.resident == 1 else 104
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What Hopper's kernels are launched with; programs that share a multiprocessor share its registers."""
+        most = {"maxnreg": REGISTERS // (self.resident * 2 * self.warps * 32)} if self.resident > 1 else {}
+        return {"num_warps": self.warps} | most
 
 
 @dataclass(frozen=True)
@@ -86,7 +107,7 @@ def portable(dk: int, dv: int, dtype: torch.dtype) -> Config:
     if bk == 256:
         return Config("portable", bk, min(bv, 32), CHUNK, 4, 2)
     # Two programs share a multiprocessor: at most 255 registers to a thread and 113 KiB of shared memory each.
-    return Config("portable", bk, bv, CHUNK, 4, 3 if bk == 64 else 2, 2, 1.4)
+    return Config("portable", bk, bv, CHUNK, 4, 3 if bk == 64 else 2, resident=2, saturating=1.4)
 
 
 def portables(dk: int, dv: int, dtype: torch.dtype) -> list[Config]:
@@ -100,19 +121,20 @@ def portables(dk: int, dv: int, dtype: torch.dtype) -> list[Config]:
     return [safe, replace(safe, stages=safe.stages - 1)]
 
 
-def hopper(dk: int, dv: int) -> list[Config]:
-    """Hopper's body for heads of up to 128: sixteen columns to a warp, the safe choice first."""
+def hopper(dk: int, dv: int, gradient: bool = False) -> list[Config]:
+    """Hopper's body for heads of up to 128, the safe choice first; with two stages there is no room to be ahead.
+
+    What the decay's gradient is made of needs a fourth tile for each stage, hence one stage less.
+    """
     if max(dk, dv) > 128:
         return []
-    if max(dk, dv) <= 64:
-        return [Config("hopper", 64, 64, CHUNK, 4, stages, 2, 0.6, 14.0) for stages in (2, 3, 4)]
-    wide = [Config("hopper", 128, 128, CHUNK, 8, stages, 1, 0.85, 31.0) for stages in (2, 3)]
-    return [*wide, Config("hopper", 128, 64, CHUNK, 4, 2, 2, 0.8, 19.5)]
+    if max(dk, dv) > 64:
+        return [Config("hopper", 128, 128, CHUNK, 4, n, n > 2, 1, 0.46, 19.8) for n in ((2,) if gradient else (3, 2))]
+    alone = [Config("hopper", 64, 64, CHUNK, 4, 4, ahead, 1, 0.5, 11.2) for ahead in (True, False)]
+    return [*alone, Config("hopper", 64, 64, CHUNK, 4, 2 if gradient else 3, False, 2, 0.55, 12.7)]
 
 
-def candidates(
-    dk: int, dv: int, dtype: torch.dtype, descriptors: bool, marks: torch.dtype | None = None
-) -> list[Config]:
+def candidates(dk: int, dv: int, dtype: torch.dtype, descriptors: bool, gradient: bool = False) -> list[Config]:
     """What may be chosen for a head of this kind, the safe choice first.
 
     The same place in the list for ``dk, dv`` and for ``dv, dk`` is a pair that one backward kernel can have.
@@ -121,13 +143,6 @@ def candidates(
         dk, dv: head sizes of the contraction and of the columns.
         dtype: of the elements.
         descriptors: the device has Hopper's tensor cores and every tensor can be read by descriptor.
-        marks: the dtype of the states that the kernel writes down for the decay's gradient, if it does.
+        gradient: the kernel also writes what the decay's gradient is made of.
     """
-    found = hopper(dk, dv) if descriptors else []
-    return [tiles for tiles in found if _is_sound(tiles, marks)] + portables(dk, dv, dtype)
-
-
-def _is_sound(tiles: Config, marks: torch.dtype | None) -> bool:
-    """Whether Hopper's body is known to be right with these tiles (docs/kernel-notes.md, hazards), and fits."""
-    # Marks in bf16: wrong gradients of k, differently from run to run. Any marks: no room for a third stage.
-    return tiles.warps < 8 or marks is None or (marks == torch.float32 and tiles.stages < 3)
+    return (hopper(dk, dv, gradient) if descriptors else []) + portables(dk, dv, dtype)

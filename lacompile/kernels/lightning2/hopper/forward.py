@@ -8,7 +8,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..factors import FACTORS
-from .body import attend, log2_of
+from .body import attend
+from .tiles import log2_of
 
 
 @gluon.jit(
@@ -44,7 +45,8 @@ def forward_kernel(
     HAS_START: gl.constexpr,
     STORE_END: gl.constexpr,
     STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):
     """One program per (batch and head, segment, block of columns)."""
     blocks: gl.constexpr = (DV + BV - 1) // BV
@@ -64,6 +66,6 @@ def forward_kernel(
         start_ptr + (row * start_slots + part) * (DK * DV), end_ptr + row * (DK * DV),
         b, h // q_group, h // k_group, h // v_group, h, h, g_head, scale,
         begin, stop, length, segment, part == segments - 1, block,
-        DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, WARPS=WARPS, REVERSE=False, PER_TOKEN=PER_TOKEN,
-        HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False,
+        DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=False, PER_TOKEN=PER_TOKEN,
+        AHEAD=AHEAD, REGISTERS=REGISTERS, HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False,
     )  # fmt: skip

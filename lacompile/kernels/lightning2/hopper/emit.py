@@ -1,0 +1,163 @@
+"""Half of Hopper's body: the warps that make the outputs, and ask for tiles.
+
+A chunk's outputs need its tiles and the state before it, which the other half (carry.py) posts: no chunk waits for the
+outputs of another. The scores are the first operand of their product straight from registers.
+"""
+
+# What @gluon.jit makes of a function and of its launch is beyond a type checker.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..factors import FACTORS
+from .tiles import accumulator, chunk_at, fetch
+
+
+@gluon.jit
+def scores_of(a_tile, b_tile, layout: gl.constexpr, CHUNK: gl.constexpr):
+    """Starts ``a b'`` of one chunk."""
+    scores = gl.zeros([CHUNK, CHUNK], gl.float32, layout=layout)
+    return warpgroup_mma(a_tile, b_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def weight_of(gap, inside, scale, REVERSE: gl.constexpr):
+    """Decays between the tokens of one chunk, times the scale, given their log2 forwards in time."""
+    return gl.exp2(gl.where(inside, -gap if REVERSE else gap, float("-inf"))) * scale
+
+
+@gluon.jit
+def emit(
+    a_source,
+    b_source,
+    c_source,
+    x_source,
+    y_target,
+    a_tiles,
+    b_tiles,
+    c_tiles,
+    x_tiles,
+    y_tiles,
+    state_tiles,
+    arrived,
+    posted,
+    taken,
+    factors_ptr,
+    rows_ptr,
+    batch,
+    a_head,
+    b_head,
+    c_head,
+    x_head,
+    y_head,
+    g_head,
+    scale,
+    begin,
+    stop,
+    column,
+    REVERSE: gl.constexpr,
+    PER_TOKEN: gl.constexpr,
+    AUDIT: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """Four warps that make the outputs of each chunk, from its tiles and the state before it.
+
+    AHEAD: the scores of the next chunk, which depend on no state, are formed while this one's products are under way.
+    """
+    STAGES: gl.constexpr = b_tiles.shape[0]
+    SLOTS: gl.constexpr = state_tiles.shape[0]
+    CHUNK: gl.constexpr = b_tiles.shape[1]
+    BV: gl.constexpr = c_tiles.shape[2]
+    FROM_STATE: gl.constexpr = 2 if REVERSE else 1
+    dtype: gl.constexpr = b_tiles.dtype
+    of_y: gl.constexpr = accumulator(4, 1, BV)
+    of_scores: gl.constexpr = accumulator(4, 1, CHUNK)
+    operand: gl.constexpr = gl.DotOperandLayout(0, of_y, 2)
+    row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, of_scores))[:, None]
+    col = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, of_scores))[None, :]
+    t = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, of_y))[:, None]
+    inside = row <= col if REVERSE else row >= col
+    chunks = gl.cdiv(stop - begin, CHUNK)
+    if PER_TOKEN:
+        of_chunk = factors_ptr + chunk_at(0, begin, chunks, CHUNK, REVERSE).to(gl.int64) * FACTORS
+        sums_at_row, sums_at_col = gl.load(of_chunk + row), gl.load(of_chunk + col)
+        from_state_ahead = gl.load(of_chunk + FROM_STATE * CHUNK + t)
+    else:
+        weight = weight_of((row - col).to(gl.float32) * g_head, inside, scale, REVERSE)
+    if AHEAD:
+        mbarrier.wait(arrived.index(0), 0)
+        scores = scores_of(a_tiles.index(0), b_tiles.index(0), of_scores, CHUNK)
+        if PER_TOKEN:
+            weight = weight_of(sums_at_row - sums_at_col, inside, scale, REVERSE)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        weighted = gl.convert_layout((scores * weight).to(dtype), operand)
+    for step in range(chunks):
+        slot = step % STAGES
+        at = chunk_at(step, begin, chunks, CHUNK, REVERSE)
+        if not AHEAD:
+            mbarrier.wait(arrived.index(slot), (step // STAGES) & 1)
+            scores = scores_of(a_tiles.index(slot), b_tiles.index(slot), of_scores, CHUNK)
+            if PER_TOKEN:
+                weight = weight_of(sums_at_row - sums_at_col, inside, scale, REVERSE)
+        if PER_TOKEN:
+            of_chunk = factors_ptr + chunk_at(step + 1, begin, chunks, CHUNK, REVERSE).to(gl.int64) * FACTORS
+            sums_at_row, sums_at_col = gl.load(of_chunk + row), gl.load(of_chunk + col)
+            from_state = from_state_ahead
+            from_state_ahead = gl.load(of_chunk + FROM_STATE * CHUNK + t)
+        elif REVERSE:
+            from_state = gl.exp2(gl.maximum(gl.minimum(stop - at, CHUNK) - 1 - t, 0).to(gl.float32) * g_head)
+        else:
+            from_state = gl.exp2((t + 1).to(gl.float32) * g_head)
+        if not REVERSE:
+            from_state *= scale
+        # This also says that nobody needs the tiles of the chunk before any more.
+        mbarrier.wait(posted.index(step % SLOTS), step // SLOTS & 1)
+        y = gl.zeros([CHUNK, BV], gl.float32, layout=of_y)
+        given = state_tiles.index(step % SLOTS).permute([1, 0])
+        y = warpgroup_mma(a_tiles.index(slot), given, y, use_acc=False, is_async=True)
+        refilled = step - 1 + STAGES
+        fetch(
+            a_source, b_source, c_source, x_source, a_tiles, b_tiles, c_tiles, x_tiles, arrived, refilled % STAGES,
+            batch, a_head, b_head, c_head, x_head, chunk_at(refilled, begin, chunks, CHUNK, REVERSE), column,
+            (step > 0) & (refilled < chunks), AUDIT,
+        )  # fmt: skip
+        if AHEAD:
+            coming = (step + 1) % STAGES
+            mbarrier.wait(arrived.index(coming), ((step + 1) // STAGES) & 1, pred=step + 1 < chunks)
+            scores = scores_of(a_tiles.index(coming), b_tiles.index(coming), of_scores, CHUNK)
+            y = warpgroup_mma_wait(1, deps=[y])
+        else:
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            weighted = gl.convert_layout((scores * weight).to(dtype), operand)
+            y = warpgroup_mma_wait(0, deps=[y])
+        mbarrier.arrive(taken.index(step % SLOTS), count=1)
+        y = warpgroup_mma(weighted, c_tiles.index(slot), y * from_state, is_async=True)
+        if AHEAD:
+            if PER_TOKEN:
+                weight = weight_of(sums_at_row - sums_at_col, inside, scale, REVERSE)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            weighted_ahead = gl.convert_layout((scores * weight).to(dtype), operand)
+            y = warpgroup_mma_wait(0, deps=[y])
+            weighted = weighted_ahead
+        else:
+            y = warpgroup_mma_wait(0, deps=[y])
+        tma.store_wait(SLOTS - 1)
+        y_tile = y_tiles.index(step % SLOTS)
+        y_tile.store(y.to(dtype))
+        # Between the stores and the first barrier after them: what the copy engine reads must be fenced before that.
+        fence_async_shared()
+        if AUDIT:
+            x = x_tiles.index(slot).load(of_y).to(gl.float32)
+            gl.store(rows_ptr + at.to(gl.int64) + t, gl.sum(x * y, 1)[:, None], mask=t < stop - at)
+        tma.async_copy_shared_to_global(y_target, [batch, y_head, at, column], y_tile)
+    tma.store_wait(0)

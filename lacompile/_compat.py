@@ -98,6 +98,19 @@ def mode_options(mode: str | None, dynamic: bool = False) -> dict[str, Any]:
     return dict(list_mode_options(mode, dynamic)) if mode and mode != "default" else {}
 
 
+def wake_compile_workers(example_inputs: Any) -> None:
+    """Has Inductor's workers for GPU kernels start now, as it does itself, but beside an analysis and not after it.
+
+    Until they are there it compiles kernels one after the other.
+    """
+    if any(isinstance(x, torch.Tensor) and x.device.type in ("cuda", "xpu") for x in example_inputs):
+        from torch._inductor.async_compile import AsyncCompile
+
+        wake = getattr(AsyncCompile, "wakeup", None)
+        if wake is not None:
+            wake()
+
+
 def compile_with_inductor(gm: Any, example_inputs: Any, config_patches: dict[str, Any], cache_tag: str = "") -> Any:
     """Hands a graph to Inductor.
 

@@ -37,6 +37,7 @@ def lightning(
     check_mode(mode)
     settings, inductor_options = Options.split(options)
     config_patches = {**_compat.mode_options(mode), **inductor_options}
+    _compat.wake_compile_workers(example_inputs)
     decision = decide(gm, example_inputs, settings)
     hand_over = _HandOver(config_patches)
     compiled = None

@@ -22,6 +22,7 @@ class Doubles:
 
     def __init__(self, interpreter: Interpreter):
         self.facts, self.leaves = interpreter.facts, interpreter.engine.leaves
+        self.data: dict[fx.Node, frozenset[int]] = {}
 
     def among(self, read: Iterable[fx.Node], region: Collection[fx.Node]) -> Iterable[tuple[set[fx.Node], ...]]:
         """For each value that is read in place of one in the region: what the former was made of, and what the latter.
@@ -47,15 +48,19 @@ class Doubles:
         kind = None if leaf is None else self.leaves[leaf].kind
         return leaf if isinstance(kind, Symbol) or (isinstance(kind, Opaque) and kind.series is not None) else None
 
-    def _all_in(self, node: fx.Node) -> set[int]:
+    def _all_in(self, node: fx.Node) -> frozenset[int]:
         """The leaves that a value is made of."""
-        return self.leaves.data(_leaves(self.facts[node].value)) if node in self.facts else set()
+        found = self.data.get(node)
+        if found is None:
+            leaves = self.leaves.data(_leaves(self.facts[node].value)) if node in self.facts else ()
+            found = self.data[node] = frozenset(leaves)
+        return found
 
-    def _given(self, node: fx.Node) -> set[int]:
+    def _given(self, node: fx.Node) -> frozenset[int]:
         """The leaves of what it is computed from; a tuple has those of what that is computed from."""
         given = node.all_input_nodes
         values = [n for g in given for n in ((g,) if g in self.facts else g.all_input_nodes)]
-        return set().union(*map(self._all_in, values))
+        return frozenset().union(*map(self._all_in, values))
 
     def _made_of(self, node: fx.Node) -> set[fx.Node]:
         """The value and those that its form was made from; one that is a leaf of its own was made from nothing."""

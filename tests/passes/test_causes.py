@@ -231,3 +231,41 @@ def test_a_state_that_is_detached():
         return torch.cat(out, 2)
 
     assert "detached" in only_reason(run, *heads(12)).found
+
+
+# --------------------------------------------------------------------------------------------- weights of another kind
+
+
+def updated(update):
+    """A token loop whose state is made by this of the last one, of what the token adds, and of the token's number."""
+
+    def run(q, k, v):
+        state, out = q.new_zeros(B, H, D, D), []
+        for t in range(q.shape[2]):
+            state = update(state, outer(k[:, :, t], v[:, :, t]), t)
+            out.append(read(q[:, :, t], state))
+        return torch.stack(out, 2)
+
+    return run
+
+
+@pytest.mark.parametrize("n", [6, 9])
+@pytest.mark.parametrize(
+    "update",
+    [
+        lambda s, new, t: new - 0.5 * s,
+        lambda s, new, t: torch.lerp(s, new, 1.5),
+        lambda s, new, t: s + (new - s) / (t + 1),
+    ],
+    ids=["negative", "beyond the new", "mean"],
+)
+def test_sums_that_do_not_merge(update, n):
+    miss = only_reason(updated(update), *heads(n))
+    assert miss.obligation == "single-term" and "of the same factors that do not merge" in miss.found
+
+
+@pytest.mark.parametrize(
+    "update", [lambda s, new, t: new + 0.5 * s, lambda s, new, t: torch.lerp(s, new, 0.5)], ids=["positive", "lerp"]
+)
+def test_sums_that_merge(update):
+    assert_rewritten(updated(update), *heads(6), compiled=False)

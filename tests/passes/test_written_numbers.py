@@ -87,3 +87,14 @@ def test_an_entry_written_after_the_matrix_was_read():
         return first, (scores * matrix) @ v
 
     assert_rewritten(run, *arguments(), compiled=False)
+
+
+def test_powers_of_a_table():
+    """An operation of PyTorch whose parts hand a number on, not a tensor."""
+
+    def make():
+        powers = torch.vander(torch.tensor([0.9, 0.8]), N, increasing=True)
+        i = torch.arange(N)
+        return powers[:, (i[:, None] - i).clamp(min=0)].tril()
+
+    assert_rewritten(weighted(make), *arguments(2), compiled=False)

@@ -79,6 +79,14 @@ class Causes:
         sums = [t for t in terms if t.bound(self.space)]  # beside terms of single positions
         if sums and all(self._elementwise(t, tied) for t in sums):
             return Refused("separable", "queries and keys", "an elementwise recurrence, without queries and keys", 1)
+        if (count := self._unrolled(sums)) and not refused:
+            return Refused(
+                "single-term",
+                "one sum over j <= i",
+                f"{count} sums of the same factors that do not merge",
+                2,
+                "an unrolled loop is one sum if its weights are products of one positive decay for each token",
+            )
         return None
 
     def told(self, terms: Iterable[Term]) -> bool:
@@ -171,6 +179,13 @@ class Causes:
         return frozenset(v for v in self.space.vars_of(a[1]) if v >= 0)
 
     # -------------------------------------------------------------------------------------------------------- weights
+
+    def _unrolled(self, sums: Sequence[Term]) -> int:
+        """How many sums there are of the same queries, keys and values, at other positions; 0 if they are few."""
+        leaves = self.engine.leaves
+        alike = Counter(t.signature for t in sums if sum(not leaves[x].parameter for x in set(t.signature)) > 2)
+        most = max(alike.values(), default=0)
+        return most if most > 2 else 0
 
     def _scaled_apart(self, terms: Sequence[Term]) -> bool:
         """Whether every sum has a factor made by a maximum, and no two of them the same one."""

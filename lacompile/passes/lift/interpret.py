@@ -173,7 +173,9 @@ class Interpreter:
                 return None
             return self.engine.leaf(t, Opaque(None, op.func.overloadpacket.__name__, inputs, summands))
 
-        return fresh(op.out) if isinstance(op.out, torch.Tensor) else [fresh(t) for t in op.out or ()]
+        if isinstance(op.out, list | tuple):
+            return [fresh(t) for t in op.out]
+        return fresh(op.out)  # None for a number, such as a size
 
     def _run_factory(self, op: Op) -> Val | None:
         """A tensor made from numbers alone (linspace, logspace): make it and take its numbers."""

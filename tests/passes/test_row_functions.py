@@ -260,3 +260,45 @@ def test_weights_of_slices_may_be_negative():
     torch._dynamo.reset()
     report = explain(run)(q, x, v, w)
     assert len(report.rewrites) <= 1
+
+
+# ---------------------------------------------------------------------------------------- a number for each token
+
+NUMBERS = {
+    "mean": lambda x, z, t: x / (t + 1),
+    "root": lambda x, z, t: x * (t + 1) ** -0.5,
+    "count, not of the first": lambda x, z, t: x / max(t, 1),
+    "signs": lambda x, z, t: x * (-1) ** t,
+}
+
+
+@pytest.mark.parametrize("n", [3, 9])
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_number_of_each_token(number, decay, n):
+    assert_rewritten(tokens(NUMBERS[number], decay), *heads(n), compiled=False)
+
+
+def test_a_number_of_each_token_beside_gates():
+    def run(q, k, v, g):
+        state, outs = torch.zeros(1, 2, D, D), []
+        for t in range(N):
+            state = state * torch.exp(-g[:, :, t, None, None]) + k[:, :, t, :, None] * v[:, :, t, None, :]
+            outs.append((q[:, :, t, :, None] * state / (t + 1)).sum(-2))
+        return torch.stack(outs, 2)
+
+    assert_rewritten(run, *heads(), torch.rand(1, 2, N), compiled=False)
+
+
+def test_a_number_of_the_state_before_alone():
+    """The token itself is not divided: two sums with numbers of their own."""
+
+    def run(q, k, v):
+        state, outs = torch.zeros(1, 2, D, D), []
+        for t in range(N):
+            new = k[:, :, t, :, None] * v[:, :, t, None, :]
+            outs.append((q[:, :, t, :, None] * (state / (t + 1) + new)).sum(-2))
+            state = state + new
+        return torch.stack(outs, 2)
+
+    assert_refused(run, *heads())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import fx
 
 from ..affine import ONE, ZERO, Aff
 from ..engine import Engine
 from ..leaves import Extended, Opaque
-from ..term import NO_GUARDS, Case, Term, Val, value
+from ..term import NO_GUARDS, Case, Exponent, Term, Val, value
 from . import Op, rule
 from .functions import one_function
 
@@ -70,7 +71,44 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
     if masked:
         return engine.join_cases(Val(shape, tuple(cases)))
     out = engine.sum_of(shape, one_function(engine, shape, pieces))
+    if len(out.terms) > 1 and (scaled := _numbered(engine, shape, pieces, d)) is not None:
+        return scaled
     return _side_by_side(op, out) if len(out.terms) > 1 and _different_data(engine, out) else out
+
+
+def _numbered(engine: Engine, shape: tuple[Aff, ...], pieces: Sequence[Sequence[Term]], d: int) -> Val | None:
+    """Tokens that are one form, but for a number that each has of its own: o_t / (t + 1), where a loop takes a mean.
+
+    Its number is the weight of the oldest summand or of the newest, which the form then has with the weight 1.
+    """
+    tokens = [p[0] for p in pieces if len(p) == 1 and p[0].bound(engine.space)]
+    if len(tokens) < len(pieces) or shape[d] != Aff.lit(len(pieces)):
+        return None
+    for newest in (True, False):
+        weights = [_weight_at_an_end(engine, t, newest) for t in tokens]
+        numbers = [0.0 if w is None else t.coef * math.exp(w) for t, w in zip(tokens, weights, strict=True)]
+        if not all(map(math.isfinite, numbers)) or 0.0 in numbers:
+            continue
+        shifted = (t.exp - Exponent.of([((), Aff.lit(w or 0.0))], ()) for t, w in zip(tokens, weights, strict=True))
+        alike = [t.but(coef=1.0, exp=e) for t, e in zip(tokens, shifted, strict=True)]
+        if len(engine.sum_of(shape, alike[:3]).terms) == 1 and len((out := engine.sum_of(shape, alike)).terms) == 1:
+            column = np.array(numbers).reshape([-1 if n == d else 1 for n in range(len(shape))])
+            return engine.multiply(engine.table_value(column, shape), out)
+    return None
+
+
+def _weight_at_an_end(engine: Engine, t: Term, last: bool) -> float | None:
+    """The number in a term's exponent where what it sums over is at its last place, or at its first one."""
+    weight = 0.0
+    for mono, f in t.exp.lin:
+        if not mono:
+            weight += float(f.const)
+            for v, c in f.terms:
+                ends = engine.bounds(v, t.guards).ends
+                if v not in t.bound(engine.space) or ends is None or not ends[last].is_const:
+                    return None
+                weight += float(c * ends[last].const)
+    return weight
 
 
 def _parts_of_one(engine: Engine, parts: Sequence[Val]) -> bool:

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,51 @@ def _cost(region: Sequence[fx.Node]) -> str | None:
     return f"{flops:.1e} operations" if flops > BUDGET_FLOPS else None
 
 
+# ------------------------------------------------------------------------------------------------------------ inputs
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a region is run on.
+
+    Attributes:
+        real: the inputs at hand, by placeholder.
+        decays: those that a decay is made of.
+        by_value: those whose numbers the proof rests on.
+        near: inputs of the graph are not made up, but somewhat other than they are.
+        generator: of what is made up.
+    """
+
+    real: Mapping[fx.Node, Any]
+    decays: set[fx.Node]
+    by_value: set[fx.Node]
+    near: bool
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def of(self, node: fx.Node) -> Any:
+        """A tensor on the CPU, in fp64 where it holds fractions; or a number."""
+        example, given = node.meta["example_value"], self.real.get(node)
+        if not isinstance(example, Tensor):
+            value = example if given is None else given
+            return value if isinstance(value, int | float | bool) else plain_int(value)
+        fractions = example.dtype.is_floating_point
+        if isinstance(given, Tensor) and (node in self.decays or node in self.by_value or not fractions):
+            return given.detach().cpu().to(torch.float64 if fractions else given.dtype)
+        shape = [plain_int(s) for s in example.shape]
+        if self.near and isinstance(given, Tensor):
+            return given.detach().cpu().to(torch.float64) * (1 + 0.1 * self._normal(shape))
+        if example.dtype is torch.bool:
+            return torch.rand(shape, generator=self.generator) > 0.2
+        if not fractions:
+            return torch.randint(0, 3, shape, generator=self.generator).to(example.dtype)
+        if node in self.decays:
+            return torch.rand(shape, generator=self.generator, dtype=torch.float64) * 0.1 + 0.01
+        return self._normal(shape)
+
+    def _normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
+
+
 # ------------------------------------------------------------------------------------------------------- the comparison
 
 
@@ -127,12 +172,12 @@ def _compare(
     reference: Reference,
     near: bool,
 ) -> Validation | _Disagreement:
-    """``near``: inputs of the graph are not made up, but somewhat other than they are."""
+    """``near`` as in :class:`_Inputs`."""
     start = time.perf_counter()
     by_value = region.first(a.node for a in match.assumed if a.kind != "positive")
     decays = region.first(v.node for f in match.facts for v in values_of(f.log_decay))
-    generator = torch.Generator().manual_seed(0)
-    env = {n: _input(n, real, decays, by_value, generator, near) for n in region.inputs}
+    made = _Inputs(real, decays, by_value, near)
+    env = {n: made.of(n) for n in region.inputs}
     _tame_decays(match, region, env, decays, by_value, reference)
     leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
     # backwards through a state that is overwritten is an error of the program's own, unless what was saved is kept
@@ -209,35 +254,6 @@ def _error(got: Tensor, want: Tensor) -> float:
     scale = float(want.norm())
     difference = float((got - want).norm())
     return difference / scale if scale else difference
-
-
-def _input(
-    node: fx.Node,
-    real: Mapping[fx.Node, Any],
-    decays: set[fx.Node],
-    by_value: set[fx.Node],
-    generator: torch.Generator,
-    near: bool,
-) -> Any:
-    example = node.meta["example_value"]
-    if not isinstance(example, Tensor):
-        value = real.get(node, example)
-        return value if isinstance(value, int | float | bool) else plain_int(value)
-    given = real.get(node)
-    if isinstance(given, Tensor) and (node in decays or node in by_value or not given.is_floating_point()):
-        given = given.detach().cpu()
-        return given.to(torch.float64) if given.is_floating_point() else given
-    shape = [plain_int(s) for s in example.shape]
-    if near and isinstance(given, Tensor):
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-        return given.detach().cpu().to(torch.float64) * (1 + 0.1 * noise)
-    if example.dtype is torch.bool:
-        return torch.rand(shape, generator=generator) > 0.2
-    if not example.dtype.is_floating_point:
-        return torch.randint(0, 3, shape, generator=generator).to(example.dtype)
-    if node in decays:
-        return torch.rand(shape, generator=generator, dtype=torch.float64) * 0.1 + 0.01
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def _tame_decays(

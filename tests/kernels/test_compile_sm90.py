@@ -100,7 +100,7 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
         _, use, n = name.split()
         tiles = space.hopper(dk, dv, use == "decays")[int(n)]
         bk, bv = tiles.bk, tiles.bv
-        common |= {"BK": bk, "BV": bv, "STAGES": tiles.stages, "AHEAD": tiles.ahead, "REGISTERS": tiles.registers}
+        common |= {"BK": bk, "BV": bv} | tiles.constants
         if use == "forward":
             return Case(hopper_forward, common | end, forward_columns(bk, bv), tiles.options)
         ends["DECAY_GRAD"] = use == "decays"

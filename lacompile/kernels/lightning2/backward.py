@@ -260,13 +260,7 @@ def _prepare(
         from .hopper.layouts import SWIZZLED
 
         numbers = [decay_strides[1], *numbers]
-        constants |= {
-            "BK": for_v.bk,
-            "BV": for_v.bv,
-            "STAGES": for_v.stages,
-            "AHEAD": for_v.ahead,
-            "REGISTERS": for_v.registers,
-        }
+        constants |= {"BK": for_v.bk, "BV": for_v.bv} | for_v.constants
         boxes, options = [Box(x, chunk, n, SWIZZLED) for x, n in columns], for_v.options
         if per_token:
             factors = token_factors(log_decay, chunk)

@@ -169,7 +169,7 @@ def _prepare(
         from .hopper.layouts import SWIZZLED
 
         numbers = [decay_strides[1], *numbers]
-        constants |= {"STAGES": tiles.stages, "AHEAD": tiles.ahead, "REGISTERS": tiles.registers}
+        constants |= tiles.constants
         boxes, options = [Box(x, tiles.chunk, n, SWIZZLED) for x, n in columns], tiles.options
         if per_token:
             factors = token_factors(log_decay, tiles.chunk)

@@ -122,7 +122,7 @@ class Segments:
 
 
 # The plan counts in nanoseconds. A program takes this long beside its tokens; a pre-pass this long beside its pieces,
-# the states that its programs start from included; and each segment is a step of the scan.
+# the states that its programs start from included; and each segment begins from a state, after a step of the scan.
 START, PREPASS, SCAN_STEP = 3300.0, 7000.0, 2000.0
 # Programs that share a multiprocessor do this many times the work of one that has it to itself.
 TOGETHER = 1.25
@@ -166,7 +166,7 @@ def plan(length: int, programs: int, hardware: Hardware, tiles: Config, uses: in
 
     Segments are multiples of GRANULE tokens. The model is of the multiprocessor that gets the most programs, no faster
     than memory is for all of them, and of a pre-pass, which for the backward pass goes both ways at once. It is fitted
-    to times on an H200 (docs/kernel-notes.md, section 13).
+    to times on an H200 (docs/kernel-notes.md, sections 13 and 14).
     """
     processors, passes = hardware.processors, min(uses, 2)
     memory = tiles.pace * programs * length / (processors * tiles.saturating * hardware.bandwidth)

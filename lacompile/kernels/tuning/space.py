@@ -41,9 +41,13 @@ class Config:
     pace: float = 40.0
 
     @property
-    def registers(self) -> int:
-        """Of Hopper's body, for each thread that keeps the state; those that make outputs have what is left of 512."""
-        return 256 if self.bk == 128 else 168 if self.resident == 1 else 104
+    def constants(self) -> dict[str, int]:
+        """What Hopper's kernels are compiled for beside blocks.
+
+        REGISTERS are those of a thread that keeps the state; one that makes outputs has what is left of two threads'.
+        """
+        registers = 256 if self.bk == 128 else 168 if self.resident == 1 else 104
+        return {"STAGES": self.stages, "AHEAD": self.ahead, "REGISTERS": registers}
 
     @property
     def options(self) -> dict[str, int]:

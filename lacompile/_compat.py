@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,43 @@ def suppressed_guards(fake_mode: Any) -> contextlib.AbstractContextManager[None]
     """Shape questions asked inside add no guards to the traced program."""
     env = getattr(fake_mode, "shape_env", None)
     return contextlib.nullcontext() if env is None else env.suppress_guards()
+
+
+class AnotherInEachCall(Exception):
+    """A symbol of the traced program was asked for its number."""
+
+    def __str__(self) -> str:
+        return "a number that may be another one in the next call"
+
+
+@contextlib.contextmanager
+def no_number_for_a_symbol(fake_mode: Any, *, no_answer: bool = False) -> Iterator[None]:
+    """A symbol has no number inside, where a guard that keeps it would not be added: it is an error to ask for one.
+
+    With ``no_answer`` none to a question either. What Dynamo itself has settled is no symbol any more.
+    """
+    if not has_symbols(fake_mode):
+        yield
+        return
+    from torch.fx.experimental.sym_node import SymNode
+
+    def settled(ask: Callable[..., Any]) -> Callable[..., Any]:
+        def answer(node: SymNode, *args: Any) -> Any:
+            if node.expr.free_symbols:
+                raise AnotherInEachCall
+            return ask(node, *args)
+
+        return answer
+
+    names = ("guard_int", "guard_float", *(("guard_bool",) if no_answer else ()))
+    before = {name: getattr(SymNode, name) for name in names}
+    try:
+        for name, ask in before.items():
+            setattr(SymNode, name, settled(ask))
+        yield
+    finally:
+        for name, ask in before.items():
+            setattr(SymNode, name, ask)
 
 
 def symbolic_kernels(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:

@@ -58,7 +58,8 @@ def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     if _compat.functorch_inside(gm):
         return Decision(None, Report(notes=("left alone: the program itself calls vmap, grad or forward-mode AD",)))
     # what is asked of symbolic sizes must not specialise the compiled program
-    with _compat.suppressed_guards(fake_mode_of(gm)), no_collection():
+    mode = fake_mode_of(gm)
+    with _compat.suppressed_guards(mode), _compat.no_number_for_a_symbol(mode), no_collection():
         return _decide(gm, example_inputs, options)
 
 

@@ -146,3 +146,53 @@ def test_a_view_of_symbolic_sizes_and_its_inverse_cancel():
             assert evaluator.index(space.quotient(form, by), env) == number // size
             assert evaluator.index(space.remainder(form, by), env) == number % size
         assert evaluator.index(x, env) == env[0] * sizes[both.terms[0][0]] + env[1]
+
+
+# ------------------------------------------------------------------------------------ numbers that are arguments
+
+DISTANCES = torch.arange(7)[:, None] - torch.arange(7)
+DECAY = torch.exp(-0.1 * DISTANCES.double()).tril()
+
+
+def weights_of(make):
+    """The scores times what is made of a number, and of the scores' dtype."""
+    return lambda q, k, v, n: (q @ k.mT * make(n)) @ v
+
+
+NUMBERS = {
+    "window": weights_of(lambda n: DECAY.triu(1 - n)),
+    "diagonal": weights_of(lambda n: torch.ones(7, 7, dtype=torch.float64).tril(n - 9)),
+    "slope": weights_of(lambda n: torch.exp(-torch.tensor(1.0 / n, dtype=torch.float64) * DISTANCES).tril()),
+    "power": weights_of(lambda n: (torch.tensor(n / 16, dtype=torch.float64) ** DISTANCES.clamp(min=0)).tril()),
+    "alpha": weights_of(lambda n: torch.add(DECAY, DECAY, alpha=n - 8)),
+    "value": weights_of(lambda n: torch.addcmul(torch.zeros_like(DECAY), DECAY, DECAY, value=n)),
+    "full": weights_of(lambda n: DECAY * torch.full((), n - 8.0, dtype=torch.float64)),
+    "bounded": weights_of(lambda n: torch.exp(-0.1 * DISTANCES.clamp(max=n).double()).tril()),
+    "where": weights_of(lambda n: torch.where(DISTANCES >= 0, n, 0).double()),
+    "line": weights_of(lambda n: torch.exp(-_gaps(torch.linspace(0, n, 7, dtype=torch.float64))).tril()),
+    "baddbmm": lambda q, k, v, n: torch.baddbmm(v, q @ k.mT * DECAY, v, beta=n, alpha=n),
+    "gate": lambda q, k, v, n: _gated(q, k, v, v[..., 0].clamp(n - 8.5, 1.0)),
+}
+
+
+def _gaps(at):
+    return at[:, None] - at
+
+
+def _gated(q, k, v, gate):
+    state, out = q.new_zeros(2, 3, 3), []
+    for t in range(q.shape[1]):
+        state = gate[:, t, None, None] * state + k[:, t, :, None] * v[:, t, None]
+        out.append((q[:, t, None] @ state)[:, 0])
+    return torch.stack(out, 1)
+
+
+@pytest.mark.parametrize("symbolic", ["length", "all"], ids=["from the second call on", "at once"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_not_that_of_the_first_call(name, symbolic):
+    program = NUMBERS[name]
+    made, _ = compiled(program, symbolic)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 7, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    for n in (8, 9, 3, 5, 2):
+        assert relative_error(made(q, k, v, n), program(q, k, v, n)) < 1e-12, n

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from ..._compat import outside_modes
-from ..capture import Capture, Memory, ViewStep, aliases
+from ..._compat import AnotherInEachCall, no_number_for_a_symbol, outside_modes
+from ..capture import Capture, Memory, ViewStep, aliases, fake_mode_of
 from .affine import ONE
 from .engine import Engine, GiveUp, Unmerged
 from .leaves import Opaque
@@ -58,6 +58,7 @@ class Interpreter:
     read_buffers: bool = True
     reading: int = 0
     series: SeriesTable = field(init=False)
+    _mode: Any = None  # that Dynamo traced in
     _gave_up: str | None = None
     _repeatable: bool = True  # whether the node has run operations of PyTorch alone, and known ones
     _given: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs and constants
@@ -69,7 +70,7 @@ class Interpreter:
         self.series = SeriesTable(self.engine.leaves)
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
-        self.capture = Capture(gm, self)
+        self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)
         self.engine.patience += len(gm.graph.nodes)
         for node in gm.graph.nodes:
             example = node.meta.get("example_value")
@@ -135,9 +136,13 @@ class Interpreter:
         self._repeatable &= func.namespace == "aten"
         self.engine.running = self.capture.node if self.capture is not None else None
         try:
-            return transfer(op)
+            # a kernel of PyTorch may ask whether a size is 1, which Dynamo did before; a rule has not been asked before
+            with no_number_for_a_symbol(self._mode, no_answer=True):
+                return transfer(op)
         except GiveUp as reason:
             return self._give_up(op, str(reason), isinstance(reason, Unmerged))
+        except AnotherInEachCall as reason:
+            return self._give_up(op, str(reason))
         except Exception as broken:  # a rule at fault costs this value, and nothing else of the program
             log.debug("%s could not be lifted", func, exc_info=True)
             return self._give_up(op, f"internal error: {type(broken).__name__}: {broken}")

@@ -189,3 +189,21 @@ def test_rates_above_0_are_bounded_away():
     run = weighted(lambda gate, slope: pairs(F.softplus(gate)).clamp(max=0).exp().tril())
     q, k, v, gate, slope = (x.detach() for x in arguments())
     assert_rewritten(run, q.requires_grad_(), k, v, gate, slope, count=1, compiled=False)
+
+
+# ------------------------------------------------------------------------------------- small numbers in an exponent
+
+
+def rates(size):
+    return [*arguments()[:4], torch.linspace(size, 2 * size, H).requires_grad_()]
+
+
+@pytest.mark.parametrize("small", [lambda s: -1e-13 * s, lambda s: -1e-7 * (1e-7 * s)], ids=["in one number", "in two"])
+def test_a_rate_times_nearly_nothing_is_something(small):
+    run = weighted(lambda g, s: torch.exp(small(s)[:, None, None] * distance(N)).tril())
+    assert_refused(run, *rates(1e12), options={"validate": "off"})
+
+
+def test_a_rate_times_a_small_number():
+    run = weighted(lambda g, s: torch.exp(-1e-4 * s[:, None, None] * distance(N)).tril())
+    assert_rewritten(run, *rates(1e3), compiled=False)

@@ -15,6 +15,7 @@ from . import Op, rule
 aten = torch.ops.aten
 
 UNDERFLOW = -800.0  # exp of it is less than half of the smallest number of fp64
+LEAST = 1e-6  # factor of data in an exponent: forms drop what is below 1e-12 as left of a cancellation
 COARSEST = 2.0**-7  # how far off a sum of numbers may be, as a share of them, in any format
 
 
@@ -57,6 +58,8 @@ def weights(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> l
         bound = t.bound(engine.space)
         if t.exp:
             t = _without_exponential(engine, t)
+        if t.accs and abs(t.coef * factor) < LEAST:
+            raise GiveUp("data times so small a number in an exponent that it might be taken for 0")
         if not bound:
             if t.guards:
                 raise GiveUp("a guarded exponent")

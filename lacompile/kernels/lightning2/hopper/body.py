@@ -1,8 +1,8 @@
 """The body of body.py for Hopper's tensor cores (Gluon): two groups of warps, each with half of the work.
 
-One carries the state (carry.py), the other makes the outputs (emit.py). The first runs ahead by as many chunks as there
-are slots for a posted state, so that neither waits for the latency of the other's products. Tiles arrive by tensor
-descriptor, up to STAGES chunks ahead. Signals, all of them barriers in shared memory:
+One carries the state (state.py), the other makes the outputs (outputs.py). The first runs ahead by as many chunks as
+there are slots for a posted state, so that neither waits for the latency of the other's products. Tiles arrive by
+tensor descriptor, up to STAGES chunks ahead. Signals, all of them barriers in shared memory:
 
 - ``arrived[stage]``: a chunk's tiles are there.
 - ``posted[slot]``: the state before a chunk is there, and everything before that chunk is in it, so that the tiles of
@@ -19,8 +19,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .carry import carry
-from .emit import emit
+from .outputs import make_outputs
+from .state import carry_state
 from .tiles import chunk_at, fetch
 
 
@@ -97,12 +97,12 @@ def attend(
         )  # fmt: skip
     gl.warp_specialize(
         [
-            (emit, (
+            (make_outputs, (
                 a_source, b_source, c_source, x_source, y_target, a_tiles, b_tiles, c_tiles, x_tiles, y_tiles,
                 state_tiles, arrived, posted, taken, factors_ptr, rows_ptr, batch, a_head, b_head, c_head, x_head,
                 y_head, g_head, scale, begin, stop, column, REVERSE, PER_TOKEN, AUDIT, AHEAD,
             )),
-            (carry, (
+            (carry_state, (
                 b_tiles, c_tiles, state_tiles, arrived, posted, taken, factors_ptr, marks_ptr, start_ptr, end_ptr,
                 g_head, scale, begin, stop, length, span, store_end, column, DK, DV, REVERSE, PER_TOKEN, HAS_START,
                 STORE_END, TRANSPOSED, AUDIT,

@@ -1,6 +1,6 @@
 """Half of Hopper's body: the warps that carry the state from chunk to chunk.
 
-Before a chunk they post its state, rounded, for the other half (emit.py), then add to it what the chunk brings. The
+Before a chunk they post its state, rounded, for the other half (outputs.py), then add to it what the chunk brings. The
 state is transposed, ``[BV, BK]``, its rows spread over the warps: so the values, decayed, are the first operand of the
 product straight from registers.
 """
@@ -55,7 +55,7 @@ def state_offsets(
 
 
 @gluon.jit
-def carry(
+def carry_state(
     b_tiles,
     c_tiles,
     state_tiles,

@@ -1,6 +1,6 @@
 """Half of Hopper's body: the warps that make the outputs, and ask for tiles.
 
-A chunk's outputs need its tiles and the state before it, which the other half (carry.py) posts: no chunk waits for the
+A chunk's outputs need its tiles and the state before it, which the other half (state.py) posts: no chunk waits for the
 outputs of another. The scores are the first operand of their product straight from registers.
 """
 
@@ -37,7 +37,7 @@ def weight_of(gap, inside, scale, REVERSE: gl.constexpr):
 
 
 @gluon.jit
-def emit(
+def make_outputs(
     a_source,
     b_source,
     c_source,

@@ -302,3 +302,17 @@ def test_a_number_of_the_state_before_alone():
         return torch.stack(outs, 2)
 
     assert_refused(run, *heads())
+
+
+def test_weights_beyond_fp64_are_no_fault_of_the_analysis():
+    """Of the oldest token, where the newest's do not make the tokens one form: each is read by another's query."""
+
+    def run(q, k, v):
+        state, outs = torch.zeros(1, 2, D, D), []
+        for t in range(N):
+            state = state * 1e200 + k[:, :, t, :, None] * v[:, :, t, None, :]
+            outs.append((q[:, :, 5 * t % N, :, None] * state).sum(-2) / (t + 1))
+        return torch.stack(outs, 2)
+
+    report = explain(run)(*heads())
+    assert not report.rewrites and [m.obligation for m in report.near_misses] == ["single-term"], report

@@ -9,8 +9,8 @@ import torch
 
 Use = Literal["forward", "backward"]
 CHUNK = 64
-REGISTERS = 65536
-"""Of a multiprocessor."""
+REGISTER_FILE = 65536
+"""Registers of a multiprocessor."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Config:
     @property
     def options(self) -> dict[str, int]:
         """What Hopper's kernels are launched with; programs that share a multiprocessor share its registers."""
-        most = {"maxnreg": REGISTERS // (self.resident * 2 * self.warps * 32)} if self.resident > 1 else {}
+        most = {"maxnreg": REGISTER_FILE // (self.resident * 2 * self.warps * 32)} if self.resident > 1 else {}
         return {"num_warps": self.warps} | most
 
 

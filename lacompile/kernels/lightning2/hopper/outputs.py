@@ -80,8 +80,8 @@ def make_outputs(
     BV: gl.constexpr = c_tiles.shape[2]
     FROM_STATE: gl.constexpr = 2 if REVERSE else 1
     dtype: gl.constexpr = b_tiles.dtype
-    of_y: gl.constexpr = accumulator(4, 1, BV)
-    of_scores: gl.constexpr = accumulator(4, 1, CHUNK)
+    of_y: gl.constexpr = accumulator(BV)
+    of_scores: gl.constexpr = accumulator(CHUNK)
     operand: gl.constexpr = gl.DotOperandLayout(0, of_y, 2)
     row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, of_scores))[:, None]
     col = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, of_scores))[None, :]

@@ -91,8 +91,8 @@ def carry_state(
     BV: gl.constexpr = c_tiles.shape[2]
     TO_STATE: gl.constexpr = 1 if REVERSE else 2
     dtype: gl.constexpr = b_tiles.dtype
-    of_state: gl.constexpr = accumulator(4, 1, BK)
-    of_c: gl.constexpr = accumulator(4, 1, CHUNK)
+    of_state: gl.constexpr = accumulator(BK)
+    of_c: gl.constexpr = accumulator(CHUNK)
     operand: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
     if HAS_START:
         at_state, in_state = state_offsets(column, of_state, DK, DV, BK, BV, TRANSPOSED)

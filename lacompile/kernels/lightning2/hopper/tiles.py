@@ -13,9 +13,9 @@ from ..decay import MIN_LOG2
 
 
 @gluon.constexpr_function
-def accumulator(warps_m, warps_n, columns):
-    """The layout of a product with ``columns`` columns, spread over ``warps_m`` by ``warps_n`` warps."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[warps_m, warps_n], instr_shape=[16, columns, 16])
+def accumulator(columns):
+    """The layout of a product with ``columns`` columns, its rows spread over the four warps of a half."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
 @gluon.jit

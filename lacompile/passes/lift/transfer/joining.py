@@ -18,6 +18,8 @@ from .functions import one_function
 
 aten = torch.ops.aten
 
+LARGEST = 700.0  # exp of it is still a number of fp64
+
 
 @rule(aten.cat)
 def cat(op: Op) -> Val:
@@ -98,7 +100,7 @@ def _numbered(engine: Engine, shape: tuple[Aff, ...], pieces: Sequence[Sequence[
 
 
 def _weight_at_an_end(engine: Engine, t: Term, last: bool) -> float | None:
-    """The number in a term's exponent where what it sums over is at its last place, or at its first one."""
+    """The number in a term's exponent where what it sums over ends, or begins; None where exp of it is beyond fp64."""
     weight = 0.0
     for mono, f in t.exp.lin:
         if not mono:
@@ -108,7 +110,7 @@ def _weight_at_an_end(engine: Engine, t: Term, last: bool) -> float | None:
                 if v not in t.bound(engine.space) or ends is None or not ends[last].is_const:
                     return None
                 weight += float(c * ends[last].const)
-    return weight
+    return weight if abs(weight) < LARGEST else None
 
 
 def _parts_of_one(engine: Engine, parts: Sequence[Val]) -> bool:

@@ -2,7 +2,7 @@
 
     python benchmarks/tune.py --out lacompile/kernels/tuning/configs --processes 12
 
-Writes one file, named after the GPU. What wins is the geometric mean over three problems (lightning2/trial.py). With
+Writes one file, named after the GPU. What wins is the geometric mean over four problems (lightning2/trial.py). With
 --processes the candidates are compiled side by side first, which takes most of the time.
 """
 

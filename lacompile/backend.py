@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from . import _compat, guards, ops, report
+from . import _compat, ahead, guards, ops, report
 from .decision import code_of, decide, is_rewritten
 from .errors import NotRewritten
 from .options import Options, check_mode
@@ -113,7 +113,8 @@ class _HandOver:
             self.notes.append(f"Inductor cannot compile here ({why}); the graph runs uncompiled")
             return _compat.compile_without_inductor(gm, example_inputs)
         tag = ops.CACHE_TAG if is_rewritten(gm) else ""
-        return _compat.compile_with_inductor(gm, example_inputs, self.config_patches, tag)
+        with ahead.kernels_compiled(gm):
+            return _compat.compile_with_inductor(gm, example_inputs, self.config_patches, tag)
 
 
 def _on_cpu(example_inputs: Sequence[Any]) -> bool:

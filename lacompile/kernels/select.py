@@ -34,7 +34,8 @@ def refusal(*, device_type: str, dtype: torch.dtype, dk: int, dv: int) -> str | 
     return None
 
 
-def _has_kernels(q: torch.Tensor, v: torch.Tensor) -> bool:
+def has_kernels(q: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether Triton's kernels serve tensors like these."""
     device = q.device.type
     return device == "cuda" and refusal(device_type=device, dtype=q.dtype, dk=q.shape[3], dv=v.shape[3]) is None
 
@@ -44,7 +45,7 @@ def implementation(q: torch.Tensor, v: torch.Tensor) -> ModuleType:
 
     Triton's kernels where they serve, else the chunked form in ATen, which any device, dtype and head size can run.
     """
-    if _has_kernels(q, v):
+    if has_kernels(q, v):
         from . import lightning2
 
         return lightning2
@@ -55,7 +56,7 @@ def implementation(q: torch.Tensor, v: torch.Tensor) -> ModuleType:
 
 def packed_implementation(q: torch.Tensor, v: torch.Tensor) -> ModuleType:
     """The same for packed sequences. Kernels of their own read no length on the host; the rest goes one by one."""
-    if _has_kernels(q, v) and q.numel() and v.numel():
+    if has_kernels(q, v) and q.numel() and v.numel():
         from .lightning2 import packed
     else:
         from . import packed

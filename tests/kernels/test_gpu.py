@@ -333,14 +333,15 @@ class TestTuning:
 
 
 class TestCompilation:
-    def test_none_per_length_or_batch(self, kernels):
+    @staticmethod
+    def count(kernels):
+        """How many kernels have been compiled."""
         names = ("forward", "backward", "segments", "hopper.forward", "hopper.backward")
         modules = [importlib.import_module(f"{kernels.__name__}.{name}") for name in names]
         every = {id(k): k for m in modules for name, k in vars(m).items() if name.endswith("_kernel")}
+        return sum(len(cache[0]) for k in every.values() for cache in k.device_caches.values())
 
-        def compiled():
-            return sum(len(cache[0]) for k in every.values() for cache in k.device_caches.values())
-
+    def test_none_per_length_or_batch(self, kernels):
         def run(length, batch, heads):
             args, do, d_state = arguments(length, 64, 64, batch=batch, heads=heads, tokens_first=True)
             kernels.forward(*args)
@@ -348,10 +349,26 @@ class TestCompilation:
 
         run(100, 2, 3)
         run(20000, 1, 3)
-        before = compiled()
+        before = self.count(kernels)
         for length, batch, heads in ((1, 1, 1), (16, 1, 3), (101, 2, 3), (64, 16, 16), (5000, 1, 2), (8192, 2, 1)):
             run(length, batch, heads)
-        assert compiled() == before
+        assert self.count(kernels) == before
+
+    @DECAYS
+    @pytest.mark.parametrize("length", [100, 20000])
+    def test_ahead_of_the_call(self, kernels, length, per_token):
+        from lacompile.kernels.lightning2 import warm
+
+        args, do, d_state = arguments(length, 40, 56, per_token, batch=1, heads=3, tokens_first=True)
+        q, k, v, log_decay, initial = (x.requires_grad_() for x in args if isinstance(x, torch.Tensor))
+        before = self.count(kernels)
+        warm.compile_kernels(warm.Call.of(q, k, v, log_decay, initial, True))
+        after = self.count(kernels)
+        with torch.no_grad():
+            kernels.forward(*args)
+            kernels.backward(do, d_state, *args)
+        assert after == self.count(kernels)
+        assert before < after or length > 100  # bodies share the kernels that cut
 
 
 class TestMemory:

@@ -420,3 +420,128 @@ class TestPlan:
         launch = lightning2.launch
         assert launch.GRANULE % launch.CHUNK == 0
         assert launch.SPAN_FIXED % launch.CHUNK == launch.SPAN_PER_TOKEN % launch.CHUNK == 0
+
+
+@interpreted
+class TestAheadOfTheCall:
+    """What is compiled for tensors that are not there yet is what they launch."""
+
+    @pytest.fixture
+    def launched(self, monkeypatch):
+        """What was launched: kernels with all that they are compiled for."""
+        seen = set()
+        run = lightning2.calls.Launch.__call__
+
+        def recorded(launch, *tensors):
+            pairs = zip(launch.boxes, tensors, strict=True)
+            told = tuple(x.dtype if box is None else (x.dtype, *box.tile) for box, x in pairs)
+            constants, options = (tuple(sorted(d.items())) for d in (launch.constants, launch.options))
+            seen.add((launch.kernel.__name__, told, constants, options))
+            run(launch, *tensors)
+
+        monkeypatch.setattr(lightning2.calls.Launch, "__call__", recorded)
+        return seen
+
+    def both(self, launched, args, do, d_state, want_state=True, gradients=True):
+        """What a call launches, and what compiling for it does; the tensors have no values in the second case."""
+        from lacompile.kernels.lightning2 import warm
+
+        launched.clear()
+        q, k, v, log_decay, scale, initial = args
+        lightning2.chunked.forward(q, k, v, log_decay, scale, initial, want_state)
+        if gradients:
+            lightning2.backward(do, d_state, q, k, v, log_decay, scale, initial, True)
+        real = set(launched)
+        launched.clear()
+        leaves = [None if x is None else x.detach().requires_grad_(gradients) for x in (q, k, v, log_decay, initial)]
+        warm.compile_kernels(warm.Call.of(*leaves, want_state))
+        assert real and launched == real
+        return {name for name, *_ in real}
+
+    @pytest.mark.parametrize("layout", ["heads first", "tokens first", "odd", "sliced", "turned"])
+    @DECAYS
+    def test_layouts(self, launched, layout, per_token):
+        args, do, d_state = arguments(
+            100, 20 if layout == "odd" else 16, 24, per_token, tokens_first=layout != "heads first"
+        )
+        if layout == "sliced":
+            args = tuple(torch.cat([x, x], -1)[..., 1 : x.shape[3] + 1] if n < 3 else x for n, x in enumerate(args))
+        if layout == "turned":
+            args = (args[0].mT.contiguous().mT, *args[1:])
+        self.both(launched, args, do, d_state)
+
+    @STATES
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_states(self, launched, states, gradients):
+        args, do, d_state = arguments(70, states=states)
+        self.both(launched, args, do, d_state, "final" in states, gradients)
+
+    @DECAYS
+    def test_segments(self, launched, per_token, monkeypatch):
+        launch = lightning2.launch
+        monkeypatch.setattr(launch, "GRANULE", 2 * C)
+        cut = lambda length, *_: launch.Segments(2 * C, -(-length // (2 * C)) if length > 4 * C else 1)  # noqa: E731
+        monkeypatch.setattr(launch, "plan", cut)
+        names = self.both(launched, *arguments(5 * C + 3, per_token=per_token))
+        assert {"contributions_kernel", "scan_kernel"} <= names
+        assert "scan_kernel" not in self.both(launched, *arguments(3 * C, per_token=per_token))
+
+    def test_shared_heads_and_descriptors(self, launched, descriptors):
+        self.both(launched, *arguments(70, dtype=torch.float16, k_heads=1))
+        assert any(isinstance(x, tuple) for _, told, *_ in launched for x in told)
+
+    def test_a_few_tokens_and_a_search_are_left_to_the_call(self, launched, monkeypatch):
+        from lacompile.kernels.lightning2 import warm
+
+        (q, k, v, log_decay, _, initial), *_ = arguments(2)
+        warm.compile_kernels(warm.Call.of(q, k, v, log_decay, initial, True))
+        (q, k, v, log_decay, _, initial), *_ = arguments(70)
+        monkeypatch.setenv("LACOMPILE_AUTOTUNE", "quick")
+        warm.compile_kernels(warm.Call.of(q, k, v, log_decay, initial, True))
+        assert not launched
+
+    @pytest.fixture
+    def graph(self, monkeypatch):
+        """One that calls the operator on sequences of symbolic length, and what Dynamo knows of its symbols."""
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+        import lacompile.ops  # noqa: F401
+        from lacompile.kernels import select
+
+        monkeypatch.setattr(select, "has_kernels", lambda q, v: True)
+        known = ShapeEnv()
+        mode = FakeTensorMode(shape_env=known)
+        (q, k, v, log_decay, scale, _), *_ = arguments(70)
+        graph = torch.fx.Graph()
+        nodes = [graph.placeholder(name) for name in ("q", "k", "v", "log_decay")]
+        for node, x in zip(nodes, (q, k, v, log_decay), strict=True):
+            sizes = [DimDynamic.DYNAMIC if n == 2 else DimDynamic.STATIC for n in range(x.dim())]
+            context = StatelessSymbolicContext(dynamic_sizes=sizes)
+            node.meta["example_value"] = mode.from_tensor(x, symbolic_context=context)
+        assert not isinstance(nodes[0].meta["example_value"].shape[2], int)
+        graph.output(graph.call_function(torch.ops.lacompile.decayed_attention.default, (*nodes, scale, None, False)))
+        return torch.fx.GraphModule({}, graph), known
+
+    def test_a_graph_that_is_compiled(self, launched, graph):
+        from lacompile.ahead import kernels_compiled
+
+        gm, known = graph
+        before = len(known.guards)
+        with kernels_compiled(gm):
+            pass
+        assert {name for name, *_ in launched} == {"forward_kernel"}
+        assert len(known.guards) == before
+
+    def test_what_fails_is_left_to_the_call(self, graph, monkeypatch, caplog):
+        from lacompile.ahead import kernels_compiled
+        from lacompile.kernels.lightning2 import warm
+
+        def fails(call):
+            raise RuntimeError("no such instruction")
+
+        monkeypatch.setattr(warm, "compile_kernels", fails)
+        caplog.set_level("DEBUG", "lacompile")
+        with kernels_compiled(graph[0]):
+            pass
+        assert "no such instruction" in caplog.text

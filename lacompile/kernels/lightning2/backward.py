@@ -233,7 +233,7 @@ def _prepare(
     chunk = min(for_k.chunk, for_v.chunk)
     k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
     programs = rows * (2 * k_blocks + v_blocks)
-    split = launch.plan(length, programs, launch.hardware(q.device), for_v, uses=3)
+    split = launch.split(length, programs, q.device, for_v, uses=3)
     states, slots = None, 1
     if split.count > 1:
         states = segment_states(k, v, log_decay, initial_state, split, Backwards(q, do, d_state, scale))

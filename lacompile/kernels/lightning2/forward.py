@@ -149,7 +149,7 @@ def _prepare(
     tma = launch.use_tma(q, k, v, o)
     tiles, _ = launch.config("forward", dk, dv, q.dtype, q.device, tma, per_token)
     programs = batch * heads * launch.blocks(dv, tiles.bv)
-    split = launch.plan(length, programs, launch.hardware(q.device), tiles)
+    split = launch.split(length, programs, q.device, tiles)
     states, slots = None, 1
     if split.count > 1:
         states, slots = segment_states(k, v, log_decay, initial_state, split), split.count + 1

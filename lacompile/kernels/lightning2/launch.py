@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from math import gcd
@@ -81,7 +82,7 @@ def precision(dtype: torch.dtype) -> str:
 
 def setting(dtype: torch.dtype) -> Hashable:
     """What a launch depends on beside its tensors."""
-    return precision(dtype), forced
+    return precision(dtype), forced, _stood_for.get()
 
 
 def span(per_token: bool) -> int:
@@ -193,6 +194,28 @@ def plan(length: int, programs: int, hardware: Hardware, tiles: Config, uses: in
         if borders and this < cost:
             best, cost = split, this
     return best
+
+
+_stood_for: ContextVar[tuple[int, int] | None] = ContextVar("_stood_for", default=None)
+
+
+@contextmanager
+def standing_for(batch: int, length: int) -> Iterator[None]:
+    """One sequence of a few tokens is cut into segments inside if ``batch`` sequences of ``length`` would be."""
+    token = _stood_for.set((batch, length))
+    try:
+        yield
+    finally:
+        _stood_for.reset(token)
+
+
+def split(length: int, programs: int, device: torch.device, tiles: Config, uses: int = 1) -> Segments:
+    """The plan for a device."""
+    stood_for = _stood_for.get()
+    if stood_for is None:
+        return plan(length, programs, hardware(device), tiles, uses)
+    real = plan(stood_for[1], stood_for[0] * programs, hardware(device), tiles, uses)
+    return Segments(GRANULE, blocks(length, GRANULE)) if real.count > 1 else Segments(length, 1)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:

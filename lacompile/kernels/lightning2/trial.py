@@ -1,8 +1,9 @@
 """How long a kernel takes with one of its candidate tiles: what a search for the fastest one measures.
 
-A choice of tiles holds for every batch and length, so each is timed where there is work for every multiprocessor, where
-there is not and the sequence is too short to be cut, and where few heads are cut into segments. What counts is the
-geometric mean, in which a tenth more in one place weighs as much as a tenth less in another.
+A choice of tiles holds for every batch and length, so each is timed where there is work for every multiprocessor, once
+over and several times, where there is not and the sequence is too short to be cut, and where few heads are cut into
+segments. What counts is the geometric mean, in which a tenth more in one place weighs as much as a tenth less in
+another.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..tuning.space import Kind
 from . import launch, selfcheck
 
-REGIMES = ((8, 16, 4096), (1, 64, 2048), (1, 16, 32768))
+REGIMES = ((8, 64, 2048), (8, 16, 4096), (1, 64, 2048), (1, 16, 32768))
 """Batch, heads and length."""
 MEASURED_MS, FEWEST, MOST = 15.0, 5, 50
 CALLS = 3

@@ -23,7 +23,6 @@ class Config:
         chunk: tokens to a chunk.
         warps: of a program; Hopper's body has so many twice, for the outputs and for the state.
         stages: of the pipeline.
-        ahead: Hopper's body forms the scores of the next chunk beside the products of this one.
         resident: how many programs a multiprocessor holds at a time.
         saturating: how many use up its share of an H100's memory bandwidth.
         pace: nanoseconds for a token where a program has a multiprocessor to itself.
@@ -35,7 +34,6 @@ class Config:
     chunk: int
     warps: int
     stages: int
-    ahead: bool = False
     resident: int = 1
     saturating: float = 0.7
     pace: float = 40.0
@@ -47,7 +45,7 @@ class Config:
         REGISTERS are those of a thread that keeps the state; one that makes outputs has what is left of two threads'.
         """
         registers = 256 if self.bk == 128 else 168 if self.resident == 1 else 104
-        return {"STAGES": self.stages, "AHEAD": self.ahead, "REGISTERS": registers}
+        return {"STAGES": self.stages, "REGISTERS": registers}
 
     @property
     def options(self) -> dict[str, int]:
@@ -126,16 +124,16 @@ def portables(dk: int, dv: int, dtype: torch.dtype) -> list[Config]:
 
 
 def hopper(dk: int, dv: int, gradient: bool = False) -> list[Config]:
-    """Hopper's body for heads of up to 128, the safe choice first; with two stages there is no room to be ahead.
+    """Hopper's body for heads of up to 128, the safe choice first.
 
-    What the decay's gradient is made of needs a fourth tile for each stage, hence one stage less.
+    What the decay's gradient is made of needs a fourth tile for each stage, hence fewer stages.
     """
     if max(dk, dv) > 128:
         return []
     if max(dk, dv) > 64:
-        return [Config("hopper", 128, 128, CHUNK, 4, n, n > 2, 1, 0.46, 19.8) for n in ((2,) if gradient else (3, 2))]
-    alone = [Config("hopper", 64, 64, CHUNK, 4, 4, ahead, 1, 0.5, 11.2) for ahead in (True, False)]
-    return [*alone, Config("hopper", 64, 64, CHUNK, 4, 2 if gradient else 3, False, 2, 0.55, 12.7)]
+        return [Config("hopper", 128, 128, CHUNK, 4, n, 1, 0.46, 19.8) for n in ((2,) if gradient else (3, 2))]
+    alone = [Config("hopper", 64, 64, CHUNK, 4, n, 1, 0.5, 11.2) for n in (4, 6)]
+    return [*alone, Config("hopper", 64, 64, CHUNK, 4, 2 if gradient else 3, 2, 0.55, 12.7)]
 
 
 def candidates(dk: int, dv: int, dtype: torch.dtype, descriptors: bool, gradient: bool = False) -> list[Config]:

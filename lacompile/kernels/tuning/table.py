@@ -20,7 +20,7 @@ from .space import Config, Kind
 
 log = logging.getLogger("lacompile")
 SHIPPED = Path(__file__).parent / "configs"
-NAMED = ("body", "bk", "bv", "chunk", "warps", "stages", "ahead")
+NAMED = ("body", "bk", "bv", "chunk", "warps", "stages")
 """The fields that tell one tile from another; the rest follow from them."""
 
 

@@ -55,7 +55,6 @@ def backward_kernel(
     BV: gl.constexpr,
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
     REGISTERS: gl.constexpr,
     PER_TOKEN: gl.constexpr,
     HAS_START: gl.constexpr,
@@ -96,7 +95,7 @@ def backward_kernel(
             k_rows_ptr + (use * rows + row) * length, d_marks_ptr + marks, d_start_at, d_end_ptr,
             b, v_from, h, q_from, h, k_from, g_head, scale, begin, stop, length, span, False, use,
             DK=DV, DV=DK, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=True, PER_TOKEN=PER_TOKEN,
-            AHEAD=AHEAD, REGISTERS=REGISTERS, HAS_START=HAS_D_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
+            REGISTERS=REGISTERS, HAS_START=HAS_D_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
         )  # fmt: skip
     elif use < k_blocks + v_blocks:
         attend(
@@ -104,7 +103,7 @@ def backward_kernel(
             q_rows_ptr, marks_ptr, d_start_at, d_end_ptr + row * (DK * DV),
             b, k_from, q_from, h, h, h, g_head, scale, begin, stop, length, span, part == 0, use - k_blocks,
             DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=True, PER_TOKEN=PER_TOKEN,
-            AHEAD=AHEAD, REGISTERS=REGISTERS, HAS_START=HAS_D_START, STORE_END=STORE_D_END, TRANSPOSED=False,
+            REGISTERS=REGISTERS, HAS_START=HAS_D_START, STORE_END=STORE_D_END, TRANSPOSED=False,
             AUDIT=False,
         )  # fmt: skip
     else:
@@ -114,5 +113,5 @@ def backward_kernel(
             q_rows_ptr + (block * rows + row) * length, marks_ptr + marks, start_at, d_end_ptr,
             b, h, v_from, k_from, h, q_from, g_head, scale, begin, stop, length, span, False, block,
             DK=DV, DV=DK, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=False, PER_TOKEN=PER_TOKEN,
-            AHEAD=AHEAD, REGISTERS=REGISTERS, HAS_START=HAS_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
+            REGISTERS=REGISTERS, HAS_START=HAS_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
         )  # fmt: skip

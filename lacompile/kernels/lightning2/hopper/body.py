@@ -62,7 +62,6 @@ def attend(
     STORE_END: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     AUDIT: gl.constexpr,
-    AHEAD: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """What body.attend computes, from the same arguments; sources and target are descriptors."""
@@ -100,7 +99,7 @@ def attend(
             (make_outputs, (
                 a_source, b_source, c_source, x_source, y_target, a_tiles, b_tiles, c_tiles, x_tiles, y_tiles,
                 state_tiles, arrived, posted, taken, factors_ptr, rows_ptr, batch, a_head, b_head, c_head, x_head,
-                y_head, g_head, scale, begin, stop, column, REVERSE, PER_TOKEN, AUDIT, AHEAD,
+                y_head, g_head, scale, begin, stop, column, REVERSE, PER_TOKEN, AUDIT,
             )),
             (carry_state, (
                 b_tiles, c_tiles, state_tiles, arrived, posted, taken, factors_ptr, marks_ptr, start_ptr, end_ptr,

@@ -45,7 +45,6 @@ def forward_kernel(
     HAS_START: gl.constexpr,
     STORE_END: gl.constexpr,
     STAGES: gl.constexpr,
-    AHEAD: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """One program per (batch and head, segment, block of columns)."""
@@ -67,5 +66,5 @@ def forward_kernel(
         b, h // q_group, h // k_group, h // v_group, h, h, g_head, scale,
         begin, stop, length, segment, part == segments - 1, block,
         DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=False, PER_TOKEN=PER_TOKEN,
-        AHEAD=AHEAD, REGISTERS=REGISTERS, HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False,
+        REGISTERS=REGISTERS, HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False,
     )  # fmt: skip

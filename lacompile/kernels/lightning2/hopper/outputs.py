@@ -24,13 +24,6 @@ from .tiles import accumulator, chunk_at, fetch
 
 
 @gluon.jit
-def scores_of(a_tile, b_tile, layout: gl.constexpr, CHUNK: gl.constexpr):
-    """Starts ``a b'`` of one chunk."""
-    scores = gl.zeros([CHUNK, CHUNK], gl.float32, layout=layout)
-    return warpgroup_mma(a_tile, b_tile.permute([1, 0]), scores, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def weight_of(gap, inside, scale, REVERSE: gl.constexpr):
     """Decays between the tokens of one chunk, times the scale, given their log2 forwards in time."""
     return gl.exp2(gl.where(inside, -gap if REVERSE else gap, float("-inf"))) * scale
@@ -68,12 +61,8 @@ def make_outputs(
     REVERSE: gl.constexpr,
     PER_TOKEN: gl.constexpr,
     AUDIT: gl.constexpr,
-    AHEAD: gl.constexpr,
 ):
-    """Four warps that make the outputs of each chunk, from its tiles and the state before it.
-
-    AHEAD: the scores of the next chunk, which depend on no state, are formed while this one's products are under way.
-    """
+    """Four warps that make the outputs of each chunk, from its tiles and the state before it."""
     STAGES: gl.constexpr = b_tiles.shape[0]
     SLOTS: gl.constexpr = state_tiles.shape[0]
     CHUNK: gl.constexpr = b_tiles.shape[1]
@@ -94,22 +83,15 @@ def make_outputs(
         from_state_ahead = gl.load(of_chunk + FROM_STATE * CHUNK + t)
     else:
         weight = weight_of((row - col).to(gl.float32) * g_head, inside, scale, REVERSE)
-    if AHEAD:
-        mbarrier.wait(arrived.index(0), 0)
-        scores = scores_of(a_tiles.index(0), b_tiles.index(0), of_scores, CHUNK)
-        if PER_TOKEN:
-            weight = weight_of(sums_at_row - sums_at_col, inside, scale, REVERSE)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        weighted = gl.convert_layout((scores * weight).to(dtype), operand)
     for step in range(chunks):
         slot = step % STAGES
         at = chunk_at(step, begin, chunks, CHUNK, REVERSE)
-        if not AHEAD:
-            mbarrier.wait(arrived.index(slot), (step // STAGES) & 1)
-            scores = scores_of(a_tiles.index(slot), b_tiles.index(slot), of_scores, CHUNK)
-            if PER_TOKEN:
-                weight = weight_of(sums_at_row - sums_at_col, inside, scale, REVERSE)
+        mbarrier.wait(arrived.index(slot), (step // STAGES) & 1)
+        scores = gl.zeros([CHUNK, CHUNK], gl.float32, layout=of_scores)
+        b_turned = b_tiles.index(slot).permute([1, 0])
+        scores = warpgroup_mma(a_tiles.index(slot), b_turned, scores, use_acc=False, is_async=True)
         if PER_TOKEN:
+            weight = weight_of(sums_at_row - sums_at_col, inside, scale, REVERSE)
             of_chunk = factors_ptr + chunk_at(step + 1, begin, chunks, CHUNK, REVERSE).to(gl.int64) * FACTORS
             sums_at_row, sums_at_col = gl.load(of_chunk + row), gl.load(of_chunk + col)
             from_state = from_state_ahead
@@ -131,26 +113,12 @@ def make_outputs(
             batch, a_head, b_head, c_head, x_head, chunk_at(refilled, begin, chunks, CHUNK, REVERSE), column,
             (step > 0) & (refilled < chunks), AUDIT,
         )  # fmt: skip
-        if AHEAD:
-            coming = (step + 1) % STAGES
-            mbarrier.wait(arrived.index(coming), ((step + 1) // STAGES) & 1, pred=step + 1 < chunks)
-            scores = scores_of(a_tiles.index(coming), b_tiles.index(coming), of_scores, CHUNK)
-            y = warpgroup_mma_wait(1, deps=[y])
-        else:
-            scores = warpgroup_mma_wait(1, deps=[scores])
-            weighted = gl.convert_layout((scores * weight).to(dtype), operand)
-            y = warpgroup_mma_wait(0, deps=[y])
+        scores = warpgroup_mma_wait(1, deps=[scores])
+        weighted = gl.convert_layout((scores * weight).to(dtype), operand)
+        y = warpgroup_mma_wait(0, deps=[y])
         mbarrier.arrive(taken.index(step % SLOTS), count=1)
         y = warpgroup_mma(weighted, c_tiles.index(slot), y * from_state, is_async=True)
-        if AHEAD:
-            if PER_TOKEN:
-                weight = weight_of(sums_at_row - sums_at_col, inside, scale, REVERSE)
-            scores = warpgroup_mma_wait(1, deps=[scores])
-            weighted_ahead = gl.convert_layout((scores * weight).to(dtype), operand)
-            y = warpgroup_mma_wait(0, deps=[y])
-            weighted = weighted_ahead
-        else:
-            y = warpgroup_mma_wait(0, deps=[y])
+        y = warpgroup_mma_wait(0, deps=[y])
         tma.store_wait(SLOTS - 1)
         y_tile = y_tiles.index(step % SLOTS)
         y_tile.store(y.to(dtype))

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..factors import FACTORS
-from .tiles import accumulator, chunk_at, fetch
+from .tiles import accumulator, async_store, chunk_at, fetch
 
 
 @gluon.jit
@@ -127,5 +127,5 @@ def make_outputs(
         if AUDIT:
             x = x_tiles.index(slot).load(of_y).to(gl.float32)
             gl.store(rows_ptr + at.to(gl.int64) + t, gl.sum(x * y, 1)[:, None], mask=t < stop - at)
-        tma.async_copy_shared_to_global(y_target, [batch, y_head, at, column], y_tile)
+        async_store(y_target, [batch, y_head, at, column], y_tile)
     tma.store_wait(0)

@@ -11,6 +11,10 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from ..decay import MIN_LOG2
 
+# Triton 3.8 has these names beside the older ones, 3.9 has no others.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 
 @gluon.constexpr_function
 def accumulator(columns):
@@ -58,10 +62,8 @@ def fetch(
     size: gl.constexpr = 2 * a_tiles.shape[1] * (2 * a_tiles.shape[2] + (2 if AUDIT else 1) * c_tiles.shape[2])
     barrier = arrived.index(slot)
     mbarrier.expect(barrier, size, pred=wanted)
-    tma.async_copy_global_to_shared(a_source, [batch, a_head, at, 0], barrier, a_tiles.index(slot), pred=wanted)
-    tma.async_copy_global_to_shared(b_source, [batch, b_head, at, 0], barrier, b_tiles.index(slot), pred=wanted)
-    tma.async_copy_global_to_shared(c_source, [batch, c_head, at, column], barrier, c_tiles.index(slot), pred=wanted)
+    async_load(a_source, [batch, a_head, at, 0], barrier, a_tiles.index(slot), pred=wanted)
+    async_load(b_source, [batch, b_head, at, 0], barrier, b_tiles.index(slot), pred=wanted)
+    async_load(c_source, [batch, c_head, at, column], barrier, c_tiles.index(slot), pred=wanted)
     if AUDIT:
-        tma.async_copy_global_to_shared(
-            x_source, [batch, x_head, at, column], barrier, x_tiles.index(slot), pred=wanted
-        )
+        async_load(x_source, [batch, x_head, at, column], barrier, x_tiles.index(slot), pred=wanted)

@@ -113,7 +113,7 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
         options["num_stages"] = min(v.stages, k.stages)
         return Case(backward_kernel, common | own | ends | blocks, backward_columns(v.bk, k.bk, k.bv, v.bv), options)
     if name == "contributions":
-        common |= {"BK": pre.bk, "BV": pre.bv, "PIECES": launch.PIECES, "BOTH": True}
+        common |= {"BK": pre.bk, "BV": pre.bv, "BOTH": True}
         columns = {"k_source": pre.bk, "v_source": pre.bv, "q_source": pre.bk, "do_source": pre.bv}
         options = {"num_warps": pre.warps, "num_stages": pre.stages}
         return Case(segments.contributions_kernel, common | own, columns, options)

@@ -116,7 +116,8 @@ def side(pid, BOTH: tl.constexpr):
 @triton.jit(
     do_not_specialize=[
         "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "q_b", "q_h", "q_t", "do_b", "do_h", "do_t", "g_b", "g_h", "g_t",
-        "scale", "heads", "k_group", "v_group", "q_group", "do_group", "length", "segment", "segments", "piece",
+        "scale", "heads", "k_group", "v_group", "q_group", "do_group", "length", "segment", "borders", "piece",
+        "pieces",
     ]
 )  # fmt: skip
 def contributions_kernel(
@@ -125,8 +126,8 @@ def contributions_kernel(
     q_source,
     do_source,
     g_ptr,
-    states_ptr,  # [rows, segments, PIECES, DK, DV] fp32: contributions; nothing where a piece is out of reach
-    totals_ptr,  # [rows, segments, PIECES] fp32: log2-decay over each piece, if PER_TOKEN
+    states_ptr,  # [rows, borders, pieces, DK, DV] fp32: contributions; nothing where a piece is out of reach
+    totals_ptr,  # [rows, borders, pieces] fp32: log2-decay over each piece, if PER_TOKEN
     d_states_ptr,  # the same two for the gradients of states
     d_totals_ptr,
     k_b,
@@ -152,15 +153,15 @@ def contributions_kernel(
     do_group,
     length,
     segment,
-    segments,
+    borders,
     piece,
+    pieces,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     CHUNK: tl.constexpr,
     UNIT: tl.constexpr,
-    PIECES: tl.constexpr,
     BOTH: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     TMA: tl.constexpr,
@@ -168,6 +169,7 @@ def contributions_kernel(
 ):
     """One program per (batch and head, segment but the last in its direction of time, piece, block of columns, side).
 
+    There is a border behind each of those segments.
     ``[B,*,N,DK]`` are k and q, ``[B,*,N,DV]`` are v and do; without BOTH q and do stand for nothing.
     """
     blocks: tl.constexpr = (DV + BV - 1) // BV
@@ -180,17 +182,17 @@ def contributions_kernel(
             c_source, c_b, c_h, c_t, c_group = do_source, do_b, do_h, do_t, do_group
             states_ptr, totals_ptr = d_states_ptr, d_totals_ptr
     block = pid % blocks
-    index = (pid // blocks) % PIECES
-    part = (pid // (blocks * PIECES)) % (segments - 1) + reverse.to(tl.int32)
-    row = pid // (blocks * PIECES) // (segments - 1)
+    index = (pid // blocks) % pieces
+    border = pid // (blocks * pieces) % borders
+    row = pid // (blocks * pieces) // borders
     b = row // heads
     h = row % heads
     row = row.to(tl.int64)
     g_at = g_ptr + b.to(tl.int64) * g_b + h.to(tl.int64) * g_h
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
-    start = part * segment
+    start = (border + reverse.to(tl.int32)) * segment
     first, end = piece_of(start, tl.minimum(start + segment, length), piece, index, g_head, reverse, CHUNK, PER_TOKEN)
-    slot = (row * segments + part) * PIECES + index
+    slot = (row * borders + border) * pieces + index
     if end > first:
         state, total = contribution(
             of_head(b_source, b, h // b_group, b_b, b_h, UNIT, TMA),
@@ -205,23 +207,24 @@ def contributions_kernel(
                 tl.store(totals_ptr + slot, total)
 
 
-@triton.jit(do_not_specialize=["heads", "g_h", "length", "segment", "segments", "piece"])
+@triton.jit(do_not_specialize=["heads", "g_h", "length", "segment", "borders", "piece", "pieces"])
 def scan_kernel(
-    contributions_ptr,  # [rows, segments, PIECES, DK, DV] fp32
-    totals_ptr,  # [rows, segments, PIECES] fp32, if PER_TOKEN
+    contributions_ptr,  # [rows, borders, pieces, DK, DV] fp32
+    totals_ptr,  # [rows, borders, pieces] fp32, if PER_TOKEN
     d_contributions_ptr,  # the same two for the gradients of states
     d_totals_ptr,
     g_ptr,
     first_ptr,  # [rows, DK, DV] state to begin with, if HAS_FIRST
     d_last_ptr,  # [rows, DK, DV] gradient of the last state, if HAS_D_LAST
-    states_ptr,  # [rows, segments + 1, DK, DV] fp32: the states at the borders
+    states_ptr,  # [rows, borders + 2, DK, DV] fp32: the states before, between and after the segments
     d_states_ptr,  # their gradients
     heads,
     g_h,
     length,
     segment,
-    segments,
+    borders,
     piece,
+    pieces,
     DKV: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -249,16 +252,16 @@ def scan_kernel(
             state += tl.load(d_last_ptr + row * DKV + e, mask=inside & reverse, other=0.0).to(tl.float32)
         if reverse:
             contributions_ptr, totals_ptr, states_ptr = d_contributions_ptr, d_totals_ptr, d_states_ptr
-    slots = states_ptr + row * (segments + 1) * DKV + e
-    tl.store(slots + tl.where(reverse, segments, 0).to(tl.int64) * DKV, state, mask=inside)
-    for step in range(segments - 1):
-        part = tl.where(reverse, segments - 1 - step, step)
+    slots = states_ptr + row * (borders + 2) * DKV + e
+    tl.store(slots + tl.where(reverse, borders + 1, 0).to(tl.int64) * DKV, state, mask=inside)
+    for step in range(borders):
+        part = tl.where(reverse, borders - step, step)
         start = part * segment
         stop = tl.minimum(start + segment, length)
         for n in tl.static_range(PIECES):
             index = tl.where(reverse, PIECES - 1 - n, n)
             first, end = piece_of(start, stop, piece, index, g_head, reverse, CHUNK, PER_TOKEN)
-            slot = (row * segments + part) * PIECES + index
+            slot = (row * borders + part - reverse.to(tl.int32)) * pieces + index
             if PER_TOKEN:
                 total = tl.load(totals_ptr + slot, mask=end > first, other=0.0)
             else:
@@ -296,15 +299,16 @@ def segment_states(
     sources = (k, v, k, v) if back is None else (k, v, back.q, back.do)
     tiles = launch.prepass_config(dk, dv, k.dtype)
     unit, tma = launch.unit(*sources), launch.use_tma(*sources)
-    chunk, pieces, directions = tiles.chunk, launch.PIECES, 2 if both else 1
+    chunk, borders, directions = tiles.chunk, split.count - 1, 2 if both else 1
+    pieces = launch.blocks(split.tokens, split.piece)
     boxes = [Box(x, chunk, n) if tma else None for x, n in zip(sources, 2 * (tiles.bk, tiles.bv), strict=True)]
-    cut = length, split.tokens, split.count, split.piece
+    cut = length, split.tokens, borders, split.piece, pieces
     contribute = Launch(
-        contributions_kernel, directions * rows * (split.count - 1) * pieces * launch.blocks(dv, tiles.bv),
+        contributions_kernel, directions * rows * borders * pieces * launch.blocks(dv, tiles.bv),
         [*boxes, *[None] * 5],
         [*[s for x in sources for s in launch.strides(x, unit)], *launch.decay_strides(log_decay),
          1.0 if back is None else back.scale, heads, *(heads // x.shape[1] for x in sources), *cut],
-        {"DK": dk, "DV": dv, "BK": tiles.bk, "BV": tiles.bv, "CHUNK": chunk, "UNIT": unit, "PIECES": pieces,
+        {"DK": dk, "DV": dv, "BK": tiles.bk, "BV": tiles.bv, "CHUNK": chunk, "UNIT": unit,
          "BOTH": both, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": launch.precision(k.dtype)},
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
     )  # fmt: skip
@@ -312,7 +316,7 @@ def segment_states(
     scan = Launch(
         scan_kernel, directions * rows * launch.blocks(dk * dv, tile), [None] * 9,
         [heads, 0 if per_token else log_decay.stride(0), *cut],
-        {"DKV": dk * dv, "TILE": tile, "CHUNK": chunk, "PIECES": pieces, "BOTH": both, "PER_TOKEN": per_token,
+        {"DKV": dk * dv, "TILE": tile, "CHUNK": chunk, "PIECES": launch.PIECES, "BOTH": both, "PER_TOKEN": per_token,
          "HAS_FIRST": first is not None, "HAS_D_LAST": back is not None and back.d_last is not None},
         {"num_warps": 4},
     )  # fmt: skip
@@ -330,7 +334,7 @@ def segment_states(
             """One for each direction, on its own: so its alignment does not depend on the number of segments."""
             return [torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(directions)]
 
-        contributions, totals = memory(rows, split.count, pieces, dk, dv), memory(rows, split.count, pieces)
+        contributions, totals = memory(rows, borders, pieces, dk, dv), memory(rows, borders, pieces)
         made = memory(batch, heads, split.count + 1, dk, dv)
         sources = k, v, k if q is None else q, v if do is None else do
         contribute(*sources, log_decay, contributions[0], totals[0], contributions[-1], totals[-1])

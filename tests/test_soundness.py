@@ -98,6 +98,51 @@ def data_that_wraps(q, k, v):
     return attention((q * 3).long().to(torch.uint8).float(), k, v, causal())
 
 
+def bytes_of(*tensors):
+    """Each as int8, products of which the format cannot hold."""
+    return [(40 * x).to(torch.int8) for x in tensors]
+
+
+def scores_that_wrap(q, k, v):
+    a, b = bytes_of(q, k)
+    return attention(a, b, v, 0.5 * causal())
+
+
+def scores_that_wrap_and_are_divided(q, k, v):
+    a, b = bytes_of(q, k)
+    return ((a @ b.mT) / 3).tril() @ v
+
+
+def scores_that_wrap_and_are_moved(q, k, v):
+    a, b = bytes_of(q, k)
+    return (torch.einsum("bhid,bhjd->bhij", a, b) + 0.5).tril() @ v
+
+
+def sums_of_products_that_wrap(q, k, v):
+    a, b = bytes_of(q, k)
+    return ((a[:, :, :, None] * b[:, :, None]).sum(-1, dtype=torch.int8) * 0.5).tril() @ v
+
+
+def updates_that_wrap(q, k, v):
+    a, b = bytes_of(k, v)
+    updates = (a[..., None] * b[..., None, :]) * 0.5
+    return (q[..., None, :] @ updates.cumsum(2))[..., 0, :]
+
+
+def negated_bytes(q, k, v):
+    return attention(q, -(10 * k).abs().to(torch.uint8) * 1.0, v, causal())
+
+
+def prefix_sum_that_wraps(q, k, v):
+    counts = (2**62 * torch.sigmoid(k[..., 0])).long().cumsum(-1)
+    return attention(q, k, v, torch.exp(-(2.0**-60) * (counts[..., :, None] - counts[..., None, :])).tril())
+
+
+def sums_of_truths_of_data(q, k, v):
+    a, b = q[..., :1] > 0, k[..., 0] > 0
+    return attention(q, k, v, (a + b[..., None, :]) * causal())
+
+
 def weights_in_integers(q, k, v):
     weight = torch.zeros(N, N, dtype=torch.int64)
     weight[:] = torch.exp(-0.1 * distance()).tril()
@@ -145,6 +190,14 @@ def a_gate_that_underflows(q, k, v):
         positions_that_wrap,
         positions_that_overflow,
         data_that_wraps,
+        scores_that_wrap,
+        scores_that_wrap_and_are_divided,
+        scores_that_wrap_and_are_moved,
+        sums_of_products_that_wrap,
+        updates_that_wrap,
+        negated_bytes,
+        prefix_sum_that_wraps,
+        sums_of_truths_of_data,
         weights_in_integers,
         a_fraction_in_integers,
         sum_in_integers,

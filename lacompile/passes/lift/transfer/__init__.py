@@ -86,7 +86,7 @@ def transfer(op: Op) -> Val | list[Val]:
 
 
 def _in_its_format(op: Op, v: Val, dtype: torch.dtype) -> Val:
-    representable(op.engine, v, dtype)
+    v = representable(op.engine, v, dtype)
     if dtype.is_floating_point and amplifies(op, v):
         raise GiveUp("numbers that are mostly what rounding changed")
     precision = result_precision(op, v, dtype)

@@ -18,7 +18,7 @@ from ..term import Case, Term, Val
 
 
 def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
-    """``v`` itself.
+    """``v`` itself, or the one tensor that it is where its sums and products may not be those of real numbers.
 
     Raises:
         GiveUp: a tensor of this dtype may not hold what ``v`` says.
@@ -27,11 +27,11 @@ def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
     if limit is not None:
         _positions(engine, v, dtype, limit)
     elif dtype is torch.bool:
-        _truths(engine, v)
+        return _truths(engine, v)
     elif dtype.is_complex:
         raise GiveUp("complex numbers")
     elif not dtype.is_floating_point:
-        _integers(engine, v, dtype)
+        return _integers(engine, v, dtype)
     return v
 
 
@@ -45,13 +45,14 @@ def _positions(engine: Engine, v: Val, dtype: torch.dtype, limit: int) -> None:
                     raise GiveUp(f"positions computed in {dtype}, which cannot hold them exactly")
 
 
-def _truths(engine: Engine, v: Val) -> None:
+def _truths(engine: Engine, v: Val) -> Val:
     for c in v.cases:
         data = [t for t in c.terms if t.accs and not _is_table(engine, t)]
         if data and v.alt is not None:
-            _plain_of(engine, v, torch.bool)
-        elif not (_of_data(engine, c.terms) if data else len(c.terms) < 2 and _known_truth(engine, v, c)):
+            return _plain_of(engine, v, torch.bool)
+        if not (_of_data(engine, c.terms) if data else len(c.terms) < 2 and _known_truth(engine, v, c)):
             raise GiveUp("arithmetic of truths")
+    return v
 
 
 def _of_data(engine: Engine, terms: Sequence[Term]) -> bool:
@@ -74,14 +75,13 @@ def _all_hold(engine: Engine, t: Term) -> bool:
     return plain and all(engine.leaves[leaf].dtype == torch.bool for leaf, _ in t.accs)
 
 
-def _integers(engine: Engine, v: Val, dtype: torch.dtype) -> None:
+def _integers(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
     info = torch.iinfo(dtype)
     for c in v.cases:
         low = high = 0.0
         for t in c.terms:
             if t.exp or (t.accs and not _is_table(engine, t)):
-                _plain_of(engine, v, dtype)
-                return
+                return _plain_of(engine, v, dtype)
             if not _whole(engine, t):
                 raise GiveUp(f"a fraction in {dtype}")
             both = [t.coef * x for x in ends(engine, v, c, t)]
@@ -91,15 +91,18 @@ def _integers(engine: Engine, v: Val, dtype: torch.dtype) -> None:
             continue
         if unknown or low < info.min or high > info.max:
             raise GiveUp(f"integers that {dtype} may not hold")
+    return v
 
 
-def _plain_of(engine: Engine, v: Val, dtype: torch.dtype) -> None:
+def _plain_of(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
     """Data in a format without fractions is taken as it is: one tensor of that dtype, and no sum or product."""
-    t = v.alt or v.one
-    if t is None or t.coef != 1 or not t.poly.is_const or t.exp or len(t.accs) != 1:
+    whole = v if v.alt is None else engine.whole(v)
+    t = whole.one
+    if t is None or t.coef != 1 or not t.poly.is_const or t.exp or len(t.accs) != 1 or t.bound(engine.space):
         raise GiveUp(f"arithmetic of data in {dtype}")
     if engine.leaves[t.accs[0][0]].dtype != dtype:
         raise GiveUp(f"data of another format as {dtype}")
+    return whole
 
 
 def _is_table(engine: Engine, t: Term) -> bool:

@@ -83,6 +83,25 @@ def always_equal(a: Any, b: Any) -> bool:
     return statically_known_true(a == b)
 
 
+def must_stay_symbolic(env: Any, symbol: Any) -> bool:
+    """Whether a user has marked a dimension of this size as dynamic, where a number for it would be an error."""
+    for tracked in env.tracked_fakes or ():
+        sizes = getattr(tracked.fake, "shape", ())
+        constraints = getattr(tracked.symbolic_context, "constraint_sizes", None) or ()
+        for size, constraint in zip(sizes, constraints, strict=False):
+            if constraint is not None and not getattr(constraint, "warn_only", False):
+                if isinstance(size, torch.SymInt) and symbol in size.node.expr.free_symbols:
+                    return True
+    return False
+
+
+def guard_equal(fake_mode: Any, a: Any, b: Any) -> None:
+    """Dynamo traces the program again where a symbol of it is not this symbol or number any more."""
+    import sympy
+
+    fake_mode.shape_env.evaluate_expr(sympy.Eq(a, b))
+
+
 def hint(size: Any) -> int:
     """A size as it is in the call that is being traced; 0 where that is not known."""
     return size if isinstance(size, int) else size.node.hint or 0

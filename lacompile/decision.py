@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -59,8 +59,21 @@ def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
         return Decision(None, Report(notes=("left alone: the program itself calls vmap, grad or forward-mode AD",)))
     # what is asked of symbolic sizes must not specialise the compiled program
     mode = fake_mode_of(gm)
+    start = time.perf_counter()
+    with _asking_nothing(mode):
+        gm, found = _found(gm, example_inputs, options, may_be_equal=True)
+    if found.matches and not options.dry_run:
+        for a, b in found.equal:
+            _compat.guard_equal(mode, a, b)
+    with _asking_nothing(mode):
+        return _decided(gm, example_inputs, options, found, start)
+
+
+@contextmanager
+def _asking_nothing(mode: Any) -> Iterator[None]:
+    """Inside no guard is added, no symbol has a number, and nothing is collected."""
     with _compat.suppressed_guards(mode), _compat.no_number_for_a_symbol(mode), no_collection():
-        return _decide(gm, example_inputs, options)
+        yield
 
 
 @contextmanager
@@ -75,11 +88,21 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Decision:
-    start = time.perf_counter()
-    found = analyse(gm, example_inputs, buffers=options.buffers)
+def _found(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, may_be_equal: bool
+) -> tuple[fx.GraphModule, Analysis]:
+    """The graph that is looked at, and what is found in it; sizes of several inputs ``may_be_equal`` or not."""
+
+    def look(at: fx.GraphModule) -> Analysis:
+        return analyse(at, example_inputs, buffers=options.buffers, may_be_equal=may_be_equal)
+
+    return _behind_loops(gm, look, look(gm))
+
+
+def _decided(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, found: Analysis, start: float
+) -> Decision:
     try:
-        gm, found = _behind_loops(gm, example_inputs, options, found)
         own = _own(gm, example_inputs, options, found, start)
         return _with_bodies(gm, own, _bodies(gm, example_inputs, options, found.schedule.effects))
     except LacompileError:
@@ -92,7 +115,7 @@ def _decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
 
 
 def _behind_loops(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, found: Analysis
+    gm: fx.GraphModule, look: Callable[[fx.GraphModule], Analysis], found: Analysis
 ) -> tuple[fx.GraphModule, Analysis]:
     """The graph in which a loop's results are joined before they are projected, where more is found in that."""
     try:
@@ -102,7 +125,7 @@ def _behind_loops(
         return gm, found
     if other is None:
         return gm, found
-    again = analyse(other, example_inputs, buffers=options.buffers)
+    again = look(other)
     seconds = {k: found.seconds.get(k, 0) + s for k, s in again.seconds.items()}
     if again.matches and _worth(again) >= _worth(found):
         return other, replace(again, seconds=seconds)
@@ -207,7 +230,8 @@ def _bodies(
             continue
         outer = [input_of(a) for a in given]
         inputs = [example_inputs[i] if i is not None else _number(a) for i, a in zip(outer, given, strict=True)]
-        made = _decide(body, inputs, options)
+        of_body, found = _found(body, inputs, options, may_be_equal=False)
+        made = _decided(of_body, inputs, options, found, time.perf_counter())
         assumed = [(outer[i], a) for i, a in made.assumed]
         if any(i is None for i, _ in assumed):
             made = made.without_rewrites("rewrite", "an assumption about a value that is no input")

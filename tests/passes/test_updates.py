@@ -31,6 +31,9 @@ def over_tokens(update):
     return run
 
 
+ORDER = torch.ones(N, N, dtype=torch.bool).tril()
+
+
 def gate(x, t):
     return torch.sigmoid(x[:, :, t])
 
@@ -49,6 +52,15 @@ UPDATES = {
     "decayed by the larger": lambda s, new, x, m, t: s * torch.maximum(gate(x, t), x.new_tensor(0.1)) + new,
     "kept": lambda s, new, x, m, t: torch.where(m[:, :, t], 0.9 * s + new, s),
     "kept by a gate": lambda s, new, x, m, t: torch.where(m[:, :, t], gate(x, t) * s + new, s),
+    "kept by an exponential": lambda s, new, x, m, t: torch.where(
+        m[:, :, t], torch.exp(-x[:, :, t].abs()) * s + new, s
+    ),
+    "kept by a softplus": lambda s, new, x, m, t: torch.where(
+        m[:, :, t], s, 0.9 * torch.exp(-F.softplus(x[:, :, t])) * s + new
+    ),
+    "kept by an exponential and numbers": lambda s, new, x, m, t: (
+        m[:, :, t].to(s) * (torch.exp(-x[:, :, t].abs()) * s + new) + (1 - m[:, :, t].to(s)) * s
+    ),
     "kept by numbers": lambda s, new, x, m, t: m[:, :, t].to(s) * (0.9 * s + new) + (1 - m[:, :, t].to(s)) * s,
     "kept where not": lambda s, new, x, m, t: torch.where(~m[:, :, t], s, 0.9 * s + new),
     "begun anew": lambda s, new, x, m, t: torch.where(m[:, :, t], s, torch.zeros_like(s)) * 0.9 + new,
@@ -68,6 +80,61 @@ OTHERS = {
     "a bound that is not positive": lambda s, new, x, m, t: s * x[:, :, t].clamp(min=-0.1) + new,
     "kept and negated": lambda s, new, x, m, t: torch.where(m[:, :, t], 0.9 * s + new, -s),
 }
+
+
+READS = {
+    "a gate": lambda x, m, t: gate(x, t),
+    "an exponential": lambda x, m, t: torch.exp(-F.softplus(x[:, :, t])),
+    "where it counts": lambda x, m, t: torch.where(m[:, None, t], gate(x, t), 1.0),
+}
+
+
+def read_first(decay, *, given=False, final=None):
+    """Tokens that read the state before it decays by their own gate."""
+
+    def run(q, k, v, x, counts, *states):
+        state, out = states[0] if given else q.new_zeros(B, H, D, D), []
+        for t in range(N):
+            state = state + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+            read, state = state, decay(x, counts, t)[..., None, None] * state
+        o = torch.stack(out, 2)
+        return o if final is None else (o, {"read": read, "decayed": state}[final])
+
+    return run
+
+
+@pytest.mark.parametrize("final", [None, "read", "decayed"])
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", READS)
+def test_a_decay_behind_the_read(name, given, final):
+    state = [torch.randn(B, H, D, D, requires_grad=True)] if given else []
+    assert_rewritten(read_first(READS[name], given=given, final=final), *arguments(), *state, compiled=False)
+
+
+def test_prefix_sums_that_leave_the_last_out():
+    def run(q, k, v, x):
+        g = F.logsigmoid(x)
+        before = g.cumsum(-1) - g
+        weights = torch.exp((before[..., :, None] - before[..., None, :]).masked_fill(~ORDER, float("-inf")))
+        return (q @ k.mT * weights) @ v
+
+    assert_rewritten(run, *arguments()[:4], compiled=False)
+
+
+def test_a_decay_on_both_sides_of_the_read():
+    """What a row decays by before it reads, and what it decays by after that, would be two decays."""
+
+    def run(q, k, v, x):
+        g = F.logsigmoid(x)
+        before = g.cumsum(-1) - g
+        distance = torch.arange(N)[:, None] - torch.arange(N)
+        apart = before[..., :, None] - before[..., None, :] - 0.1 * distance
+        return (q @ k.mT * torch.exp(apart.masked_fill(~ORDER, float("-inf")))) @ v
+
+    args = arguments()[:4]
+    made = torch.compile(run, backend="lightning", options={"validate": "off"})
+    torch.testing.assert_close(made(*args), run(*args), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import fx
 from ..effects import Effects
 from ..facts import Match, Refusal
 from ..schedule import Schedule
+from .alike import Equal, alike
 from .holders import holders
 from .interpret import Interpreter
 from .match import search
@@ -25,15 +26,20 @@ class Analysis:
     refusals: tuple[Refusal, ...]
     seconds: dict[str, float]
     schedule: Schedule
+    equal: tuple[Equal, ...] = ()
+    """Sizes that were taken for one, of which that has to be guarded."""
 
 
-def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str = "check") -> Analysis:
+def analyse(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str = "check", may_be_equal: bool = True
+) -> Analysis:
     """What decayed attentions a Dynamo graph holds. Never raises, never changes ``gm``.
 
     Args:
         gm: the graph as Dynamo hands it to a backend.
         example_inputs: its inputs; real tensors, whose values are read for buffers and masks only.
         buffers: "never" forbids reading the values of buffers.
+        may_be_equal: whether sizes of several inputs may be taken for one, which is then in ``equal``.
     """
     start = time.perf_counter()
     try:
@@ -43,19 +49,31 @@ def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any], *, buffers: str =
         assert interpreter.capture is not None
         schedule = Schedule(gm, interpreter.capture.effects)
         matches, refusals = search(schedule, interpreter, holders(interpreter))
-        if refusals and interpreter.statics is not None and interpreter.statics.ambiguous:
-            other = Interpreter(reading=1)
+        equal: tuple[Equal, ...] = ()
+        others = _other_readings(interpreter, gm, example_inputs, may_be_equal)
+        for other, taken in others if refusals or not matches else ():
             other.run(gm, example_inputs)
             found, left = search(schedule, other, holders(other))
-            if len(left) < len(refusals):
-                matches, refusals = found, left
+            if len(left) < len(refusals) or (found and not matches):
+                matches, refusals, equal = found, left, taken
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal(
             "lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}"
         )
         return Analysis((), (refusal,), {"analysis": time.perf_counter() - start}, Schedule(gm, Effects()))
     seconds = {"lift": lifted - start, "match": time.perf_counter() - lifted}
-    return Analysis(tuple(matches), tuple(refusals), seconds, schedule)
+    return Analysis(tuple(matches), tuple(refusals), seconds, schedule, equal)
+
+
+def _other_readings(
+    first: Interpreter, gm: fx.GraphModule, example_inputs: Sequence[Any], may_be_equal: bool
+) -> Iterator[tuple[Interpreter, tuple[Equal, ...]]]:
+    """Where rounding leaves another reading of a buffer, or sizes of several inputs may be one."""
+    if first.statics is not None and first.statics.ambiguous:
+        yield Interpreter(reading=1), ()
+    inputs = gm.graph.find_nodes(op="placeholder")
+    if may_be_equal and (equal := alike(inputs, example_inputs)):
+        yield Interpreter(read_buffers=first.read_buffers, equal=equal), equal
 
 
 __all__ = ["Analysis", "analyse"]

@@ -65,9 +65,10 @@ class Addends(Decay):
         return "a term that only some positions have" if t.guards else "a term whose weight changes with the position"
 
     def _is_state_term(self, t: Term) -> bool:
-        """exp(G_i) q_i S_init: the weight is the main one at j = -1 times a number, the query the same."""
+        """exp(G_i) q_i S_init: the weight is the main one before the first key, times a number; the query the same."""
         t = self._one_later(t) if self.later else t
-        expected = self._without_keys(self.main.exp).sub(self.space, {self.j: Aff.lit(-1)})
+        start = Aff.lit(0 if self.proof.delayed else -1)
+        expected = self._without_keys(self.main.exp).sub(self.space, {self.j: start})
         if self.proof.state is not None or not t.poly.is_const:
             return False
         queries = [a for a in t.accs if any(self._same_query(a, b) for b in self._main_queries())]

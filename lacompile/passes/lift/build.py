@@ -194,7 +194,10 @@ class Builder:
             total = self.emitter.number(0.0, exact)
             sources.append("none (un-decayed)")
         groups = [batch, heads, [N_ROLE]] if p.tokens else [heads]
-        return self.emitter.assemble(total, groups), " + ".join(sources)
+        log_decay = self.emitter.assemble(total, groups)
+        if p.delayed:
+            log_decay = Call(torch.cat, ([_no_row(log_decay), _rows(log_decay, 0, -1)], 2))
+        return log_decay, " + ".join(sources)
 
     def _replacement(
         self,
@@ -266,7 +269,7 @@ class Builder:
 
 
 def _rows(x: Expr, start: int | None, end: int | None) -> Expr:
-    """Some positions of ``[B,H,N,D]``."""
+    """Some positions of ``[B,H,N,D]``, or of ``[B,H,N]``."""
     return Call(operator.getitem, (x, (slice(None), slice(None), slice(start, end))))
 
 

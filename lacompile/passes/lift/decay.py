@@ -46,11 +46,14 @@ class Decay(Roles):
         """The same exponent, what weighs a token at once as a factor of its key: in ``a (S + k v)``, ``a k``.
 
         ``P(i + 1) - P(j)`` is the decay after the token, and the token's own. Where the row has its own as a factor,
-        ``exp(P(i)) a_i``, the factor goes: that is ``exp(P(i + 1))``.
+        ``exp(P(i)) a_i``, the factor goes: that is ``exp(P(i + 1))``. Where it has not, ``P(i) - P(j)`` stays: a row
+        reads before it decays.
         """
         lin, sums = list(exp.lin), []
         for (mono, pos), c in exp.sums:
-            if pos == Aff.var(self.j):
+            if pos == Aff.var(self.j) and self._reads_before_decay(exp, mono, c):
+                self.proof.delayed = True
+            elif pos == Aff.var(self.j):
                 lin.append((sub_mono(self.space, mono, {TAU: pos}), Aff.lit(-c)))
                 pos = pos + 1
             elif pos == Aff.var(self.n) and (a := self._decay_of_row(mono, c)) is not None:
@@ -58,6 +61,10 @@ class Decay(Roles):
                 pos = pos + 1
             sums.append(((mono, pos), c))
         return Exponent.of(lin, sums)
+
+    def _reads_before_decay(self, exp: Exponent, mono: Mono, c: float) -> bool:
+        """Whether the weight is ``exp(P(i) - P(j))``, which is 1 on the diagonal."""
+        return ((mono, Aff.var(self.n)), -c) in exp.sums and self._decay_of_row(mono, -c) is None
 
     def _decay_of_row(self, mono: Mono, c: float) -> Access | None:
         """The factor that is each row's own decay, ``exp(P(i)) a_i``; None if there is none."""
@@ -126,7 +133,8 @@ class Decay(Roles):
         for (mono, pos), c in self.main.exp.sums:
             groups.setdefault(mono, {})[pos] = c
         for mono, ends in groups.items():
-            up, down = Aff.var(self.n) + 1, Aff.var(self.j) + 1
+            ahead = int(not self.proof.delayed)
+            up, down = Aff.var(self.n) + ahead, Aff.var(self.j) + ahead
             holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set())
             if holders & set(self.features) or (self.e is not None and self.e in holders):
                 raise Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
@@ -139,4 +147,6 @@ class Decay(Roles):
                 raise Refused("unit-diagonal", "prefix sums P(i+1) - P(j+1)", shown, 5)
             if holders & {self.n, self.j}:
                 raise Refused("decay", "one decay per token", "a decay that depends on both positions", 5)
+            if self.proof.delayed and self.proof.fixed:
+                raise Refused("decay", "one decay", "a decay before a row reads, and one after it", 5)
             self.proof.tokens.append((self._renamed_mono(at_position(mono)), float(ends[up])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..._compat import AnotherInEachCall, no_number_for_a_symbol, outside_modes
 from ..capture import Capture, Memory, ViewStep, aliases, fake_mode_of
 from .affine import ONE
+from .alike import Equal
 from .engine import Engine, GiveUp, Unmerged
 from .leaves import Opaque
 from .series import Circumstances, SeriesTable
@@ -57,6 +58,7 @@ class Interpreter:
     without_gradients: list[tuple[fx.Node, torch.Tensor]] = field(default_factory=list)
     read_buffers: bool = True
     reading: int = 0
+    equal: Sequence[Equal] = ()
     series: SeriesTable = field(init=False)
     _mode: Any = None  # that Dynamo traced in
     _gave_up: str | None = None
@@ -68,6 +70,7 @@ class Interpreter:
 
     def __post_init__(self) -> None:
         self.series = SeriesTable(self.engine.leaves)
+        self.engine.sizes.taken_for.update(self.equal)
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)

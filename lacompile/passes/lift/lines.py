@@ -167,9 +167,9 @@ def _own_decay(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[Exponent, Ex
     Where the state decays after it was added to, the earlier of two tokens has ``P(p + 1) - P(p)`` and the later one
     ``P(p + 1) - P(p + 1)``. It is no rate of a head: that both would have.
     """
-    sizes = algebra.leaf_shapes
+    sizes, seen = algebra.leaf_shapes, algebra.seen
     steps = {
-        (p, size)
+        (p, seen(size))
         for (leaf, x), (_, y) in zip(a.accs, b.accs, strict=True)
         for p, q, size in zip(x, y, sizes[leaf], strict=True)
         if p.is_const and q - p == ONE
@@ -180,7 +180,7 @@ def _own_decay(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[Exponent, Ex
         read = {
             (n, d): x
             for n, (leaf, idx) in enumerate(mono)
-            for d, x in enumerate(zip(idx, sizes[leaf], strict=True))
+            for d, x in enumerate(zip(idx, map(seen, sizes[leaf]), strict=True))
             if x in steps
         }
         at = set(read.values())

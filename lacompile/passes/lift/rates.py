@@ -51,6 +51,13 @@ class Rates(Regions):
         single, sums = self._of_single_places(sums, accs)
         return Exponent.of([*lin, *single], sums)
 
+    def seen(self, size: Aff) -> Aff:
+        """What a size is in the run that was traced, which may say which of two readings is likelier, and no more.
+
+        Each input of a program may have a symbol of its own for the one length that all of them have.
+        """
+        return size
+
     def multiple(self, leaf: int) -> tuple[int, float]:
         """A leaf, and the number that all its entries times are those of this one."""
         return leaf, 1.0
@@ -70,7 +77,8 @@ class Rates(Regions):
             for d, (i, size) in enumerate(zip(idx, self.leaf_shapes[leaf], strict=True)):
                 if all(FIRST_SYMBOL <= v < FIRST_DIV for v, _ in i.terms) and (not size.is_const or size.const > 1):
                     if not self._is_head(size, i, accs):
-                        rank = (self._is_token(size, i, accs), size.const if size.is_const else INF, -d)
+                        seen = self.seen(size)
+                        rank = (self._is_token(size, i, accs), seen.const if seen.is_const else INF, -d)
                         fixed.setdefault(i, []).append((rank, n, d))
         out = []
         for at, places in fixed.items():
@@ -85,11 +93,13 @@ class Rates(Regions):
 
         A dimension that the tensor shares, such as a batch of the same size, says nothing.
         """
-        read = (
-            {i for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if n == size and not self._is_free(i)}
-            for leaf, idx in accs
-        )
-        return [at for at in read if at]
+        seen = self.seen(size)
+
+        def at(leaf: int, idx: Sequence[Aff]) -> set[Aff]:
+            sizes = self.leaf_shapes[leaf]
+            return {i for i, n in zip(idx, sizes, strict=True) if self.seen(n) == seen and not self._is_free(i)}
+
+        return [places for leaf, idx in accs if (places := at(leaf, idx))]
 
     @staticmethod
     def _is_free(i: Aff) -> bool:

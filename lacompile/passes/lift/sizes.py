@@ -23,6 +23,8 @@ class Sizes:
 
     def __init__(self, space: Space) -> None:
         self.space = space
+        self.taken_for: dict[Any, Any] = {}
+        """Symbols, and the symbol or the number that each is taken for."""
         self._known: dict[Any, Aff] = {}
         self._equal: dict[Any, Any] | None = None  # an expression -> a simpler one of the same value
         self._divisor: dict[Any, int] = {}  # a size -> a number that divides it
@@ -32,7 +34,7 @@ class Sizes:
         found = self._known.get(expr)
         if found is None:
             if self._equal is None:
-                self._equal = {}
+                self._equal = {a: sympy.sympify(b) for a, b in self.taken_for.items()}
                 self._learn(getattr(env, "guards", ()))
             found = self._known[expr] = self._made(expr, env)
         return found
@@ -81,9 +83,10 @@ class Sizes:
         assert self._equal is not None
         whole: list[tuple[Any, Any]] = []
         for guard in guards:
-            if not isinstance(guard.expr, sympy.Eq):
+            expr = guard.expr.xreplace(self._equal) if self.taken_for else guard.expr
+            if not isinstance(expr, sympy.Eq):
                 continue
-            for left, right in (guard.expr.args, reversed(guard.expr.args)):
+            for left, right in (expr.args, reversed(expr.args)):
                 if type(left).__name__ in REMAINDERS and right == 0:
                     whole.append((left.args[0], left.args[1]))
                 elif type(left).__name__ in QUOTIENTS and (right.is_Integer or right.is_Symbol):

@@ -118,6 +118,7 @@ def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, A
         return None if apart is None else t.coef * math.exp(apart)
 
     terms = fact.value.terms
+    end = last if p.delayed else last + 1
     for t in as_update(space, engine.leaves, fact.value.shape, terms) if p.roles[N_ROLE] == ONE else terms:
         bound = t.bound(space)
         if not t.poly.is_const:
@@ -128,7 +129,7 @@ def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, A
             if t.guards:
                 return None
             if p.state is not None and not starts and accs == sorted(p.state):
-                found, into = multiple(t, _decay_over(p, last + 1, ZERO), rename), starts
+                found, into = multiple(t, _decay_over(p, end, ZERO), rename), starts
                 found = None if found is None else found / p.state_number
             elif p.roles[N_ROLE] == ONE and not sums and accs == sorted([*p.k, *p.v]):
                 found, into = multiple(t, Exponent(), rename), sums
@@ -142,7 +143,7 @@ def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, A
             accs = sorted(sub_access(space, a, rename_j) for a in t.accs)
             if t.guards != {Aff.var(j), last - Aff.var(j)} or accs != sorted([*p.k, *p.v]):
                 return None
-            weight = _decay_over(p, last + 1, Aff.var(N_ROLE) + 1)
+            weight = _decay_over(p, end, Aff.var(N_ROLE) + int(not p.delayed))
             for mono, c in p.k_weights:
                 weight = weight + Exponent.of([(mono, Aff.lit(c))], ())
             found, into = multiple(t, weight, rename_j), sums

@@ -23,6 +23,7 @@ class Program(Algebra):
         self.leaves = Leaves(self.leaf_shapes)
         self.sizes = Sizes(self.space)
         self.symints: dict[Aff, torch.SymInt] = {}
+        self._seen: dict[Aff, Aff] = {}
         self.size_nodes: dict[Aff, Any] = {}  # sizes that are inputs of the graph
         self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
         self.view_maps: dict[tuple[tuple[Aff, ...], tuple[Aff, ...]], dict[int, Aff]] = {}  # from old and new sizes
@@ -37,7 +38,9 @@ class Program(Algebra):
             return Aff.lit(size)
         if isinstance(size, torch.SymInt):
             found = self.sizes(size.node.expr, size.node.shape_env)
-            self.symints.setdefault(found, size)
+            if found not in self.symints:
+                self.symints[found] = size
+                self._seen[found] = Aff.lit(int(size.node.hint)) if size.node.has_hint() else found
             return found
         raise GiveUp(f"index of type {type(size).__name__}")
 
@@ -62,6 +65,9 @@ class Program(Algebra):
         if found.rests_on:
             self.relied.setdefault(self.running, set()).update(found.rests_on)
         return found.interval
+
+    def seen(self, size: Aff) -> Aff:
+        return self._seen.get(size, size)
 
     def multiple(self, leaf: int) -> tuple[int, float]:
         return self.leaves.multiple(leaf)

@@ -101,6 +101,14 @@ def point(algebra: Algebra, ranged: Term, var: int, ends: Ends, at: Aff, shape: 
     return algebra.normalise(_without_range(algebra, ranged, var, ends).sub(algebra.space, {var: at}), shape)
 
 
+def two_points(algebra: Algebra, t: Term, shape: tuple[Aff, ...]) -> Iterator[list[Term | None]]:
+    """A sum of two places as those two, for each index that has no more: any two lie on a line, be it by accident."""
+    for var in sorted(t.bound(algebra.space)):
+        ends = only_ends(algebra, t, var, shape)
+        if ends is not None and ends[1] - ends[0] == Aff.lit(1) and not algebra.bounds(var, t.guards).other:
+            yield [point(algebra, t, var, ends, at, shape) for at in ends]
+
+
 def _without_range(algebra: Algebra, term: Term, var: int, ends: Ends) -> Term:
     x = Aff.var(var)
     return term.but(guards=term.guards - {algebra.space.guard(x - ends[0]), algebra.space.guard(ends[1] - x)})

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from .affine import Aff
-from .ends import all_ends, extend, only_ends, point, same, shorten
+from .ends import all_ends, extend, same, shorten, two_points
 from .lines import free_line, line, own_guards, staircase
 from .lines import points as places
 from .normal import Algebra
@@ -136,11 +136,8 @@ def _apart(algebra: Algebra, group: Sequence[Term], shape: tuple[Aff, ...]) -> l
     """
     for t in group:
         rest = [x for x in group if x is not t]
-        for var in sorted(t.bound(algebra.space)):
-            ends = only_ends(algebra, t, var, shape)
-            if ends is None or ends[1] - ends[0] != Aff.lit(1) or algebra.bounds(var, t.guards).other:
-                continue
-            joined = _each_elsewhere(algebra, [point(algebra, t, var, ends, at, shape) for at in ends], rest, shape)
+        for points in two_points(algebra, t, shape):
+            joined = _each_elsewhere(algebra, points, rest, shape)
             if joined is not None:
                 return joined
     return None

@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from .affine import ONE, TAU, Aff
 from .leaves import Argument, Leaves, Number, Symbol
+from .prefix import Lin, Sum, between, by_rate, single_place
 from .space import Space
-from .term import Access, Exponent, Term
+from .term import Access, Exponent, Term, sub_mono
 
 aten = torch.ops.aten
 
@@ -40,7 +42,7 @@ def gathered(
         for n, x in enumerate(left):
             found = _multiples(space, x, y)
             if found is not None:
-                left[n] = _times(found.shared, _sum_of(leaves, together, found.first, found.second))
+                left[n] = _sum_of(leaves, together, found)
                 break
         else:
             right.append(y)
@@ -55,14 +57,17 @@ def _multiples(space: Space, x: Term, y: Term) -> Multiples | None:
     apart = [tuple((Counter(t.accs) - shared).elements()) for t in (x, y)]
     held = space.vars_of([i for _, idx in shared for i in idx])
     lin = [tuple(e for e in t.exp.lin if e not in u.exp.lin) for t, u in ((x, y), (y, x))]
-    if x.exp.sums != y.exp.sums or not all(f.is_const for own in lin for _, f in own):
+    steps = _steps_apart(space, x.exp, y.exp)
+    if steps is None or not all(f.is_const for own in lin for _, f in own):
         return None
+    sums, *walked = steps
+    lin = [(*own, *step) for own, step in zip(lin, walked, strict=True)]
     monos = [a for own in lin for m, _ in own for a in m]
     factors = (*apart[0], *apart[1], *monos)
     loose = space.vars_of([i for _, idx in factors for i in idx])
     if not factors or any(v < 0 for v in loose) or not loose <= held or len(held - loose) < 2:
         return None
-    common = Exponent(tuple(e for e in x.exp.lin if e in y.exp.lin), x.exp.sums)
+    common = Exponent(tuple(e for e in x.exp.lin if e in y.exp.lin), sums)
     whole = Term(1.0, x.poly, tuple(sorted(shared.elements())), common, x.guards)
     first, second = (
         Term(t.coef, accs=own, exp=Exponent(rates)) for t, own, rates in zip((x, y), apart, lin, strict=True)
@@ -70,27 +75,65 @@ def _multiples(space: Space, x: Term, y: Term) -> Multiples | None:
     return Multiples(whole, first, second)
 
 
+def _steps_apart(space: Space, x: Exponent, y: Exponent) -> tuple[tuple[Sum, ...], list[Lin], list[Lin]] | None:
+    """The prefix sums that two exponents share, and the rates at single tokens by which each is more than that.
+
+    Where one of two states has decayed once more, it has ``P(p + 1)`` where the other has ``P(p)``.
+    """
+    shared, own = list(x.sums), ([], [])
+    for mono, ends in by_rate((x - y).sums).items():
+        found = single_place(ends)
+        if found is None:
+            return None
+        p, c = found
+        of_x = any(end == (mono, p + 1) for end, _ in x.sums)
+        rate = sub_mono(space, mono, {TAU: p})
+        own[not of_x].append((rate, Aff.lit(c if of_x else -c)))
+        if of_x:
+            shared += between(mono, p, p + 1, -c)
+    return Exponent.of((), shared).sums, *own
+
+
 def _times(t: Term, factor: Access | float) -> Term:
     return t.but(coef=factor) if isinstance(factor, float) else t.but(accs=tuple(sorted((*t.accs, factor))))
 
 
-def _sum_of(leaves: Leaves, together: Together, x: Term, y: Term) -> Access | float:
-    """``x + y``; where a condition is a factor of the one, and its opposite of the other, the choice between them."""
+def _sum_of(leaves: Leaves, together: Together, of: Multiples) -> Term:
+    """The sum; where a condition is a factor of the one, and its opposite of the other, the choice between them."""
+    x, y = of.first, of.second
     for a in x.accs:
         for b in y.accs:
             here, there = _condition(leaves, a), _condition(leaves, b)
             if here is None or there is None or here[0] != there[0] or here[1] == there[1]:
                 continue
-            yes, no = (_without(t, c) for t, c in ((x, a), (y, b)))
-            parts = [together([t]) for t in ((yes, no) if here[1] else (no, yes))]
-            if all(isinstance(p, float) for p in parts) and parts[0] == parts[1]:
-                return parts[0]
-            dtype = next((leaves[p[0]].dtype for p in parts if isinstance(p, tuple)), torch.float64)
-            given = [Number(p, dtype, True) if isinstance(p, float) else (p, None) for p in parts]
-            chosen = leaves.symbol(aten.where.self, [(here[0], None), *given], {}, dtype)
+            one, other = (_without(t, c) for t, c in ((x, a), (y, b)))
+            yes, no = (one, other) if here[1] else (other, one)
+            logs = [_logarithm(t) for t in (yes, no)]
+            if any(m for t in (yes, no) for m, _ in t.exp.lin) and all(t is not None for t in logs):
+                chosen = _choice(leaves, here[0], *(together(t or [Term(0.0)]) for t in logs))
+                if isinstance(chosen, tuple):
+                    return of.shared.but(exp=of.shared.exp + Exponent.of([((chosen,), ONE)], ()))
+            chosen = _choice(leaves, here[0], together([yes]), together([no]))
             if chosen is not None:
-                return chosen
-    return together([x, y])
+                return _times(of.shared, chosen)
+    return _times(of.shared, together([x, y]))
+
+
+def _choice(leaves: Leaves, condition: Access, yes: Access | float, no: Access | float) -> Access | float | None:
+    """``where(condition, yes, no)``."""
+    if isinstance(yes, float) and yes == no:
+        return yes
+    dtype = next((leaves[p[0]].dtype for p in (yes, no) if isinstance(p, tuple)), torch.float64)
+    given = [Number(p, dtype, True) if isinstance(p, float) else (p, None) for p in (yes, no)]
+    return leaves.symbol(aten.where.self, [(condition, None), *given], {}, dtype)
+
+
+def _logarithm(t: Term) -> list[Term] | None:
+    """The summands of the logarithm of an exponential times a number; None of anything else."""
+    if t.accs or t.coef <= 0 or t.exp.sums:
+        return None
+    number = [Term(math.log(t.coef))] if t.coef != 1 else []
+    return [*(Term(float(f.const), accs=mono) for mono, f in t.exp.lin), *number]
 
 
 def mixture(leaves: Leaves, together: Together, x: Term, y: Term) -> Access | None:

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import torch
 
+from ..affine import Aff
+from ..ends import two_points
 from ..leaves import Opaque
 from ..multiples import gathered, mixture
 from ..running import running_terms
@@ -163,9 +165,23 @@ class Arithmetic(Symbols):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
                 alt = self._alt_of_sum(a, b, out)
                 return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
-        left, right = gathered(self.space, self.leaves, self._together, a.terms, b.terms)
+        left, right = self._gathered(a, b)
         left, right = align_weights(self.space, self.leaves, a.shape, left, right)
         return self.sum_of(a.shape, (*left, *right), limit=MAX_TERMS)
+
+    def _gathered(self, a: Val, b: Val) -> tuple[list[Term], list[Term]]:
+        """The terms of both sides, multiples of one sum in one; two tokens apart where their line is none of both."""
+        left, right = gathered(self.space, self.leaves, self._together, a.terms, b.terms)
+        if right and len(a.terms) == len(b.terms):
+            apart = [[p for t in v.terms for p in self._points(t, v.shape)] for v in (a, b)]
+            if any(len(of) > len(v.terms) for of, v in zip(apart, (a, b), strict=True)):
+                again = gathered(self.space, self.leaves, self._together, *apart)
+                return (left, right) if again[1] else again
+        return left, right
+
+    def _points(self, t: Term, shape: tuple[Aff, ...]) -> list[Term]:
+        points = next(two_points(self, t, shape), [])
+        return [p for p in points if p is not None] or [t]
 
     def _together(self, scalars: list[Term]) -> Access | float:
         found = self.access(value((), scalars))

@@ -22,6 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ TURNS = 250
 TITLES = {"equivalents": "Equivalent programs", "twins": "Near twins"}
 
 
-def judged(task: tuple[str, int]) -> list[Any]:
+def judged(task: tuple[str, int], turned: bool) -> list[Any]:
     """The findings of one seed."""
     from tests.properties import survey
 
     which, seed = task
     try:
-        return list(getattr(survey, which)([seed]))
+        return list(getattr(survey, which)([seed], turned=turned))
     except Exception as error:
         return [survey.Finding(seed, which, "failed", f"{type(error).__name__}: {error}", "")]
 
@@ -51,13 +52,15 @@ def prepare() -> None:
     torch.set_num_threads(1)
 
 
-def survey_all(wanted: Sequence[tuple[str, range]], workers: int, note: Callable[[dict[str, list[Any]]], None]) -> None:
+def survey_all(
+    wanted: Sequence[tuple[str, range]], workers: int, turned: bool, note: Callable[[dict[str, list[Any]]], None]
+) -> None:
     """Judges the seeds of every kind in turns, and calls ``note`` with all findings after each turn."""
     found: dict[str, list[Any]] = {which: [] for which, _ in wanted}
     with multiprocessing.get_context("spawn").Pool(workers, prepare, maxtasksperchild=100) as pool:
         for turn in range(TURNS):
             tasks = [(which, s) for which, seeds in wanted for s in _share(seeds, turn)]
-            for (which, _), findings in zip(tasks, pool.imap(judged, tasks), strict=True):
+            for (which, _), findings in zip(tasks, pool.imap(partial(judged, turned=turned), tasks), strict=True):
                 found[which] += findings
             note({which: list(fs) for which, fs in found.items()})
 
@@ -81,6 +84,7 @@ def main() -> None:
     parser.add_argument("--twins", type=int, default=5000)
     parser.add_argument("--first", type=int, default=10_000, help="the first seed")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--turned", action="store_true", help="the same programs, reading the sequence from its end")
     parser.add_argument("--date", default="")
     parser.add_argument("--commit", default="", help="what was judged, for the record")
     parser.add_argument("--out", type=Path, required=True, help="path without suffix: .md and .json are written")
@@ -94,7 +98,7 @@ def main() -> None:
     def note(found: dict[str, list[Any]]) -> None:
         write(args, wanted, found, time.perf_counter() - start)
 
-    survey_all(wanted, args.workers, note)
+    survey_all(wanted, args.workers, args.turned, note)
     print(args.out.with_suffix(".md").read_text())
 
 

@@ -138,6 +138,43 @@ def prefix_sum_that_wraps(q, k, v):
     return attention(q, k, v, torch.exp(-(2.0**-60) * (counts[..., :, None] - counts[..., None, :])).tril())
 
 
+def positions_that_wrap_in_int64(q, k, v):
+    i = torch.arange(N) * 6364136223846793005
+    return attention(q, k, v, (i[:, None] - i[None, :] >= 0).float())
+
+
+def positions_in_eight_bits(q, k, v):
+    i = torch.arange(N).to(torch.float8_e4m3fn).float()
+    return attention(q, k, v, torch.exp(-0.1 * (i[:, None] - i[None, :])).tril())
+
+
+def keys_in_eight_bits(q, k, v):
+    return attention(q, k.to(torch.float8_e4m3fn).float(), v, causal())
+
+
+def bits_in_another_format(q, k, v):
+    return attention(q, k.bfloat16().view(torch.float16).float().clamp(-9, 9), v, causal())
+
+
+def bits_of_bytes(q, k, v):
+    """A cache of keys in eight bits, which is kept as bytes."""
+    kept = k.to(torch.float8_e4m3fn).view(torch.uint8)[:, :1].expand(-1, H, -1, -1)
+    return attention(q, kept.view(torch.float8_e4m3fn).float(), v, causal())
+
+
+def the_bits_of_the_result(q, k, v):
+    return attention(q, k, v, causal()).bfloat16().view(torch.float16)
+
+
+def what_a_cast_has_rounded_off(q, k, v):
+    return attention(q, k + 256 * (k - k.bfloat16().float()), v, causal())
+
+
+def zeros_of_two_signs(q, k, v):
+    plus, minus = torch.tensor(0.0), torch.tensor(-0.0)
+    return attention(torch.copysign(q, plus), torch.copysign(k, minus), v, causal())
+
+
 def sums_of_truths_of_data(q, k, v):
     a, b = q[..., :1] > 0, k[..., 0] > 0
     return attention(q, k, v, (a + b[..., None, :]) * causal())
@@ -160,6 +197,35 @@ def sum_in_integers(q, k, v):
 def prefix_sum_in_integers(q, k, v):
     g = (-torch.sigmoid(k[..., 0])).cumsum(-1, dtype=torch.int64)
     return attention(q, k, v, (g[..., :, None] - g[..., None, :]).tril().exp().tril())
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 0}, {"scale_grad_by_freq": True}], ids=["padding", "by frequency"])
+def test_an_embedding_whose_gradient_is_not_that_of_its_rows(options):
+    def run(q, k, v, table, at):
+        return attention(q * F.embedding(at, table, **options), k, v, causal())
+
+    at = torch.arange(N) // 2
+    args = [*inputs(), torch.randn(N, D, requires_grad=True)]
+    want, got = (
+        torch.autograd.grad(f(*args, at).square().sum(), args[-1])[0]
+        for f in (run, torch.compile(run, backend="lightning", options={"validate": "off"}))
+    )
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_state_of_integers_needs_no_gradient():
+    def run(q, k, v):
+        k, v = k.long().double(), v.long().double()
+        state, out = q.new_zeros(B, H, D, E), []
+        for t in range(N):
+            state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(out, 2), state
+
+    q, k, v = (x.double() for x in inputs())
+    found = torch.compile(run, backend="lightning")(q.requires_grad_(), k, v)
+    assert [x.requires_grad for x in found] == [True, False]
+    assert len(lacompile.last_report().rewrites) == 1
 
 
 def halves_divided(q, k, v):
@@ -197,6 +263,14 @@ def a_gate_that_underflows(q, k, v):
         updates_that_wrap,
         negated_bytes,
         prefix_sum_that_wraps,
+        positions_that_wrap_in_int64,
+        positions_in_eight_bits,
+        keys_in_eight_bits,
+        bits_in_another_format,
+        bits_of_bytes,
+        the_bits_of_the_result,
+        what_a_cast_has_rounded_off,
+        zeros_of_two_signs,
         sums_of_truths_of_data,
         weights_in_integers,
         a_fraction_in_integers,

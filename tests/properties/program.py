@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class Program:
         layouts: name of an input -> its dimensions, in which (hd) is one flattened dimension.
         outputs: the dimensions of each output.
         rewrites: how many rewrites are right.
+        turned: whether it reads the sequence from its end, and turns what comes out.
     """
 
     fact: Fact
@@ -47,9 +49,11 @@ class Program:
     rewrites: tuple[int, ...]
     record: tuple[int, ...]
     kind: str
+    turned: bool = False
 
     def build(self, source: str | None = None) -> nn.Module:
-        return compiled(source or self.source)
+        module = compiled(source or self.source)
+        return Turned(module, tuple(self.layouts.values()), self.outputs) if self.turned else module
 
     def lay_out(self, inputs: dict[str, Tensor]) -> list[Tensor]:
         """The arguments, in the layouts of the program, from inputs in those of the fact."""
@@ -57,9 +61,30 @@ class Program:
 
     def reference(self) -> list[Tensor]:
         """The outputs by definition, in fp64."""
-        o, state = self.fact.reference(self.fact.inputs())
+        inputs = self.fact.inputs()
+        if self.turned:
+            inputs = {name: turned(x, CANONICAL[name]) for name, x in inputs.items()}
+        o, state = self.fact.reference(inputs)
+        o = turned(o, "bhne") if self.turned else o
         canonical = {"n": (o, "bhne"), "d": (state, "bhde")}
         return [laid_out(*canonical["n" if "n" in dims else "d"], dims) for dims in self.outputs]
+
+
+class Turned(nn.Module):
+    """A module between inputs and outputs that are turned along the sequence, given the dimensions of each."""
+
+    def __init__(self, inner: nn.Module, inputs: Sequence[str], outputs: Sequence[str]):
+        super().__init__()
+        self.inner, self.inputs, self.outputs = inner, inputs, outputs
+
+    def forward(self, *args: Tensor) -> Tensor | tuple[Tensor, ...]:
+        out = self.inner(*map(turned, args, self.inputs))
+        return tuple(map(turned, out, self.outputs)) if isinstance(out, tuple) else turned(out, self.outputs[0])
+
+
+def turned(x: Tensor, dims: str) -> Tensor:
+    """``x`` from its last position to its first; what has none as it is."""
+    return x.flip(re.sub(r"\(..\)", "x", dims).index("n")) if "n" in dims else x
 
 
 def laid_out(x: Tensor, have: str, want: str) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,23 +32,23 @@ class Finding:
         return f"seed {self.seed} ({self.kind}): {self.outcome}\n{self.detail}\n\n{self.source}"
 
 
-def equivalents(seeds: Iterable[int]) -> Iterator[Finding]:
-    """The program of each seed.
+def equivalents(seeds: Iterable[int], *, turned: bool = False) -> Iterator[Finding]:
+    """The program of each seed, or the one that reads the sequence from its end.
 
     Raises:
         AssertionError: a program does not compute its fact; the generator is at fault.
     """
     for seed in seeds:
-        program = write(seed)
+        program = replace(write(seed), turned=turned)
         exact = run(program.build(), program, exact=True)
         _is_the_fact(program, exact)
         yield _judged(seed, program, program.source, exact, program.rewrites)
 
 
-def twins(seeds: Iterable[int]) -> Iterator[Finding]:
+def twins(seeds: Iterable[int], *, turned: bool = False) -> Iterator[Finding]:
     """A twin of the program of each seed: one change after which it runs, and computes something else."""
     for seed in seeds:
-        program = write(seed)
+        program = replace(write(seed), turned=turned)
         exact = run(program.build(), program, exact=True)
         for attempt in range(TRIES):
             source = twin(program.source, TRIES * seed + attempt)

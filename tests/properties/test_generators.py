@@ -13,8 +13,9 @@ MISSED = 0.1  # of the programs of a block
 
 
 @pytest.mark.parametrize("start", range(0, 4 * BLOCK, BLOCK))
-def test_equivalent_programs_are_rewritten(start):
-    found = list(equivalents(range(start, start + BLOCK)))
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+def test_equivalent_programs_are_rewritten(start, turned):
+    found = list(equivalents(range(start, start + BLOCK), turned=turned))
     bad = [f for f in found if f.outcome in ("wrong", "rounding", "failed")]
     assert not bad, "\n\n".join(map(str, bad))
     missed = [f for f in found if f.outcome == "refused"]
@@ -22,8 +23,9 @@ def test_equivalent_programs_are_rewritten(start):
 
 
 @pytest.mark.parametrize("start", range(0, 4 * BLOCK, BLOCK))
-def test_near_twins_are_not_taken_for_what_they_are_not(start):
-    found = list(twins(range(start, start + BLOCK)))
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+def test_near_twins_are_not_taken_for_what_they_are_not(start, turned):
+    found = list(twins(range(start, start + BLOCK), turned=turned))
     assert len(found) > BLOCK / 2
     bad = [f for f in found if f.outcome in ("wrong", "rounding", "failed")]
     assert not bad, "\n\n".join(map(str, bad))

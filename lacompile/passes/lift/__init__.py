@@ -50,11 +50,12 @@ def analyse(
         schedule = Schedule(gm, interpreter.capture.effects)
         matches, refusals = search(schedule, interpreter, holders(interpreter))
         equal: tuple[Equal, ...] = ()
-        others = _other_readings(interpreter, gm, example_inputs, may_be_equal)
-        for other, taken in others if refusals or not matches else ():
+        for other, taken in _other_readings(interpreter, gm, example_inputs, may_be_equal):
+            if matches and not refusals and not other.turned_whole:
+                continue
             other.run(gm, example_inputs)
             found, left = search(schedule, other, holders(other))
-            if len(left) < len(refusals) or (found and not matches):
+            if (len(left), -len(found)) < (len(refusals), -len(matches)):
                 matches, refusals, equal = found, left, taken
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal(
@@ -68,9 +69,11 @@ def analyse(
 def _other_readings(
     first: Interpreter, gm: fx.GraphModule, example_inputs: Sequence[Any], may_be_equal: bool
 ) -> Iterator[tuple[Interpreter, tuple[Equal, ...]]]:
-    """Where rounding leaves another reading of a buffer, or sizes of several inputs may be one."""
+    """Where rounding leaves another reading of a buffer, inputs are turned, or sizes of several of them may be one."""
     if first.statics is not None and first.statics.ambiguous:
         yield Interpreter(reading=1), ()
+    if first.engine.turned:
+        yield Interpreter(read_buffers=first.read_buffers, turned_whole=True), ()
     inputs = gm.graph.find_nodes(op="placeholder")
     if may_be_equal and (equal := alike(inputs, example_inputs)):
         yield Interpreter(read_buffers=first.read_buffers, equal=equal), equal

@@ -227,6 +227,8 @@ class Builder:
             expr = Call(torch.mul, (expr, row_factor))
         for term in added:
             expr = Call(torch.add, (expr, term))
+        if p.backwards:
+            expr = Call(torch.flip, (expr, [p.place[N_ROLE]]))
         for d in p.flattened:
             expr = Call(torch.flatten, (expr, d, d + 1))
         return expr

@@ -59,6 +59,7 @@ class Interpreter:
     read_buffers: bool = True
     reading: int = 0
     equal: Sequence[Equal] = ()
+    turned_whole: bool = False
     series: SeriesTable = field(init=False)
     _mode: Any = None  # that Dynamo traced in
     _gave_up: str | None = None
@@ -71,6 +72,7 @@ class Interpreter:
     def __post_init__(self) -> None:
         self.series = SeriesTable(self.engine.leaves)
         self.engine.sizes.taken_for.update(self.equal)
+        self.engine.turned_whole = self.turned_whole
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)

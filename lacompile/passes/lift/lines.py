@@ -6,7 +6,7 @@ fitted: alternating signs would become a slope.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from .affine import ONE, TAU, Aff, Number
 from .normal import Algebra
@@ -124,7 +124,8 @@ def _fit(algebra: Algebra, a: Term, b: Term, t: int, pinned: Points) -> tuple[tu
     first, own = a.exp, Exponent()
     if not pinned:
         first, own = _own_decay(algebra, a.but(exp=_as_steps(algebra, a.exp, b.exp)), b, t)
-    exp = _fit_exponent(algebra, first, b.exp, t, pinned)
+    end = _earliest if any(i.coef(t) < 0 for _, idx in accs for i in idx) else _latest
+    exp = _fit_exponent(algebra, first, b.exp, t, pinned, end)
     return None if exp is None else (tuple(accs), exp + own)
 
 
@@ -210,7 +211,7 @@ def _fit_access(algebra: Algebra, x: Access, y: Access, t: int, pinned: Points) 
     return (x[0], tuple(idx))
 
 
-def _fit_exponent(algebra: Algebra, a: Exponent, b: Exponent, t: int, pinned: Points) -> Exponent | None:
+def _fit_exponent(algebra: Algebra, a: Exponent, b: Exponent, t: int, pinned: Points, end: End) -> Exponent | None:
     space = algebra.space
     lin: list[tuple[Mono, Aff]] = []
     left = {sub_mono(space, m, pinned): (m, f) for m, f in a.lin} if pinned else {m: (m, f) for m, f in a.lin}
@@ -232,7 +233,7 @@ def _fit_exponent(algebra: Algebra, a: Exponent, b: Exponent, t: int, pinned: Po
         if not q.is_const:
             return None
         lin.append((mono, Aff.var(t) * q.const))
-    sums = _fit_sums(algebra, a.sums, b.sums, t, pinned)
+    sums = _fit_sums(algebra, a.sums, b.sums, t, pinned, end)
     return None if sums is None else Exponent.of(lin, sums)
 
 
@@ -252,7 +253,9 @@ Ends = dict[Number, list[tuple[Aff, Aff]]]
 """Coefficient -> positions: where the piece that is followed has them pinned, and as they are."""
 
 
-def _fit_sums(algebra: Algebra, a: tuple[Sum, ...], b: tuple[Sum, ...], t: int, pinned: Points) -> list[Sum] | None:
+def _fit_sums(
+    algebra: Algebra, a: tuple[Sum, ...], b: tuple[Sum, ...], t: int, pinned: Points, end: End
+) -> list[Sum] | None:
     """Pairs +-P positions of both sides; a vanished pair P(u) - P(u) or a dropped P(0) is put back first."""
     space = algebra.space
     groups: dict[Mono, tuple[Ends, Ends, Mono]] = {}
@@ -272,7 +275,8 @@ def _fit_sums(algebra: Algebra, a: tuple[Sum, ...], b: tuple[Sum, ...], t: int, 
     for left, right, mono in groups.values():
         if not right:  # what the later of two tokens lacks is a pair that vanished, and what the earlier lacks P(0)
             _balance(left)
-        if not _restore(left, right) or not _restore(right, left) or left.keys() != right.keys():
+        restored = _restore(left, right, end) and _restore(right, left, end)
+        if not restored or left.keys() != right.keys():
             return None
         for c in left:
             ps, qs = sorted(left[c]), sorted(right[c])
@@ -293,8 +297,12 @@ def _balance(ends: Ends) -> None:
             ends.setdefault(-c, []).append((Aff(), Aff()))
 
 
-def _restore(mine: Ends, theirs: Ends) -> bool:
-    """Gives ``mine`` the P terms that cancelled there but not in ``theirs``."""
+End = Callable[[list[Aff]], Aff]
+"""Which of several positions does not move: the latest, of a line that goes backwards the earliest."""
+
+
+def _restore(mine: Ends, theirs: Ends, end: End) -> bool:
+    """Gives ``mine`` the P terms that cancelled there but not in ``theirs``: P(0), or a pair P(u) - P(u)."""
     for c, positions in list(theirs.items()):
         have = len(mine.get(c, ()))
         if have >= len(positions):
@@ -302,8 +310,7 @@ def _restore(mine: Ends, theirs: Ends) -> bool:
         if len(positions) - have > 1:
             return False
         if len(mine.get(-c, ())) < len(theirs.get(-c, ())):
-            # the pair P(u) - P(u): u is the other side's end, the later of its positions, which does not move
-            u = _latest([p for p, _ in (*theirs[c], *theirs.get(-c, ()))])
+            u = end([p for p, _ in (*theirs[c], *theirs.get(-c, ()))])
             mine.setdefault(c, []).append((u, u))
             mine.setdefault(-c, []).append((u, u))
         else:
@@ -311,11 +318,15 @@ def _restore(mine: Ends, theirs: Ends) -> bool:
     return True
 
 
-def _latest(positions: list[Aff]) -> Aff:
+def _latest(positions: list[Aff], sign: int = 1) -> Aff:
     """The largest, as far as differences are numbers."""
     best = positions[0]
     for p in positions[1:]:
         step = p - best
-        if step.is_const and step.const > 0:
+        if step.is_const and step.const * sign > 0:
             best = p
     return best
+
+
+def _earliest(positions: list[Aff]) -> Aff:
+    return _latest(positions, -1)

@@ -34,6 +34,8 @@ class Proof:
     place: dict[int, int]  # role -> dimension of the target (features of keys have none)
     later: bool = False
     """Whether a position reads the sum up to the one before it: the attention's row i is read by row i + 1."""
+    backwards: bool = False
+    """Whether the last row of the operator's result is the first of the program's."""
     delayed: bool = False
     """Whether a row reads before it decays: ``tokens`` at a position are the operator's decay of the next one."""
     q: list[Access] = field(default_factory=list)

@@ -24,6 +24,7 @@ import torch
 from ..names import spoken
 from .addends import Addends
 from .affine import Aff
+from .backwards import from_the_end
 from .engine import Engine
 from .flattened import apart
 from .interpret import Fact
@@ -46,6 +47,9 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, quer
     if not any(sequence_index(engine, t) for t in terms) and (step := prove_step(engine, fact, terms)) is not None:
         return step
     main = _main_term(engine, terms, set() if explained is None else explained)
+    if (turned := from_the_end(engine, fact, main)) is not None:
+        inner = prove(engine, turned[0], explained, queries=queries)
+        return replace(inner, backwards=turned[1])
     proving = Addends(engine, fact, main)
     proving.check_ranges()
     proving.assign_roles()

@@ -51,10 +51,17 @@ def final_states(
             expr = None if there is None else final_state(builder.engine, there, proof, attention)
             if there is not None and expr is not None:
                 with suppress(Refused):  # the loop's own last state is as right
+                    if _requires_grad(proof.fact.node) and not _requires_grad(there.node):
+                        expr = Call(torch.Tensor.detach, (expr,))
                     assumed = builder.assumptions.of_state(there.node, expr, proof)
                     out.append(Match(there.node, expr, attentions_of(expr), there.after, assumptions=assumed))
                     break
     return out
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    return isinstance(example, torch.Tensor) and example.requires_grad
 
 
 def _in_the_mode_of(builder: Builder, state: Fact, attention: fx.Node) -> Fact | None:

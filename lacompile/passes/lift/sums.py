@@ -61,7 +61,7 @@ def _one_operand_apart(proofs: list[Proof]) -> bool:
     """Whether two differ in their queries or in their keys alone, whose sum would be that of one attention."""
 
     def tensors(p: Proof) -> tuple[Any, Any, Any]:
-        q, k, v = (sorted(leaf for leaf, _ in accs) for accs in ((*p.q, *p.outer), p.k, p.v))
+        q, k, v = (sorted(accs) for accs in ((*p.q, *p.outer), p.k, p.v))
         return (q, p.q_weights, p.outer_weights), (k, p.k_weights), (v, p.fixed, p.tokens)
 
     return any(

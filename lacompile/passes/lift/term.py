@@ -8,7 +8,7 @@ terms. Contractions live in one case (their guards sit in the terms); masks and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from operator import is_
@@ -186,6 +186,12 @@ class Term:
         if self._signature is None:
             self._signature = tuple([leaf for leaf, _ in self.accs])
         return self._signature
+
+    @property
+    def leaves(self) -> Iterator[int]:
+        """Those of the factors, and of the weight."""
+        monos = (*(m for m, _ in self.exp.lin), *(m for (m, _), _ in self.exp.sums))
+        return (leaf for accs in (self.accs, *monos) for leaf, _ in accs)
 
     def but(self, **changes: Any) -> Term:
         get = changes.get

@@ -86,7 +86,7 @@ def _weigh(space: Space, leaves: Leaves, t: Term, targets: Sequence[Term]) -> Te
             else:
                 break
         else:
-            if not extra or _newest(t, target):
+            if not extra or _newest(t, target, extra):
                 return t
             accs = list(t.accs)
             moved: list[Access] = []
@@ -112,10 +112,16 @@ def _masks_its_token(space: Space, leaves: Leaves, t: Term, mask: Access) -> boo
     return any(leaves.places([mask]) & leaves.places([a]) for a in tokens if a != mask)
 
 
-def _newest(t: Term, other: Term) -> bool:
-    """Whether ``t`` is one token, and the other term those before it: what ``t`` has beyond that is no decay."""
+def _newest(t: Term, other: Term, extra: Sequence[int]) -> bool:
+    """Whether ``t`` is one token, and the other term those before it: what ``t`` has beyond that is no decay.
+
+    If that is read at the other's token, ``t`` has decayed by then: the loop goes backwards.
+    """
     seen = dict(other.accs)
     places = [(x, y) for leaf, idx in t.accs if leaf in seen for x, y in zip(idx, seen[leaf], strict=True) if x != y]
+    theirs = {y for _, y in places if y.is_const}
+    if theirs and all(theirs & set(idx) for leaf, idx in t.accs if leaf in extra):
+        return False
     return bool(places) and all(_before(y, x, other) for x, y in places)
 
 

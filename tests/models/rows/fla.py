@@ -222,7 +222,7 @@ ROWS = [
     row("`naive_chunk_simple_gla`, padded", "chunkwise", simple_chunks, 37, before=39, any_length="0"),
     row("`naive_chunk_simple_gla`, state in and out", "chunkwise", simple_chunks_with_state, 48),
     row("`naive_recurrent_simple_gla`, state in and out", "recurrent", simple_tokens, 12),
-    row("`naive_chunk_linear_attn`", "chunkwise", linear_chunks(False), 128, before=192, any_length="0"),
+    row("`naive_chunk_linear_attn`", "chunkwise", linear_chunks(False), 128, before=192),
     row("`naive_chunk_linear_attn`, normalised", "chunkwise", linear_chunks(True), 128, 2),
     row("`naive_recurrent_linear_attn`", "recurrent", linear_tokens(False), 12),
     row("`naive_recurrent_linear_attn`, normalised", "recurrent", linear_tokens(True), 12, 2),

@@ -64,6 +64,10 @@ class Views:
             return self._selected(expr, dim, size, a), []
         if (joined := self.space.joined(a)) is not None:
             return self._parted(expr, dim, size, *joined)
+        if turned := [v for v, c in a.terms if c < 0 and v in self.digits.sizes]:
+            forwards = self.space.sub(a, {v: self.digits.sizes[v] - 1 - Aff.var(v) for v in turned})
+            expr, digits = self._dimension(expr, dim, size, forwards)
+            return Call(torch.flip, (expr, [dim + digits.index(v) for v in turned])), digits
         terms = sorted(a.terms, key=lambda t: t[1])
         if any(c <= 0 or v not in self.digits.sizes for v, c in terms):
             raise CannotEmit("a view of each tensor", f"index {a}")

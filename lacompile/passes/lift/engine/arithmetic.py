@@ -142,7 +142,13 @@ class Arithmetic(Symbols):
         return not self.plain(v) or self.index_only(v) or any(t.exp for c in v.cases for t in c.terms)
 
     def add(self, a: Val, b: Val, out: torch.Tensor) -> Val:
-        """The sum of two values of one shape."""
+        """The sum of two values of one shape.
+
+        Raises:
+            GiveUp: what is left of it is what a cast has rounded off.
+        """
+        if self.narrowed and out.is_floating_point() and self._cancels(a, b):
+            raise GiveUp("a difference of a tensor and what a cast has left of it")
         for x, y in ((a, b), (b, a)):
             if x.single and not x.terms:
                 return y
@@ -186,6 +192,11 @@ class Arithmetic(Symbols):
     def _together(self, scalars: list[Term]) -> Access | float:
         found = self.access(value((), scalars))
         return found[0] if isinstance(found, tuple) else found
+
+    def _cancels(self, a: Val, b: Val) -> bool:
+        """Whether products of what a cast has narrowed somewhere are taken away from each other."""
+        bodies = {t.body: t.coef for c in a.cases for t in c.terms if not self.narrowed.isdisjoint(t.leaves)}
+        return any(t.coef * bodies.get(t.body, 0.0) < 0 for c in b.cases for t in c.terms)
 
     def _mixture(self, a: Val, b: Val) -> Val | None:
         """Data and a number, each times its share, as one function of both; None if they are something else."""

@@ -27,6 +27,9 @@ class Program(Algebra):
         self.size_nodes: dict[Aff, Any] = {}  # sizes that are inputs of the graph
         self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
         self.view_maps: dict[tuple[tuple[Aff, ...], tuple[Aff, ...]], dict[int, Aff]] = {}  # from old and new sizes
+        self.narrowed: set[int] = set()  # leaves of what was cast to a narrower format
+        self.turned = 0  # tensors of data that the program turned from their end to their beginning
+        self.turned_whole = False  # whether these are taken as they are
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
 

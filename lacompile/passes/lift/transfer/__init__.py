@@ -62,7 +62,13 @@ def rule(*packets: Any) -> Callable[[Rule], Rule]:
     return register
 
 
+TELL_ZEROS_APART = (torch.ops.aten.copysign, torch.ops.aten.atan2, torch.ops.aten.signbit)
+"""Functions of which 0.0 and -0.0, one number here, may have two values."""
+
+
 def _is_pointwise(func: Any) -> bool:
+    if func.overloadpacket in TELL_ZEROS_APART:
+        return False
     return torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags
 
 

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..engine import GiveUp
+from ..precision import EXACT_UP_TO
 from ..space import box
 from ..term import Precision, Term, Val, constant, value
 from . import Op, rule
@@ -25,11 +26,16 @@ def operand(op: Op, n: int) -> Val:
 
 @rule(aten._to_copy)
 def cast(op: Op) -> Val:
-    """The identity between floating formats, and wherever the numbers are known to stay what they are."""
+    """The identity between floating formats, and wherever the numbers are known to stay what they are.
+
+    In eight bits little is left of a number, and a program that computes with that means it.
+    """
     v: Val = op.args[0]
     source, target = op.dtypes[0], op.out.dtype
     floats = source is None or source.is_floating_point
-    if source == target or (floats and target.is_floating_point):
+    if source == target or (floats and target in EXACT_UP_TO):
+        if source is not None and EXACT_UP_TO.get(source, 0) > EXACT_UP_TO[target]:
+            op.engine.narrowed.update(leaf for c in v.cases for t in c.terms for leaf in t.leaves)
         return v
     if op.engine.index_only(v) and not floats and target is not torch.bool:
         return v

@@ -23,9 +23,8 @@ def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
     Raises:
         GiveUp: a tensor of this dtype may not hold what ``v`` says.
     """
-    limit = EXACT_UP_TO.get(dtype)
-    if limit is not None:
-        _positions(engine, v, dtype, limit)
+    if dtype.is_floating_point:
+        _positions(engine, v, dtype, EXACT_UP_TO.get(dtype, 0))
     elif dtype is torch.bool:
         return _truths(engine, v)
     elif dtype.is_complex:
@@ -87,7 +86,7 @@ def _integers(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
             both = [t.coef * x for x in ends(engine, v, c, t)]
             low, high = low + min(both), high + max(both)
         unknown = math.isinf(low) or math.isinf(high)
-        if dtype is torch.int64 or (unknown and dtype in WIDE):
+        if unknown and dtype in (*WIDE, torch.int64):
             continue
         if unknown or low < info.min or high > info.max:
             raise GiveUp(f"integers that {dtype} may not hold")

@@ -61,6 +61,8 @@ def gather(op: Op) -> Val:
 
 @rule(aten.embedding)
 def embedding(op: Op) -> Val:
+    if int(op.arg(2, "padding_idx", -1)) >= 0 or op.arg(3, "scale_grad_by_freq", False) or op.arg(4, "sparse", False):
+        raise GiveUp("an embedding whose gradient is not that of its rows")
     source, positions = op.args[0], op.args[1]
     rank = len(positions.shape)
     moved = {n: Aff.var(n) for n in range(rank) if positions.shape[n] != ONE}

@@ -17,6 +17,8 @@ aten = torch.ops.aten
 
 @rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias)
 def view(op: Op) -> Val:
+    if op.func is aten.view.dtype:
+        raise GiveUp("the bits of a tensor in another format")
     v = op.args[0]
     mapping = view_map(op.engine, v.shape, op.shape)
     return op.engine.index(v, mapping, op.shape)

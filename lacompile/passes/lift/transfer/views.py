@@ -158,6 +158,10 @@ def unbind(op: Op) -> list[Val]:
 
 @rule(aten.flip)
 def flip(op: Op) -> Val:
+    if not op.engine.index_only(op.args[0]):
+        op.engine.turned += 1
+        if op.engine.turned_whole:
+            raise GiveUp("a turned tensor, which is taken as it is")
     v = op.args[0]
     dims = [op.dim(d, len(v.shape)) for d in op.args[1]]
     return op.engine.index(v, {d: v.shape[d] - 1 - Aff.var(d) for d in dims if v.shape[d] != ONE}, v.shape)

@@ -124,8 +124,8 @@ def _fit(algebra: Algebra, a: Term, b: Term, t: int, pinned: Points) -> tuple[tu
     first, own = a.exp, Exponent()
     if not pinned:
         first, own = _own_decay(algebra, a.but(exp=_as_steps(algebra, a.exp, b.exp)), b, t)
-    end = _earliest if any(i.coef(t) < 0 for _, idx in accs for i in idx) else _latest
-    exp = _fit_exponent(algebra, first, b.exp, t, pinned, end)
+    ends = (_latest, _earliest) if any(i.coef(t) < 0 for _, idx in accs for i in idx) else (_earliest, _latest)
+    exp = _fit_exponent(algebra, first, b.exp, t, pinned, ends)
     return None if exp is None else (tuple(accs), exp + own)
 
 
@@ -211,7 +211,7 @@ def _fit_access(algebra: Algebra, x: Access, y: Access, t: int, pinned: Points) 
     return (x[0], tuple(idx))
 
 
-def _fit_exponent(algebra: Algebra, a: Exponent, b: Exponent, t: int, pinned: Points, end: End) -> Exponent | None:
+def _fit_exponent(algebra: Algebra, a: Exponent, b: Exponent, t: int, pinned: Points, ends: Still) -> Exponent | None:
     space = algebra.space
     lin: list[tuple[Mono, Aff]] = []
     left = {sub_mono(space, m, pinned): (m, f) for m, f in a.lin} if pinned else {m: (m, f) for m, f in a.lin}
@@ -233,7 +233,7 @@ def _fit_exponent(algebra: Algebra, a: Exponent, b: Exponent, t: int, pinned: Po
         if not q.is_const:
             return None
         lin.append((mono, Aff.var(t) * q.const))
-    sums = _fit_sums(algebra, a.sums, b.sums, t, pinned, end)
+    sums = _fit_sums(algebra, a.sums, b.sums, t, pinned, ends)
     return None if sums is None else Exponent.of(lin, sums)
 
 
@@ -254,7 +254,7 @@ Ends = dict[Number, list[tuple[Aff, Aff]]]
 
 
 def _fit_sums(
-    algebra: Algebra, a: tuple[Sum, ...], b: tuple[Sum, ...], t: int, pinned: Points, end: End
+    algebra: Algebra, a: tuple[Sum, ...], b: tuple[Sum, ...], t: int, pinned: Points, ends: Still
 ) -> list[Sum] | None:
     """Pairs +-P positions of both sides; a vanished pair P(u) - P(u) or a dropped P(0) is put back first."""
     space = algebra.space
@@ -275,7 +275,7 @@ def _fit_sums(
     for left, right, mono in groups.values():
         if not right:  # what the later of two tokens lacks is a pair that vanished, and what the earlier lacks P(0)
             _balance(left)
-        restored = _restore(left, right, end) and _restore(right, left, end)
+        restored = _restore(left, right, ends[0]) and _restore(right, left, ends[1])
         if not restored or left.keys() != right.keys():
             return None
         for c in left:
@@ -298,7 +298,12 @@ def _balance(ends: Ends) -> None:
 
 
 End = Callable[[list[Aff]], Aff]
-"""Which of several positions does not move: the latest, of a line that goes backwards the earliest."""
+"""Which of several positions does not move."""
+
+Still = tuple[End, End]
+"""That of either side of a line, where it lacks a pair P(u) - P(u) that the other has: it is the token that has not
+decayed yet. The later of two is that where a loop goes forwards, and u is their latest position, the earlier where it
+goes backwards, and u is the earliest."""
 
 
 def _restore(mine: Ends, theirs: Ends, end: End) -> bool:

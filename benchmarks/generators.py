@@ -113,10 +113,10 @@ def write(
         judged_seeds = {f.seed for f in found[which]}
         bad = ("wrong", "rounding", "failed", *(["refused"] if which == "equivalents" else []))
         unexpected = [f for f in found[which] if f.outcome in bad]
-        last = max(judged_seeds, default=seeds[0])
-        sections += [f"## {TITLES[which]}", "", f"Seeds {seeds[0]} to {last}.", "", *table(found[which]), ""]
+        last = max(judged_seeds, default=seeds.start)
+        sections += [f"## {TITLES[which]}", "", f"Seeds {seeds.start} to {last}.", "", *table(found[which]), ""]
         record[which] = {
-            "seeds": [seeds[0], last],
+            "seeds": [seeds.start, last],
             "outcomes": Counter(f.outcome for f in found[which]),
             "unexpected": [
                 {"seed": f.seed, "kind": f.kind, "outcome": f.outcome, "detail": f.detail} for f in unexpected

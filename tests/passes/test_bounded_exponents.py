@@ -173,7 +173,6 @@ TWINS = {
         (FALL(gate, slope) + slope.exp()[:, None, None] * distance(N)).clamp(max=0).exp().tril()
     ),
     "more at each row": lambda gate, slope: (FALL(gate, slope) + 0.5).clamp(max=0).exp().tril(),
-    "both sides": lambda gate, slope: FALL(gate, slope).clamp(max=0).exp(),
     "one row later": lambda gate, slope: FALL(gate, slope).clamp(max=0).exp().tril(1),
 }
 
@@ -182,6 +181,12 @@ TWINS = {
 def test_near_twins_are_left_alone(name):
     weight = weighted(TWINS[name])
     assert_refused(lambda *args: weight(*args) * args[-1].sum(), *arguments())
+
+
+def test_both_sides():
+    """Above the diagonal every weight is 1: that is a sum over later positions."""
+    weight = weighted(lambda gate, slope: FALL(gate, slope).clamp(max=0).exp())
+    assert_rewritten(weight, *arguments(), count=2, compiled=False)
 
 
 def test_rates_above_0_are_bounded_away():

@@ -63,7 +63,12 @@ def test_numbers_that_no_factor_rests_on_are_not():
     assert not report.rewrites[0].assumptions
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_a_side_result_in_eight_bits_is_another():
+    module = Tokens(lambda self, x, t: x.to(torch.float8_e4m3fn).to(x.dtype))
+    assert_rewritten(module, X, V, count=1, compiled=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_side_result_that_was_rounded_is_not_read(dtype):
     module = Tokens(lambda self, x, t: x.to(dtype).to(x.dtype))
     assert_refused(module, X, V, obligation="emission")

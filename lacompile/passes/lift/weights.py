@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .affine import Aff
+from .affine import ONE, Aff
 from .leaves import Leaves
 from .logs import log_summands
 from .space import Space
@@ -86,7 +86,7 @@ def _weigh(space: Space, leaves: Leaves, t: Term, targets: Sequence[Term]) -> Te
             else:
                 break
         else:
-            if not extra or _newest(t, target, extra):
+            if not extra or _newest(leaves, t, target, extra):
                 return t
             accs = list(t.accs)
             moved: list[Access] = []
@@ -112,7 +112,7 @@ def _masks_its_token(space: Space, leaves: Leaves, t: Term, mask: Access) -> boo
     return any(leaves.places([mask]) & leaves.places([a]) for a in tokens if a != mask)
 
 
-def _newest(t: Term, other: Term, extra: Sequence[int]) -> bool:
+def _newest(leaves: Leaves, t: Term, other: Term, extra: Sequence[int]) -> bool:
     """Whether ``t`` is one token, and the other term those before it: what ``t`` has beyond that is no decay.
 
     If that is read at the other's token, ``t`` has decayed by then: the loop goes backwards.
@@ -120,7 +120,10 @@ def _newest(t: Term, other: Term, extra: Sequence[int]) -> bool:
     seen = dict(other.accs)
     places = [(x, y) for leaf, idx in t.accs if leaf in seen for x, y in zip(idx, seen[leaf], strict=True) if x != y]
     theirs = {y for _, y in places if y.is_const}
-    if theirs and all(theirs & set(idx) for leaf, idx in t.accs if leaf in extra):
+    held = [
+        {i for i, n in zip(idx, leaves[leaf].shape, strict=True) if n != ONE} for leaf, idx in t.accs if leaf in extra
+    ]
+    if theirs and all(theirs & at for at in held):
         return False
     return bool(places) and all(_before(y, x, other) for x, y in places)
 

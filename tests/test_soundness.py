@@ -170,6 +170,28 @@ def what_a_cast_has_rounded_off(q, k, v):
     return attention(q, k + 256 * (k - k.bfloat16().float()), v, causal())
 
 
+def sums_in_integers_of_fractions(q, k, v):
+    halves = torch.stack([0.6 * causal(), 0.4 * causal()])
+    return attention(q, k, v, halves.sum(0, dtype=torch.int64).float())
+
+
+def logarithms_of_nothing(q, k, v):
+    """What is behind the logarithm sees minus infinity, and not what keeps a decay finite."""
+    state, out = q.new_zeros(B, H, D, E), []
+    for t in range(N):
+        log = k[:, :, t].relu().log()
+        features = torch.where(torch.isfinite(log), log, 0.0)
+        state = 0.9 * state + features[..., None] * v[:, :, t, None]
+        out.append((q[:, :, t, None] @ state)[:, :, 0])
+    return torch.stack(out, 2)
+
+
+def gates_with_logarithms_of_nothing(q, k, v):
+    log = k[..., 0].relu().log()
+    total = torch.where(torch.isfinite(log), log.clamp(max=0), -0.1).cumsum(-1)
+    return attention(q, k, v, torch.exp((total[..., :, None] - total[..., None, :]).tril()).tril())
+
+
 def zeros_of_two_signs(q, k, v):
     plus, minus = torch.tensor(0.0), torch.tensor(-0.0)
     return attention(torch.copysign(q, plus), torch.copysign(k, minus), v, causal())
@@ -270,6 +292,9 @@ def a_gate_that_underflows(q, k, v):
         bits_of_bytes,
         the_bits_of_the_result,
         what_a_cast_has_rounded_off,
+        sums_in_integers_of_fractions,
+        logarithms_of_nothing,
+        gates_with_logarithms_of_nothing,
         zeros_of_two_signs,
         sums_of_truths_of_data,
         weights_in_integers,

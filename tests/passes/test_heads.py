@@ -212,8 +212,8 @@ def test_a_normaliser_is_a_row_factor(by_column):
         return (weights / (weights.sum(-2 if by_column else -1, keepdim=True) + 1e-6)) @ v
 
     args = [torch.randn(B, N, 8, requires_grad=True) for _ in range(3)]
-    # sums over rows are no attention, but a factor of the keys all the same
-    assert_rewritten(f, *args, count=1 if by_column else 2, compiled=False)
+    # sums over rows are over later positions, and a factor of the keys all the same
+    assert_rewritten(f, *args, count=2, compiled=False)
 
 
 def test_part_of_a_gradient():

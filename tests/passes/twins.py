@@ -14,11 +14,6 @@ def two_tokens_left_out(q, k, v, slope):
     return (q @ k.mT * torch.where(d > 1, torch.exp(-slope[:, None, None] * d), 0.0)) @ v
 
 
-@register(TWINS, None)
-def absolute_distance(q, k, v, slope):
-    return (q @ k.mT * torch.exp(-slope[:, None, None] * distance(q.shape[2]).abs())) @ v
-
-
 @register(TWINS, "causal-range")
 def windowed(q, k, v, slope):
     d = distance(q.shape[2])
@@ -41,12 +36,6 @@ def quotient_of_the_powers_of_another_head(q, k, v, slope):
 def quotient_of_powers_and_a_constant(q, k, v, slope):
     p = powers(slope, q.shape[2])
     return (q @ k.mT * (p / (p.mT + 1e-3)).tril()) @ v
-
-
-@register(TWINS, "causal-range")
-def anti_causal(q, k, v, slope):
-    d = distance(q.shape[2])
-    return (q @ k.mT * torch.where(d <= 0, torch.exp(slope[:, None, None] * d), 0.0)) @ v
 
 
 @register(TWINS, None)

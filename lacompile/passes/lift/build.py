@@ -182,7 +182,7 @@ class Builder:
         total: Piece | None = None
         sources = []
         for mono, c in (*p.fixed, *p.tokens):
-            piece = self.emitter.product(mono)
+            piece = self.emitter.product(mono, rate=True)
             if piece is None:
                 piece = self.emitter.number(c, exact)
                 sources.append(f"the constant {math.exp(c):.6g}")

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ..facts import Call, DecayedAttention, Expr
+from .affine import Aff
 from .build import Builder
 from .interpret import Fact
-from .proof import Proof, Refused
+from .proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
 from .prove import prove
 from .roles import sequence_index
-from .term import Term, value
+from .term import Access, Term, value
 
 MOST = 4
 """Attentions in one sum: of a loop whose pieces do not merge there are as many as pieces."""
@@ -58,15 +59,27 @@ def _read(p: Proof) -> bool:
 
 
 def _one_operand_apart(proofs: list[Proof]) -> bool:
-    """Whether two differ in their queries or in their keys alone, whose sum would be that of one attention."""
+    """Whether two differ in their queries or in their keys alone, or in numbers that either is multiplied by.
+
+    The sum of these would be one attention.
+    """
 
     def tensors(p: Proof) -> tuple[Any, Any, Any]:
-        q, k, v = (sorted(accs) for accs in ((*p.q, *p.outer), p.k, p.v))
+        q, k, v = (sorted(map(_place, filter(_of_tokens, accs))) for accs in ((*p.q, *p.outer), p.k, p.v))
         return (q, p.q_weights, p.outer_weights), (k, p.k_weights), (v, p.fixed, p.tokens)
 
     return any(
         x[2] == y[2] and (x[0] == y[0] or x[1] == y[1]) for x, y in combinations([tensors(p) for p in proofs], 2)
     )
+
+
+def _of_tokens(a: Access) -> bool:
+    return any(i.coef(N_ROLE) for i in a[1])
+
+
+def _place(a: Access) -> Access:
+    """An access without its features, of which each attention has its own: what part of the tensor it reads."""
+    return a[0], tuple(Aff(tuple(t for t in i.terms if not D_ROLE <= t[0] < E_ROLE), i.const) for i in a[1])
 
 
 def _alone(builder: Builder, fact: Fact, terms: list[Term]) -> tuple[Proof, DecayedAttention, Expr] | None:

@@ -77,9 +77,12 @@ class Emitter:
         counted = Call(torch.sub, (Call(torch.cumsum, (ones, self.digits.order.index(digit))), 1.0))
         return Piece(counted, frozenset({digit}), exact)
 
-    def product(self, accesses: Sequence[Access], factors: Sequence[Piece] = ()) -> Piece | None:
-        """The product of accesses; None for the empty product. Where a condition does not hold nothing is read."""
-        pieces = [*(self.reader.read(a) for a in accesses), *factors]
+    def product(self, accesses: Sequence[Access], factors: Sequence[Piece] = (), *, rate: bool = False) -> Piece | None:
+        """The product of accesses; None for the empty product. Where a condition does not hold nothing is read.
+
+        That of a ``rate`` will be exponentiated.
+        """
+        pieces = [*(self.reader.read(a, rate) for a in accesses), *factors]
         data = [p for p in pieces if p.dtype is not torch.bool]
         conditions = [p for p in pieces if p.dtype is torch.bool]
         if not data:
@@ -88,7 +91,7 @@ class Emitter:
 
     def exponential(self, mono: Mono, coef: float) -> Piece:
         """In fp32 at least: what the program computed it in is not known, and it grows with the number of steps."""
-        inner = self.product(mono)
+        inner = self.product(mono, rate=True)
         assert inner is not None
         return inner.to(torch.promote_types(inner.dtype, torch.float32)).scaled(coef).exp()
 

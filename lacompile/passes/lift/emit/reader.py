@@ -22,6 +22,12 @@ from .views import Views
 aten = torch.ops.aten
 
 
+OF_RATES = (
+    aten.where.self, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.neg.default, aten._to_copy.default,
+)  # fmt: skip
+"""Functions whose result for minus infinity and for a large negative number is, exponentiated, the same."""
+
+
 class Reader:
     """Reads accesses of leaves; the arguments are those of the emitter."""
 
@@ -37,7 +43,8 @@ class Reader:
         self.engine, self.leaves, self.views, self.held = engine, engine.leaves, views, held
         self.like, self.exact, self.computed = like, exact, computed
 
-    def read(self, access: Access) -> Piece:
+    def read(self, access: Access, rate: bool = False) -> Piece:
+        """What an access reads; of a ``rate``, which is exponentiated, logarithms stay finite."""
         leaf_id, idx = access
         leaf = self.leaves[leaf_id]
         kind = leaf.kind
@@ -57,7 +64,7 @@ class Reader:
         if isinstance(kind, Extended):
             return self._extended(kind.of, idx)
         assert isinstance(kind, Symbol)
-        return self._symbol(kind, idx, leaf.dtype)
+        return self._symbol(kind, idx, leaf.dtype, rate)
 
     def _value(self, leaf_id: int, kind: Opaque) -> Expr:
         """An opaque leaf as it is in the graph, or computed if it is known what it is."""
@@ -105,16 +112,17 @@ class Reader:
         index = tuple(at.get(d, ZERO) for d in range(len(shape)))
         return self.views.indexed(Value(node), shape, index, example.dtype, padded)
 
-    def _symbol(self, kind: Symbol, idx: tuple[Aff, ...], dtype: torch.dtype) -> Piece:
+    def _symbol(self, kind: Symbol, idx: tuple[Aff, ...], dtype: torch.dtype, rate: bool) -> Piece:
         args: list[Any] = []
         present: frozenset[int] = frozenset()
-        for arg in kind.given(idx):
+        chosen = kind.op is aten.where.self
+        for n, arg in enumerate(kind.given(idx)):
             if isinstance(arg, tuple):
                 access, used = arg
-                piece = self.read(access)
+                piece = self.read(access, rate and kind.op in OF_RATES and not (chosen and n == 0))
                 if used is not None:
                     piece = piece.to(used)
-                if kind.op is aten.log.default and not self.leaves.truth(access[0]):
+                if rate and kind.op is aten.log.default and not self.leaves.truth(access[0]):
                     piece = piece.above_zero()
                     dtype = piece.dtype
                 args.append(piece.expr)

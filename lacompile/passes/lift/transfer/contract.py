@@ -129,6 +129,7 @@ def _products(engine: Engine, left: Sequence[Term], right: Sequence[Term], range
 
 @rule(aten.sum, aten.mean)
 def total(op: Op) -> Val:
+    _keeps_entries(op, op.arg(3, "dtype", None))
     v: Val = op.args[0]
     rank = len(v.shape)
     dims = op.arg(1, "dim", None)
@@ -140,6 +141,18 @@ def total(op: Op) -> Val:
         mean = op.engine.scale(summed(op, v, dims, keepdim), 1.0 / count)
         return mean if mean.alt is None else replace(mean, alt=_as_it_is(op, mean.terms))
     return summed(op, v, dims, keepdim)
+
+
+def _keeps_entries(op: Op, dtype: torch.dtype | None) -> None:
+    """That entries are summed as they are: in a ``dtype`` that was asked for they are converted first.
+
+    Raises:
+        GiveUp: fractions are lost then, or numbers are truths.
+    """
+    source = op.dtypes[0]
+    fractions = source is None or source.is_floating_point
+    if dtype is torch.bool or (dtype is not None and fractions and not dtype.is_floating_point):
+        raise GiveUp(f"a sum of what the entries are in {dtype}")
 
 
 def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
@@ -179,6 +192,7 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
 
 @rule(aten.cumsum)
 def cumsum(op: Op) -> Val:
+    _keeps_entries(op, op.arg(2, "dtype", None))
     engine = op.engine
     v = engine.flat(op.args[0])
     if v.alt is not None:

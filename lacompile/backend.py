@@ -77,7 +77,7 @@ class _Again:
         return self.hand_over(self.gm, args)
 
     def __call__(self, args: Sequence[Any]) -> tuple[Callable[..., Any], guards.Assumed] | None:
-        decision = decide(self.gm, args, self.settings)
+        decision = decide(self.gm, args, self.settings, may_guard=False)
         if decision.rewritten is None:
             return None
         code = code_of(decision.rewritten)

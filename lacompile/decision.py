@@ -51,8 +51,11 @@ class Decision:
         return Decision(None, replace(self.report, rewrites=(), near_misses=near_misses, nodes_after=nodes))
 
 
-def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Decision:
-    """Analysis, legality, capability, validation and rewrite; any fault of ours leaves the graph alone."""
+def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, may_guard: bool = True) -> Decision:
+    """Analysis, legality, capability, validation and rewrite; any fault of ours leaves the graph alone.
+
+    Where Dynamo has traced it before, and keeps no guard of ours any more, it ``may_guard`` nothing.
+    """
     if _compat.functorch_active():
         return Decision(None, Report(notes=("left alone: a functorch transform or forward-mode AD is active",)))
     if _compat.functorch_inside(gm):
@@ -61,7 +64,7 @@ def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
     mode = fake_mode_of(gm)
     start = time.perf_counter()
     with _asking_nothing(mode):
-        gm, found = _found(gm, example_inputs, options, may_be_equal=True)
+        gm, found = _found(gm, example_inputs, options, may_be_equal=may_guard)
     if found.matches and not options.dry_run:
         for a, b in found.equal:
             _compat.guard_equal(mode, a, b)

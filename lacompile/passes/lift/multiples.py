@@ -70,7 +70,7 @@ def _multiples(space: Space, x: Term, y: Term) -> Multiples | None:
     common = Exponent(tuple(e for e in x.exp.lin if e in y.exp.lin), sums)
     whole = Term(1.0, x.poly, tuple(sorted(shared.elements())), common, x.guards)
     first, second = (
-        Term(t.coef, accs=own, exp=Exponent(rates)) for t, own, rates in zip((x, y), apart, lin, strict=True)
+        Term(t.coef, accs=own, exp=Exponent.of(rates, ())) for t, own, rates in zip((x, y), apart, lin, strict=True)
     )
     return Multiples(whole, first, second)
 

@@ -123,16 +123,15 @@ def _behind_loops(
     """The graph in which a loop's results are joined before they are projected, where more is found in that."""
     try:
         other = fissioned(found.schedule)
+        if other is None:
+            return gm, found
+        again = look(other)
+        better = bool(again.matches) and _worth(again) >= _worth(found)
     except Exception:  # what cannot be moved stays where it is
         log.debug("a loop's results could not be joined", exc_info=True)
         return gm, found
-    if other is None:
-        return gm, found
-    again = look(other)
     seconds = {k: found.seconds.get(k, 0) + s for k, s in again.seconds.items()}
-    if again.matches and _worth(again) >= _worth(found):
-        return other, replace(again, seconds=seconds)
-    return gm, replace(found, seconds=seconds)
+    return (other, replace(again, seconds=seconds)) if better else (gm, replace(found, seconds=seconds))
 
 
 def _worth(found: Analysis) -> tuple[int, int]:

@@ -197,9 +197,9 @@ class TestOtherValues:
 
 
 def count(function, calls):
-    def counted(*args):
+    def counted(*args, **options):
         calls.append(args)
-        return function(*args)
+        return function(*args, **options)
 
     return counted
 

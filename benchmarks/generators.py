@@ -119,7 +119,8 @@ def write(
             "seeds": [seeds.start, last],
             "outcomes": Counter(f.outcome for f in found[which]),
             "unexpected": [
-                {"seed": f.seed, "kind": f.kind, "outcome": f.outcome, "detail": f.detail} for f in unexpected
+                {"seed": f.seed, "kind": f.kind, "outcome": f.outcome, "detail": f.detail.replace(f"{ROOT}/", "")}
+                for f in unexpected
             ],
         }
         if unexpected:

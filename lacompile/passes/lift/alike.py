@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..._compat import must_stay_symbolic
+from ..._compat import hint, must_stay_symbolic
 from .statics import belongs_to_module
 
 Equal = tuple[Any, Any]
@@ -33,9 +33,9 @@ def alike(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> tup
         for d, size in enumerate(_sizes(node, real)):
             if isinstance(size, int) or size.node.expr.is_Integer:
                 fixed.setdefault(int(size), set()).add(d)
-            elif size.node.has_hint() and size.node.expr.is_Symbol and size.node.hint > 1:
+            elif size.node.expr.is_Symbol and (number := hint(size)) > 1:
                 env = size.node.shape_env
-                by_number.setdefault(int(size.node.hint), {}).setdefault(size.node.expr, set()).add((node, d))
+                by_number.setdefault(number, {}).setdefault(size.node.expr, set()).add((node, d))
     return tuple(e for n, places in sorted(by_number.items()) for e in _equal(n, places, fixed.get(n, set()), env))
 
 

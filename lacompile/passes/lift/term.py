@@ -190,8 +190,7 @@ class Term:
     @property
     def leaves(self) -> Iterator[int]:
         """Those of the factors, and of the weight."""
-        monos = (*(m for m, _ in self.exp.lin), *(m for (m, _), _ in self.exp.sums))
-        return (leaf for accs in (self.accs, *monos) for leaf, _ in accs)
+        return (leaf for accs in (self.accs, *self.exp.monos) for leaf, _ in accs)
 
     def but(self, **changes: Any) -> Term:
         get = changes.get

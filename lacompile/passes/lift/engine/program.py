@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...._compat import hint
 from ..affine import ONE, ZERO, Aff
 from ..leaves import Interval, Leaf, Leaves, Opaque
 from ..normal import Algebra
@@ -28,7 +29,7 @@ class Program(Algebra):
         self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
         self.view_maps: dict[tuple[tuple[Aff, ...], tuple[Aff, ...]], dict[int, Aff]] = {}  # from old and new sizes
         self.narrowed: set[int] = set()  # leaves of what was cast to a narrower format
-        self.turned = 0  # tensors of data that the program turned from their end to their beginning
+        self.turned = False  # whether the program turned tensors of data from their end to their beginning
         self.turned_whole = False  # whether these are taken as they are
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
@@ -43,7 +44,7 @@ class Program(Algebra):
             found = self.sizes(size.node.expr, size.node.shape_env)
             if found not in self.symints:
                 self.symints[found] = size
-                self._seen[found] = Aff.lit(int(size.node.hint)) if size.node.has_hint() else found
+                self._seen[found] = Aff.lit(number) if (number := hint(size)) else found
             return found
         raise GiveUp(f"index of type {type(size).__name__}")
 

@@ -159,7 +159,7 @@ def unbind(op: Op) -> list[Val]:
 @rule(aten.flip)
 def flip(op: Op) -> Val:
     if len(op.shape) > 1 and not op.engine.index_only(op.args[0]):  # a vector is no sequence
-        op.engine.turned += 1
+        op.engine.turned = True
         if op.engine.turned_whole:
             raise GiveUp("a turned tensor, which is taken as it is")
     v = op.args[0]

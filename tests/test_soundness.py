@@ -13,12 +13,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lacompile
-from lacompile.passes.lift.affine import Aff
+from lacompile.passes.lift.domain.affine import Aff
+from lacompile.passes.lift.domain.evaluate import Evaluator
+from lacompile.passes.lift.domain.leaves import Opaque
+from lacompile.passes.lift.domain.term import Term
 from lacompile.passes.lift.engine import Engine
-from lacompile.passes.lift.evaluate import Evaluator
-from lacompile.passes.lift.leaves import Opaque
-from lacompile.passes.lift.merge import merge_sum
-from lacompile.passes.lift.term import Term
+from lacompile.passes.lift.normal.merge import merge_sum
 from lacompile.testing import assert_rewritten
 
 B, H, N, D, E = 2, 3, 24, 8, 6

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lacompile.passes.lift.evaluate import Evaluator
+from lacompile.passes.lift.domain.evaluate import Evaluator
+from lacompile.passes.lift.domain.leaves import Argument, Extended, Opaque, Symbol, Table
 from lacompile.passes.lift.interpret import Interpreter
-from lacompile.passes.lift.leaves import Argument, Extended, Opaque, Symbol, Table
 
 B, H, N, D = 2, 3, 24, 4
 CHUNK = 8

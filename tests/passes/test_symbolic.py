@@ -11,9 +11,9 @@ import torch
 
 from lacompile.backend import decide
 from lacompile.options import Options
-from lacompile.passes.lift.affine import Aff
-from lacompile.passes.lift.evaluate import Evaluator
-from lacompile.passes.lift.space import Space
+from lacompile.passes.lift.domain.affine import Aff
+from lacompile.passes.lift.domain.evaluate import Evaluator
+from lacompile.passes.lift.domain.space import Space
 from lacompile.testing.budgets import check_error, relative_error
 
 from . import loops, twins  # noqa: F401  (they register their programs)

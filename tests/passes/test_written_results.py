@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lacompile.passes.lift import interpret
+from lacompile.passes.lift.interpret import writes
 from lacompile.testing import assert_rewritten
 
 from .drawn import qkv, slopes
@@ -114,5 +114,5 @@ def test_a_fault_in_the_analysis_of_a_write_costs_what_is_written_into(monkeypat
         other[:, :, 1] = v[:, :, 0]
         return attention(q, k, v, slope), other, other.view(-1)
 
-    monkeypatch.setattr(interpret, "written_at", broken)
+    monkeypatch.setattr(writes, "written_at", broken)
     assert_rewritten(f, *arguments(), compiled=False)

@@ -12,10 +12,10 @@ from torch import fx
 from ..effects import Effects
 from ..facts import Match, Refusal
 from ..schedule import Schedule
-from .alike import Equal, alike
-from .holders import holders
+from .inputs.alike import Equal, alike
 from .interpret import Interpreter
 from .match import search
+from .recipes.holders import holders
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +50,14 @@ def analyse(
         schedule = Schedule(gm, interpreter.capture.effects)
         matches, refusals = search(schedule, interpreter, holders(interpreter))
         equal: tuple[Equal, ...] = ()
-        for other, taken in _other_readings(interpreter, gm, example_inputs, may_be_equal):
-            if matches and not refusals and not other.turned_whole:
+        for settings in _other_readings(interpreter, gm, example_inputs, may_be_equal):
+            if matches and not refusals and "turned_whole" not in settings:
                 continue
+            other = Interpreter(read_buffers=interpreter.read_buffers, **settings)
             other.run(gm, example_inputs)
             found, left = search(schedule, other, holders(other))
             if (len(left), -len(found)) < (len(refusals), -len(matches)):
-                matches, refusals, equal = found, left, taken
+                matches, refusals, equal = found, left, tuple(other.equal)
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal(
             "lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}"
@@ -68,15 +69,18 @@ def analyse(
 
 def _other_readings(
     first: Interpreter, gm: fx.GraphModule, example_inputs: Sequence[Any], may_be_equal: bool
-) -> Iterator[tuple[Interpreter, tuple[Equal, ...]]]:
-    """Where rounding leaves another reading of a buffer, inputs are turned, or sizes of several of them may be one."""
+) -> Iterator[dict[str, Any]]:
+    """Where rounding leaves another reading of a buffer, inputs are turned, or sizes of several of them may be one.
+
+    Each is what an interpreter is told for it.
+    """
     if first.statics is not None and first.statics.ambiguous:
-        yield Interpreter(reading=1), ()
+        yield {"reading": 1}
     if first.engine.turned:
-        yield Interpreter(read_buffers=first.read_buffers, turned_whole=True), ()
+        yield {"turned_whole": True}
     inputs = gm.graph.find_nodes(op="placeholder")
     if may_be_equal and (equal := alike(inputs, example_inputs)):
-        yield Interpreter(read_buffers=first.read_buffers, equal=equal), equal
+        yield {"equal": equal}
 
 
 __all__ = ["Analysis", "analyse"]

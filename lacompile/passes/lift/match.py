@@ -8,19 +8,19 @@ from torch import fx
 
 from ..facts import DecayedAttention, Expr, Match, Refusal, attentions_of, values_of
 from ..schedule import Schedule
-from .affine import Aff
-from .build import Builder
-from .causes import Causes
-from .holders import Holders
+from .domain.affine import Aff
+from .domain.term import value
 from .interpret import Fact, Interpreter
-from .proof import Proof, Refused
-from .prove import explain_missing, prove
-from .roles import sequence_index
-from .segments import prove_segments
-from .states import final_states, looks_like_state
-from .step import prove_step
-from .sums import prove_sum
-from .term import value
+from .prove.causes import Causes
+from .prove.obligations import explain_missing, prove
+from .prove.proof import Proof, Refused
+from .prove.roles import sequence_index
+from .prove.step import prove_step
+from .recipes.builder import Builder
+from .recipes.holders import Holders
+from .recipes.segments import prove_segments
+from .recipes.states import final_states, looks_like_state
+from .recipes.sums import prove_sum
 
 MAX_STEPS_BACK = 24
 EXPLAINED = 1  # progress of a refusal that names a tensor of the program, and not what became of the normal form

@@ -9,13 +9,14 @@ from dataclasses import replace
 
 import torch
 
-from ..affine import Aff
-from ..ends import two_points
-from ..leaves import Opaque
-from ..multiples import gathered, mixture
-from ..running import running_terms
-from ..term import NO_GUARDS, Access, Case, Exponent, Term, Val, constant, value
-from ..weights import align_weights, scalar_factors
+from ..domain.affine import Aff
+from ..domain.exponent import Access, Exponent
+from ..domain.leaves import Opaque
+from ..domain.term import NO_GUARDS, Case, Term, Val, constant, value
+from ..normal.ends import two_points
+from ..normal.multiples import gathered, mixture
+from ..normal.running import running_terms
+from ..normal.weights import align_weights, scalar_factors
 from .limits import MAX_TERMS, GiveUp, bounded
 from .structure import summed
 from .symbols import Symbols

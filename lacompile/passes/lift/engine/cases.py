@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product as cartesian
 
-from ..affine import ONE, Aff
-from ..merge import MAX_UNMERGED, TooManyTerms, merge_sum
-from ..term import NO_GUARDS, Case, Guards, Term, Val, value
+from ..domain.affine import ONE, Aff
+from ..domain.term import NO_GUARDS, Case, Guards, Term, Val, value
+from ..normal.merge import MAX_UNMERGED, TooManyTerms, merge_sum
 from .limits import MAX_CASES, GiveUp, Unmerged
 from .structure import Structure
 

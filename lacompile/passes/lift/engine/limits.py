@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..term import Mono, Term
+from ..domain.exponent import Mono
+from ..domain.term import Term
 
 MAX_TERMS = 12  # of one side of a product of sums
 MAX_CASES = 8

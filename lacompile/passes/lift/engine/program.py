@@ -8,11 +8,12 @@ from typing import Any
 import torch
 
 from ...._compat import hint
-from ..affine import ONE, ZERO, Aff
-from ..leaves import Interval, Leaf, Leaves, Opaque
-from ..normal import Algebra
-from ..sizes import Sizes
-from ..term import Precision, Term, Val, value
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.intervals import Interval
+from ..domain.leaves import Leaf, Leaves, Opaque
+from ..domain.sizes import Sizes
+from ..domain.term import Precision, Term, Val, value
+from ..normal.algebra import Algebra
 from .limits import GiveUp
 
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable
 from itertools import combinations
 
-from ..affine import ONE, Aff
-from ..leaves import Table
-from ..term import Access, Term, Val
+from ..domain.affine import ONE, Aff
+from ..domain.exponent import Access
+from ..domain.leaves import Table
+from ..domain.term import Term, Val
 from .program import Program
 
 

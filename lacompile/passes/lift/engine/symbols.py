@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from ...._compat import takes_no_number
-from ..leaves import Number, Symbol, Table
-from ..logs import log_summands
-from ..precision import jumps
-from ..term import Access, Case, Exponent, Mono, Precision, Term, Val, value
+from ..domain.exponent import Access, Exponent, Mono
+from ..domain.leaves import Number, Symbol, Table
+from ..domain.precision import jumps
+from ..domain.term import Case, Precision, Term, Val, value
+from ..normal.logs import log_summands
 from .limits import GiveUp
 from .tables import Tables
 

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from ...._compat import outside_modes
-from ..affine import ONE, Aff
-from ..evaluate import Evaluator
-from ..leaves import Table
-from ..term import Access, Term, Val, constant, value
+from ..domain.affine import ONE, Aff
+from ..domain.evaluate import Evaluator
+from ..domain.exponent import Access
+from ..domain.leaves import Table
+from ..domain.term import Term, Val, constant, value
 from .cases import Cases
 from .limits import MAX_TABLE, GiveUp
 

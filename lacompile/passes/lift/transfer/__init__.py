@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from ..affine import Aff
+from ..domain.affine import Aff
+from ..domain.precision import amplifies, result_precision
+from ..domain.term import Val
 from ..engine import Engine, GiveUp
-from ..precision import amplifies, result_precision
-from ..term import Val
 
 
 @dataclass

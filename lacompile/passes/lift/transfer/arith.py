@@ -6,10 +6,10 @@ import math
 
 import torch
 
+from ..domain.precision import EXACT_UP_TO
+from ..domain.space import box
+from ..domain.term import Precision, Term, Val, constant, value
 from ..engine import GiveUp
-from ..precision import EXACT_UP_TO
-from ..space import box
-from ..term import Precision, Term, Val, constant, value
 from . import Op, rule
 
 aten = torch.ops.aten

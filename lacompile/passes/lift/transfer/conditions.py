@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
-from ..affine import ONE, ZERO, Aff
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.exponent import Exponent, Mono
+from ..domain.leaves import Argument, Symbol
+from ..domain.precision import decidable
+from ..domain.term import NO_GUARDS, Case, Guards, Term, Val, constant, value
 from ..engine import Engine, GiveUp
-from ..leaves import Argument, Symbol
-from ..precision import decidable
-from ..term import NO_GUARDS, Case, Exponent, Guards, Mono, Term, Val, constant, value
 from . import Op, rule
 from .arith import number, operand
 from .exponentials import weights

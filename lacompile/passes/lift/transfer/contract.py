@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import torch
 
-from ..affine import ONE, Aff
+from ..domain.affine import ONE, Aff
+from ..domain.leaves import Opaque
+from ..domain.term import Term, Val
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
-from ..leaves import Opaque
-from ..term import Term, Val
 from . import Op, rule
 from .arith import added, operand
 from .exponentials import exponential

@@ -6,10 +6,11 @@ import math
 
 import torch
 
-from ..affine import TAU, Aff
+from ..domain.affine import TAU, Aff
+from ..domain.exponent import NO_EXPONENT, Exponent, Mono
+from ..domain.precision import ends
+from ..domain.term import Case, Guards, Term, Val, value
 from ..engine import Engine, GiveUp
-from ..precision import ends
-from ..term import NO_EXPONENT, Case, Exponent, Guards, Mono, Term, Val, value
 from . import Op, rule
 
 aten = torch.ops.aten

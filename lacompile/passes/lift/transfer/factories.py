@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from ..affine import ONE, ZERO, Aff
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.term import Term, Val, constant, value
 from ..engine import GiveUp
-from ..term import Term, Val, constant, value
 from . import Op, rule
 
 aten = torch.ops.aten

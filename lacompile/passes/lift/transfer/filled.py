@@ -10,10 +10,10 @@ import math
 
 import numpy as np
 
-from ..affine import Aff
+from ..domain.affine import Aff
+from ..domain.term import Val
 from ..engine import Engine
 from ..engine.limits import MAX_TABLE
-from ..term import Val
 
 FEW = 2
 """As many different numbers may be the regions of a mask."""

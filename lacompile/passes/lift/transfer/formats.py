@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
+from ..domain.leaves import Table
+from ..domain.precision import EXACT_UP_TO, WIDE, ends
+from ..domain.term import Case, Term, Val
 from ..engine import Engine, GiveUp
-from ..leaves import Table
-from ..precision import EXACT_UP_TO, WIDE, ends
-from ..term import Case, Term, Val
 
 
 def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from ..affine import ONE, Aff
-from ..begun import opened_beside
+from ..domain.affine import ONE, Aff
+from ..domain.exponent import Access, Exponent, Mono
+from ..domain.leaves import Argument, Leaf, Opaque, Symbol
+from ..domain.term import Guards, Term, Val, value
 from ..engine import Engine, GiveUp
-from ..leaves import Argument, Leaf, Opaque, Symbol
-from ..term import Access, Exponent, Guards, Mono, Term, Val, value
+from ..normal.begun import opened_beside
 
 MAX_PLACES = 8  # in one piece, where every pair must be shown to lie apart
 HOLE = "hole"

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import fx
 
-from ..affine import ONE, ZERO, Aff
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.exponent import Exponent
+from ..domain.leaves import Extended, Opaque
+from ..domain.term import NO_GUARDS, Case, Term, Val, value
 from ..engine import Engine
-from ..leaves import Extended, Opaque
-from ..term import NO_GUARDS, Case, Exponent, Term, Val, value
 from . import Op, rule
 from .functions import one_function
 

@@ -8,11 +8,11 @@ from functools import reduce
 
 import torch
 
-from ..affine import TAU, Aff
+from ..domain.affine import TAU, Aff
+from ..domain.leaves import Opaque
+from ..domain.term import Case, Term, Val, constant, value
 from ..engine import GiveUp
-from ..leaves import Opaque
-from ..logs import known_positive, log_summands
-from ..term import Case, Term, Val, constant, value
+from ..normal.logs import known_positive, log_summands
 from . import Op, rule
 from .arith import number, operand
 from .exponentials import exponential

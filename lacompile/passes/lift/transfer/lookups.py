@@ -7,9 +7,9 @@ from itertools import product as cartesian
 
 import torch
 
-from ..affine import ONE, ZERO, Aff
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.term import NO_GUARDS, Case, Guards, Val
 from ..engine import GiveUp
-from ..term import NO_GUARDS, Case, Guards, Val
 from . import Op, rule
 
 aten = torch.ops.aten

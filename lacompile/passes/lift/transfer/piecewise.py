@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..affine import Aff
+from ..domain.affine import Aff
+from ..domain.term import Case, Term, Val, constant, value
 from ..engine import GiveUp
-from ..term import Case, Term, Val, constant, value
 from . import Op, rule
 from .arith import number, operand
 from .conditions import at_least_zero, decided, truth, weakly_decided

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..affine import ONE, ZERO, Aff
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.space import Space, box
+from ..domain.term import Val
 from ..engine import Engine, GiveUp
-from ..space import Space, box
-from ..term import Val
 from . import Op, rule
 
 aten = torch.ops.aten

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from ..affine import ONE, ZERO, Aff
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.term import Case, Val
 from ..engine import Engine, GiveUp
-from ..term import Case, Val
 from . import Op, filled, rule
 from .functions import one_function
 from .selections import choose

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from ..affine import ONE, ZERO, Aff
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.term import Val
 from ..engine import GiveUp
-from ..term import Val
 from . import Op, rule
 from .arith import number, operand
 from .conditions import complement, known_condition, opposite, truth

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ..affine import ONE, ZERO, Aff
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.space import box
+from ..domain.term import Val
 from ..engine import Engine, GiveUp
-from ..space import box
-from ..term import Val
 from . import Op, rule
 
 aten = torch.ops.aten

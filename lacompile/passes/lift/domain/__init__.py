@@ -1,0 +1,15 @@
+"""What a normal form is made of (docs/how-matching-works.md, section 2), and what is known of its numbers.
+
+affine       integer-affine indices
+divisions    floor divisions, and the bounds of affine forms over a box
+space        products of sizes, and mixed radix with symbolic ones
+sizes        sizes of the traced program
+exponent     accesses of leaves, and weights made of them
+term         terms, cases and values
+leaves       the tensors that terms speak about
+intervals    how large their entries are
+prefix       rates along tokens, and their prefix sums
+regions      boxes cut by guards, and what they imply
+evaluate     the number of a normal form at one index
+precision    how far the program's own numbers are those of the normal form
+"""

@@ -1,0 +1,83 @@
+"""What is known of the size of a leaf's entries: an interval, from that of what it is computed from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+aten = torch.ops.aten
+
+Interval = tuple[float, float]
+ANY: Interval = (-math.inf, math.inf)
+
+# Open or closed makes no difference for the one question asked: is the value positive (low > 0, or low == 0 and open)?
+RANGE_OF: dict[Any, Interval] = {
+    aten.sigmoid: (5e-324, 1.0),
+    aten.exp: (5e-324, math.inf),
+    aten.exp2: (5e-324, math.inf),
+    aten.softplus: (5e-324, math.inf),
+    aten.log_sigmoid: (-math.inf, -5e-324),
+    aten.relu: (0.0, math.inf),
+    aten.abs: (0.0, math.inf),
+    aten.square: (0.0, math.inf),
+    aten.tanh: (-1.0, 1.0),
+    aten.cos: (-1.0, 1.0),
+    aten.sin: (-1.0, 1.0),
+}
+
+
+BOUNDS: dict[Any, tuple[Any, ...]] = {  # which of two the results are: that of the argument and of each bound
+    aten.clamp: (max, min),
+    aten.clamp_min: (max,),
+    aten.clamp_max: (min,),
+    aten.maximum: (max,),
+    aten.minimum: (min,),
+}
+
+
+def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
+    """An interval that the results of ``op`` stay in, given those of its arguments; None for one that is not there."""
+    packet = getattr(op, "overloadpacket", op)
+    if packet in BOUNDS:
+        ends = iter(given[1:])
+        bounds = [(side, end) for side in BOUNDS[packet] if (end := next(ends, None)) is not None]
+        return _bounded(given[0] or ANY, bounds)
+    args = [ANY if x is None else x for x in given]
+    if packet == aten.softplus and (any(low <= 0 for low, _ in args[1:2]) or any(low < 0 for low, _ in args[2:])):
+        return ANY  # by its beta, or by a threshold behind which it is its argument
+    if packet in RANGE_OF:
+        return RANGE_OF[packet]
+    if packet == aten.mul and len(args) == 2:
+        ends = [
+            x * y for x in args[0] for y in args[1] if not ((math.isinf(x) and y == 0) or (math.isinf(y) and x == 0))
+        ]
+        if all(low >= 0 for low, _ in args):
+            return (args[0][0] * args[1][0], math.inf if math.inf in (*args[0], *args[1]) else max(ends))
+        return (min(ends), max(ends)) if len(ends) == 4 else ANY
+    if packet == aten.add and len(args) == 2:
+        return (args[0][0] + args[1][0], args[0][1] + args[1][1])
+    if packet == aten.detach and args:
+        return args[0]
+    if packet == aten.where and len(args) > 1:
+        return (min(low for low, _ in args[-2:]), max(high for _, high in args[-2:]))
+    if packet == aten.lerp and len(args) == 3 and 0 <= args[2][0] <= args[2][1] <= 1:
+        return (min(low for low, _ in args[:2]), max(high for _, high in args[:2]))
+    if packet == aten.neg and args:
+        return (-args[0][1], -args[0][0])
+    if packet == aten.log and args and args[0][0] >= 0:
+        low, high = args[0]
+        return (math.log(low) if low > 0 else -math.inf, math.log(high) if 0 < high < math.inf else math.inf)
+    if packet == aten.pow and len(args) == 2 and args[0][0] > 0:
+        return (5e-324, math.inf)
+    if packet == aten.reciprocal and args and args[0][0] > 0:
+        return (0.0 if math.isinf(args[0][1]) else 1 / args[0][1], 1 / max(args[0][0], 1e-300))
+    return ANY
+
+
+def _bounded(x: Interval, bounds: Iterable[tuple[Callable[[float, float], float], Interval]]) -> Interval:
+    for side, (low, high) in bounds:
+        x = (side(x[0], low), side(x[1], high))
+    return x

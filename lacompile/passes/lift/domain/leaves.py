@@ -1,0 +1,335 @@
+"""Leaves: the tensors that the normal form speaks about but does not look into.
+
+Three kinds. An *opaque* leaf is a value of the Dynamo graph. A *symbol* is a pointwise function of other leaves,
+f(x)[idx] = f(x[idx]), interned, so that the same function of a sliced tensor in every step of a loop is one leaf and
+not many. A *table* is a small tensor of known numbers. *Extended* is a leaf continued by zeros beyond its ends.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from .affine import ONE, Aff
+from .exponent import Access
+from .intervals import ANY, Interval, interval_of
+from .term import Term, Val
+
+aten = torch.ops.aten
+
+MAX_SYMBOL_INDICES = 24
+HERE = Aff.var(-1)
+"""The place of an argument, in what names a series."""
+NINE_DIGITS = 1e-9  # relative; coefficients of exponents are compared to as much
+
+
+@dataclass
+class Series:
+    """Values of the graph that lie side by side along dimension ``dim`` of one tensor; see series.py.
+
+    ``pieces``: for the place where one begins its node, and how many places it has. ``stacked`` pieces have one each,
+    and no dimension for it. ``of``: what their functions are called with, where that is one access; at place HERE.
+    ``as_made``: what they are called with was not written into before.
+    """
+
+    dim: int
+    stacked: bool
+    of: Access | None
+    as_made: bool = True
+    pieces: dict[int, tuple[fx.Node, int]] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
+    """In order."""
+
+    def add(self, node: fx.Node, start: int, length: int) -> bool:
+        """Whether no piece is there yet; then this one is from now on."""
+        at = bisect(self.starts, start)
+        before, behind = self.starts[at - 1 : at] if at else [], self.starts[at : at + 1]
+        if any(s + self.pieces[s][1] > start for s in before) or any(start + length > s for s in behind):
+            return False
+        self.starts.insert(at, start)
+        self.pieces[start] = node, length
+        return True
+
+
+@dataclass
+class Opaque:
+    """``node`` is None while the Dynamo node that yields the value has not been assigned (or never will be)."""
+
+    node: fx.Node | None
+    label: str
+    of: tuple[int, ...] = ()
+    """The leaves this value was computed from, for naming a culprit in a refusal."""
+    summands: tuple[Term, ...] = ()
+    """What was added or multiplied, where that was given up because it grows: a recurrence of another kind."""
+    reading: Val | None = None
+    """What the value is, of one that can be looked into; where no node holds it, it is computed from that."""
+    compute: torch.dtype | None = None
+    """The format its sums were computed in."""
+    series: Series | None = None
+    """The values of the graph that are its pieces; of one that no single node holds."""
+
+    @property
+    def unmerged(self) -> bool:
+        return bool(self.summands)
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A child of a symbol: leaf ``leaf`` at the next ``rank`` indices of the symbol's access, cast to ``dtype``."""
+
+    leaf: int
+    rank: int
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number that the program had as a tensor of this format, where the operation takes no other.
+
+    ``scalar`` where that tensor had no dimensions: then its format does not count beside that of one with some.
+    """
+
+    value: float
+    dtype: torch.dtype
+    scalar: bool
+
+
+@dataclass(frozen=True)
+class Symbol:
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    def given(self, idx: Sequence[Aff]) -> Iterator[Any]:
+        """The arguments where the symbol is read at ``idx``: an access and its format, or what is no tensor."""
+        start = 0
+        for a in self.args:
+            if isinstance(a, Argument):
+                yield (a.leaf, tuple(idx[start : start + a.rank])), a.dtype
+                start += a.rank
+            else:
+                yield a
+
+
+@dataclass(frozen=True)
+class Table:
+    values: bytes
+    shape: tuple[int, ...]
+
+    @property
+    def array(self) -> np.ndarray:
+        return np.frombuffer(self.values, dtype=np.float64).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Extended:
+    of: int
+
+
+# Whatever positive numbers they are given, the result is positive.
+POSITIVE_OF_POSITIVE = {
+    aten.where.self, aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default,
+    aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.reciprocal.default, aten.sqrt.default,
+    aten.detach.default, aten.lerp.Tensor,
+}  # fmt: skip
+
+
+@dataclass
+class Leaf:
+    kind: Opaque | Symbol | Table | Extended
+    shape: tuple[Aff, ...]
+    dtype: torch.dtype
+    interval: Interval = ANY
+    rests_on: frozenset[fx.Node] = frozenset()
+    """The inputs whose values the interval was read off."""
+    parameter: bool = False
+    """Whether it is a parameter of a module as it stands: a product with one is a projection."""
+
+
+class Leaves:
+    """The leaf table of one analysis."""
+
+    def __init__(self, shapes: dict[int, tuple[Aff, ...]]) -> None:
+        self._all: list[Leaf] = []
+        self._interned: dict[Any, int] = {}
+        self._shapes = shapes
+        self._bases: list[int] = []
+        self._multiples: dict[int, tuple[int, float]] = {}
+
+    def __getitem__(self, leaf: int) -> Leaf:
+        return self._all[leaf]
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def add(self, leaf: Leaf) -> int:
+        self._all.append(leaf)
+        self._shapes[len(self._all) - 1] = leaf.shape
+        return len(self._all) - 1
+
+    def intern(self, key: Any, leaf: Leaf) -> int:
+        if key not in self._interned:
+            self._interned[key] = self.add(leaf)
+        return self._interned[key]
+
+    def table(self, values: np.ndarray, shape: tuple[Aff, ...]) -> int:
+        array = np.array(values, dtype=np.float64, order="C")
+        kind = Table(array.tobytes(), array.shape)
+        interval = (float(array.min()), float(array.max())) if array.size else ANY
+        return self.intern(kind, Leaf(kind, shape, torch.float32, interval))
+
+    def multiple(self, leaf: int) -> tuple[int, float]:
+        """``(base, c)``: the numbers of a table are ``c`` times those of the base, to nine significant digits.
+
+        The rates of a chunk and of a token are one rate: log(gamma^64) is 64 log(gamma).
+        """
+        kind = self[leaf].kind
+        if not isinstance(kind, Table):
+            return leaf, 1.0
+        if leaf not in self._multiples:
+            self._multiples[leaf] = self._multiple_of_a_base(leaf, kind)
+        return self._multiples[leaf]
+
+    def _multiple_of_a_base(self, leaf: int, kind: Table) -> tuple[int, float]:
+        mine, shape = kind.array, self[leaf].shape
+        largest = int(np.abs(mine).argmax())
+        for base in self._bases:
+            other = self[base]
+            assert isinstance(other.kind, Table)
+            theirs = other.kind.array
+            if other.shape == shape and theirs.flat[largest] and mine.flat[largest]:
+                c = float(mine.flat[largest] / theirs.flat[largest])
+                if np.allclose(theirs * c, mine, rtol=NINE_DIGITS, atol=0.0):
+                    return base, float(round(c)) if abs(c - round(c)) <= NINE_DIGITS * abs(c) else c
+        self._bases.append(leaf)
+        return leaf, 1.0
+
+    def extended(self, of: int) -> int:
+        inner = self[of]
+        if isinstance(inner.kind, Extended):
+            return of
+        low, high = inner.interval
+        interval = (min(low, 0.0), max(high, 0.0))
+        return self.intern(Extended(of), Leaf(Extended(of), inner.shape, inner.dtype, interval, inner.rests_on))
+
+    def symbol(self, op: Any, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Access | None:
+        """The access of ``op(*args)`` where an argument is an ``(Access, dtype it is used in)`` pair or a number.
+
+        None if the access would hold more than MAX_SYMBOL_INDICES indices.
+        """
+        idx: list[Aff] = []
+        spec: list[Any] = []
+        shape: list[Aff] = []
+        intervals: list[Interval | None] = []
+        rests_on: frozenset[fx.Node] = frozenset()
+        for arg in args:
+            if isinstance(arg, tuple):
+                (leaf, where), used = arg
+                native = self[leaf].dtype
+                spec.append(Argument(leaf, len(where), used if used != native and used is not None else None))
+                idx.extend(where)
+                shape.extend(self[leaf].shape)
+                known = self[leaf].interval
+                intervals.append((0.0, 1.0) if known == ANY and self.truth(leaf) else known)
+                rests_on |= self[leaf].rests_on
+            else:
+                spec.append(arg)
+                number = arg.value if isinstance(arg, Number) else arg
+                if number is None or (isinstance(number, int | float) and not isinstance(number, bool)):
+                    intervals.append(None if number is None else (float(number), float(number)))
+        if len(idx) > MAX_SYMBOL_INDICES:
+            return None
+        kind = Symbol(op, tuple(spec), tuple(sorted(kwargs.items())))
+        interval = interval_of(op, intervals)
+        if interval == ANY and self._makes_truth(kind, dtype):
+            interval = (0.0, 1.0)
+        key = (kind, dtype)
+        leaf = self.intern(key, Leaf(kind, tuple(shape), dtype, interval, rests_on))
+        return (leaf, tuple(idx))
+
+    def truth(self, leaf: int) -> bool:
+        """Whether a leaf is zeros and ones that a condition made: no gradient flows through it."""
+        kind, dtype = self[leaf].kind, self[leaf].dtype
+        return dtype is torch.bool or (isinstance(kind, Symbol) and self._makes_truth(kind, dtype))
+
+    def _makes_truth(self, kind: Symbol, dtype: torch.dtype) -> bool:
+        if dtype is torch.bool:
+            return True
+        given = [a for a in kind.args if isinstance(a, Argument)]
+        if len(given) != 1:
+            return False
+        if kind.op is aten._to_copy.default:
+            return self.truth(given[0].leaf)
+        less = self.less_than_one(kind)
+        return less is not None and self.truth(less.leaf)
+
+    def share(self, leaf: int) -> bool:
+        """Whether all entries lie between 0 and 1."""
+        low, high = self[leaf].interval
+        return self.truth(leaf) or 0 <= low <= high <= 1
+
+    def shares_with(self, leaf: int) -> list[int]:
+        """The leaves that must lie between 0 and 1 for this one to be positive: what numbers are mixed by."""
+        kind = self[leaf].kind
+        if self[leaf].interval[0] > 0 or not isinstance(kind, Symbol):
+            return []
+        mixed = kind.op is aten.lerp.Tensor and isinstance(kind.args[2], Argument)
+        here = [kind.args[2].leaf] if mixed and not self.share(kind.args[2].leaf) else []
+        inner = kind.args[:2] if mixed else kind.args
+        return here + [n for a in inner if isinstance(a, Argument) for n in self.shares_with(a.leaf)]
+
+    def positive_with(self, leaf: int) -> list[int]:
+        """The leaves that must be positive for this one to be: itself, where what it is made of does not say so.
+
+        A mask of tokens chooses between an input's decay and 1, for example.
+        """
+        kind = self[leaf].kind
+        if self[leaf].interval[0] > 0:
+            return []
+        if not isinstance(kind, Symbol) or kind.op not in POSITIVE_OF_POSITIVE or kind.kwargs:
+            return [leaf]
+        given = {aten.where.self: kind.args[1:], aten.lerp.Tensor: kind.args[:2]}.get(kind.op, kind.args)
+        tensors = [a for a in given if isinstance(a, Argument)]
+        numbers = [a.value if isinstance(a, Number) else a for a in given if not isinstance(a, Argument)]
+        if any(a.dtype is not None for a in tensors) or not all(n is None or n > 0 for n in numbers):
+            return [leaf]
+        return [n for a in tensors for n in self.positive_with(a.leaf)]
+
+    def less_than_one(self, kind: Symbol) -> Argument | None:
+        """The x of 1 - x."""
+        if kind.op is not aten.add.Tensor or 1.0 not in kind.args:
+            return None
+        (given,) = (a for a in kind.args if isinstance(a, Argument))
+        of = self[given.leaf].kind
+        if not isinstance(of, Symbol):
+            return None
+        negated = of.op is aten.mul.Tensor and -1.0 in of.args and isinstance(of.args[0], Argument)
+        return of.args[0] if negated and not of.kwargs and not kind.kwargs else None
+
+    def made_of(self, leaf: int) -> tuple[int, ...]:
+        """The leaves that this one is a function of, or a continuation."""
+        kind = self[leaf].kind
+        if isinstance(kind, Symbol):
+            return tuple(a.leaf for a in kind.args if isinstance(a, Argument))
+        return (kind.of,) if isinstance(kind, Extended) else ()
+
+    def data(self, leaves: Iterable[int]) -> set[int]:
+        """The leaves and all that they are made of."""
+        work, found = list(leaves), set()
+        while work:
+            leaf = work.pop()
+            if leaf not in found:
+                found.add(leaf)
+                work += self.made_of(leaf)
+        return found
+
+    def places(self, accesses: Iterable[Access]) -> set[tuple[Aff, Aff]]:
+        """The numbers that are read at, each with the length of that dimension."""
+        read = ((i, n) for leaf, idx in accesses for i, n in zip(idx, self._shapes[leaf], strict=True))
+        return {(i, n) for i, n in read if i.is_const and n != ONE}

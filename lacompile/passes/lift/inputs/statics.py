@@ -1,0 +1,286 @@
+"""Inputs whose numbers the lift looks at, and the assumptions that come with looking.
+
+These are the buffers of a module, and masks that are passed in: a function that takes its mask as an argument is as
+common as a module that keeps one, and the part of a program behind a graph break gets all that it needs that way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...._compat import is_fake, outside_modes
+from ...facts import Assumption, unchanged
+from ...names import from_a_closure, source_name, spoken
+from ..domain.affine import ONE, Aff
+from ..domain.exponent import Access, Exponent, Mono
+from ..domain.leaves import Opaque
+from ..domain.precision import EXACT_UP_TO
+from ..domain.term import Case, Precision, Term, Val, value
+from ..engine import Engine, GiveUp
+from ..transfer.conditions import truth
+from .buffers import (
+    EXPONENT_ERROR,
+    EXPONENT_ERROR_FP64,
+    Family,
+    Fit,
+    aligned,
+    block_decays,
+    families,
+    fit,
+    head_index,
+    rounding,
+    selected,
+)
+
+MAX_VECTOR = 4096
+MAX_POSITIONS = 2**24
+MAX_FACTORS = 2**22
+
+
+class Statics:
+    """The inputs of one graph that are read by value.
+
+    Args:
+        engine: the analysis they become part of.
+        placeholders: the graph's inputs.
+        example_inputs: the real tensors behind them.
+        reading: which one to take where rounding leaves two readings of a buffer, 0 or 1.
+    """
+
+    def __init__(
+        self, engine: Engine, placeholders: Sequence[fx.Node], example_inputs: Sequence[Any], reading: int = 0
+    ):
+        self.engine = engine
+        self.ambiguous = 0
+        self._reading = reading
+        self.real: dict[fx.Node, torch.Tensor] = {}
+        self._passed: dict[fx.Node, Fit | None] = {}  # arguments, and what a mask was fitted to
+        self._values: dict[fx.Node, Val] = {}
+        self._used: set[fx.Node] = set()
+        self._sloped: set[fx.Node] = set()
+        nodes: list[fx.Node] = []
+        fits: dict[int, Fit] = {}
+        vectors: dict[int, torch.Tensor] = {}
+        passed: dict[int, torch.Tensor] = {}
+        for n, (node, real) in enumerate(zip(placeholders, example_inputs, strict=False)):
+            nodes.append(node)
+            if not isinstance(real, torch.Tensor) or real.requires_grad or is_fake(real):
+                continue
+            if real.is_floating_point() and real.dtype not in EXACT_UP_TO:
+                continue  # eight bits: PyTorch computes nothing in them
+            if not belongs_to_module(node, real):
+                passed[n] = real
+                continue
+            self.real[node] = real
+            if is_vector(real):
+                vectors[n] = real
+                self._signed(node)
+            elif (found := fit(real)) is not None:
+                fits[n] = found
+        self._read_passed(passed, nodes, fits, vectors)
+        groups = families(fits, vectors)
+        fits |= block_decays(groups, vectors)
+        for family in groups:
+            self._family(family, nodes, fits)
+        for n, found in fits.items():
+            if found.selects and nodes[n] not in self._values:
+                self._enter(nodes[n], found, ONE, None)
+
+    def value(self, node: fx.Node, tensor: torch.Tensor) -> Val | None:
+        """What the numbers of this input say; None if they are not looked at."""
+        if node not in self._used and (positions := self._positions(node, tensor)) is not None:
+            return positions
+        return self._values.get(node)
+
+    def _positions(self, node: fx.Node, tensor: torch.Tensor) -> Val | None:
+        """Whole numbers on a line or a plane: positions, or the distances of all pairs of them.
+
+        A line of one sign in a floating format may also be slopes, one for each head: that reading comes first.
+        """
+        real = None if node in self._passed else self.real.get(node)
+        if real is None or real.is_complex() or real.dtype is torch.bool or not 1 < real.numel() <= MAX_POSITIONS:
+            return None
+        with outside_modes():
+            corner = real[(slice(2),) * real.dim()].to(torch.float64)
+            if not torch.equal(corner, corner.round()):
+                return None
+            numbers = real.detach().to("cpu", torch.float64).numpy()
+        try:
+            line = self.engine.table_value(numbers, self.engine.shape(tensor))
+        except GiveUp:
+            return None
+        if any(t.accs or t.poly.is_const for t in line.terms) or not line.terms:
+            return None
+        if node in self._values:  # of one sign
+            self.ambiguous += 1
+            if not self._reading:
+                return None
+        self._used.add(node)
+        return replace(line, precision=Precision.EXACT)
+
+    def assumptions(self, nodes: Iterable[fx.Node], looked_at: Iterable[fx.Node]) -> Iterable[Assumption]:
+        """What a rewrite takes for granted that rests on these inputs, and on the signs of those looked at."""
+        for node in dict.fromkeys((*(n for n in nodes if n in self._used), *looked_at)):
+            if node in self._passed:
+                text = f"the values of {spoken(node)}, which is passed in"
+                yield Assumption(node, "argument", text, self._still(node))
+            elif node in self.real:
+                yield Assumption(node, "values", f"the values of {spoken(node)}", unchanged(self.real[node]))
+
+    def _still(self, node: fx.Node) -> Callable[[torch.Tensor], bool]:
+        """Whether another tensor is the mask that this argument is; one without a slope may be of any length."""
+        found, seen = self._passed[node], self.real[node]
+        if found is None or not found.selects or node in self._sloped:
+            return unchanged(seen)
+        dtype, rank = seen.dtype, seen.dim()
+        return lambda now: now.dtype == dtype and now.dim() == rank and bool(torch.equal(now, selected(found, now)))
+
+    # -------------------------------------------------------------------------------------------------------- details
+
+    def _read_passed(
+        self,
+        passed: dict[int, torch.Tensor],
+        nodes: Sequence[fx.Node],
+        fits: dict[int, Fit],
+        vectors: dict[int, torch.Tensor],
+    ) -> None:
+        """Adds the arguments that are masks or decay factors, and with them the vectors that may be their slopes."""
+        found = {n: f for n, real in passed.items() if not is_vector(real) and (f := _passed_fit(real)) is not None}
+        fits |= found
+        lines = {n: real for n, real in passed.items() if is_vector(real)} if found else {}
+        vectors |= lines
+        for n in (*found, *lines):
+            self.real[nodes[n]] = passed[n]
+            self._passed[nodes[n]] = found.get(n)
+
+    def _leaf(self, node: fx.Node) -> int:
+        """The leaf that is this input as it stands."""
+        if node not in self._values:
+            self._values[node] = self.engine.leaf(node.meta["example_value"], Opaque(node, node.name))
+        (term,) = self._values[node].terms
+        return term.accs[0][0]
+
+    def _signed(self, node: fx.Node) -> None:
+        low, high = (float(x) for x in torch.aminmax(self.real[node].detach()))
+        if low > 0 or high < 0:
+            leaf = self.engine.leaves[self._leaf(node)]
+            leaf.interval, leaf.rests_on = (low, high), frozenset({node})
+
+    def _family(self, family: Family, nodes: Sequence[fx.Node], fits: dict[int, Fit]) -> None:
+        source = family.source()
+        table = self._table(family) if source is None else None
+        unclear = 0
+        for n in sorted(family.members):
+            found = fits[n]
+            if table is not None:
+                slope: tuple[Mono, int] | None = (((table, head_index(found)),), -1)
+            else:
+                assert source is not None
+                slope = self._read_slope(nodes[source[0]], source[1], found)
+            distance = found.distances[0]
+            if len(found.distances) > 1:
+                # The pair of a chunk's decays, from its start and to its end: in one order, or in the other.
+                distance = found.distances[(unclear + self._reading) % len(found.distances)]
+                unclear += 1
+            if slope is not None:
+                self._enter(nodes[n], found, distance, slope)
+        self.ambiguous += unclear
+        if table is not None:
+            coarsest = max(rounding(self.real[nodes[n]].dtype) for n in family.members)
+            for n, how, _ in family.direct:
+                if rounding(self.real[nodes[n]].dtype) <= coarsest:
+                    self._rounded(nodes[n], how, table)
+
+    def _read_slope(self, node: fx.Node, how: str, found: Fit) -> tuple[Mono, int] | None:
+        leaf = self._leaf(node)
+        index = aligned(self.engine.leaf_shapes[leaf], found)
+        if index is None:
+            return None
+        self._used.add(node)
+        access: Access = (leaf, index)
+        if how == "decay":
+            (log,) = self.engine.log_terms(access)
+            return log.accs, 1
+        return (access,), -1 if how == "slope" else 1
+
+    def _table(self, family: Family) -> int:
+        middle = family.slopes.middle
+        return self.engine.leaves.table(middle, tuple(Aff.lit(n) for n in middle.shape))
+
+    def _rounded(self, node: fx.Node, how: str, table: int) -> None:
+        """A slope that was rounded as its sister buffers were (cast to bf16) stands for the one that they show."""
+        if how == "decay":
+            return
+        shape = self.engine.shape(node.meta["example_value"])
+        index = tuple(Aff.var(d) for d, n in enumerate(shape) if n != ONE)
+        self._values[node] = value(shape, [Term(1.0 if how == "slope" else -1.0, accs=((table, index),))])
+        self._used.add(node)
+
+    def _enter(self, node: fx.Node, found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> None:
+        shape = self.engine.shape(node.meta["example_value"])
+        self._values[node] = as_value(self.engine, shape, found, distance, slope)
+        self._used.add(node)
+        if slope is not None:
+            self._sloped.add(node)
+
+
+def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> Val:
+    """What was fitted, with this slope in steps of this distance; without one where it only selects."""
+    mask = truth(engine, shape, found.guards)
+    inside = _weight(found, distance, slope)
+    outside = (Term(float("-inf")),) if found.log_space else ()
+    cases = tuple(Case(c.guards, inside if c.terms else outside) for c in mask.cases)
+    made = engine.join_cases(Val(shape, cases))
+    # Zeros and ones are what they are; of a weight only what its format leaves of it is known.
+    return replace(made, precision=Precision.EXACT) if slope is None else made
+
+
+def _weight(found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> tuple[Term, ...]:
+    if slope is None:
+        return () if found.log_space else (Term(1.0),)
+    mono, sign = slope
+    if found.log_space:
+        return (Term(float(sign), distance, mono),)
+    return (Term(1.0, exp=Exponent.of([(mono, distance * sign)], ())),)
+
+
+def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tensor) -> Val | None:
+    """Numbers that the program writes down, for all pairs of positions, read as those of a buffer are."""
+    if numbers.dtype not in (torch.float32, torch.float64):
+        return None  # of a shorter format too little is left to call it the same weight
+    found = fit(numbers, EXPONENT_ERROR_FP64 if numbers.dtype is torch.float64 else EXPONENT_ERROR)
+    if found is None:
+        return None
+    if found.selects:
+        return as_value(engine, shape, found, ONE, None)
+    if found.constant or not found.guards:
+        return None
+    middle = found.slopes.middle
+    table = engine.leaves.table(middle, tuple(Aff.lit(n) for n in middle.shape))
+    return as_value(engine, shape, found, found.distances[0], (((table, head_index(found)),), -1))
+
+
+def is_vector(real: torch.Tensor) -> bool:
+    """Whether a tensor may be slopes or decay factors, one for each head."""
+    return real.is_floating_point() and sum(s > 1 for s in real.shape) <= 1 and 0 < real.numel() <= MAX_VECTOR
+
+
+def _passed_fit(real: torch.Tensor) -> Fit | None:
+    """An argument as a mask or as factors that decay; most arguments are neither, and are much larger."""
+    found = fit(real, square=True)
+    if found is None and real.is_floating_point() and real.numel() <= MAX_FACTORS:
+        found = fit(real)
+    return None if found is None or (found.constant and not found.guards) else found
+
+
+def belongs_to_module(node: fx.Node, real: torch.Tensor) -> bool:
+    """A tensor that lives in a module or a closure and not one that each call brings along."""
+    name = source_name(node)
+    if getattr(real, "_dynamo_static_input_type", None) is not None or "_buffers" in name:
+        return True
+    return name.startswith(("G[", "L['self'].")) or "__closure__" in name or from_a_closure(node)

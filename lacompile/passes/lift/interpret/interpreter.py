@@ -1,0 +1,319 @@
+"""The abstract interpreter: what each tensor of a Dynamo graph is, as a normal form."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from ...._compat import AnotherInEachCall, no_number_for_a_symbol
+from ...capture import Capture, Memory, ViewStep, aliases, fake_mode_of
+from ..domain.leaves import Opaque
+from ..domain.term import Precision, Term, Val, value
+from ..engine import Engine, GiveUp, Unmerged
+from ..inputs.alike import Equal
+from ..inputs.statics import Statics
+from ..transfer import Op, transfer
+from .numbers import MAX_BAKED, Numbers
+from .own import leaves_of, own_leaf, readable, rooted, whole_if_inside
+from .series import Circumstances, SeriesTable
+from .writes import written_through
+
+log = logging.getLogger("lacompile")
+aten = torch.ops.aten
+
+CALLS = ("call_function", "call_method", "call_module")
+
+
+@dataclass
+class Fact:
+    """What is known of one Dynamo value."""
+
+    node: fx.Node
+    value: Val
+    tensor: torch.Tensor
+    compute: torch.dtype
+    """The widest format the sums inside it were computed in."""
+    after: fx.Node | None = None
+    """The node that last wrote into it, if it was written after it was made."""
+
+
+@dataclass
+class Interpreter:
+    """Implements :class:`lacompile.passes.capture.Observer` over the normal form."""
+
+    engine: Engine = field(default_factory=Engine)
+    facts: dict[fx.Node, Fact] = field(default_factory=dict)
+    demanded: dict[fx.Node, None] = field(default_factory=dict)  # in the order of their first demand
+    give_ups: dict[fx.Node, str] = field(default_factory=dict)
+    statics: Statics | None = None
+    capture: Capture | None = None
+    without_gradients: list[tuple[fx.Node, torch.Tensor]] = field(default_factory=list)
+    read_buffers: bool = True
+    reading: int = 0
+    equal: Sequence[Equal] = ()
+    turned_whole: bool = False
+    numbers: Numbers = field(init=False)
+    series: SeriesTable = field(init=False)
+    _mode: Any = None  # that Dynamo traced in
+    _gave_up: str | None = None
+    _repeatable: bool = True  # whether the node has run operations of PyTorch alone, and known ones
+    _given: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs and constants
+    _leaves: int = 0  # how many there were when the last node had been run
+    _wholes: dict[fx.Node, Val] = field(default_factory=dict)  # of which parts are called with, as leaves
+
+    def __post_init__(self) -> None:
+        self.numbers = Numbers(self.engine)
+        self.series = SeriesTable(self.engine.leaves)
+        self.engine.sizes.taken_for.update(self.equal)
+        self.engine.turned_whole = self.turned_whole
+
+    def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
+        self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)
+        self.engine.patience += len(gm.graph.nodes)
+        for node in gm.graph.nodes:
+            example = node.meta.get("example_value")
+            if node.op == "placeholder" and isinstance(example, torch.SymInt):
+                self.engine.size_nodes.setdefault(self.engine.aff(example), node)
+        if self.read_buffers:
+            inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+            self.statics = Statics(self.engine, inputs, example_inputs, self.reading)
+        self.capture.run(example_inputs)
+
+    # ------------------------------------------------------------------------------------------------------ observer
+
+    def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Val:
+        self._given[node] = tensor
+        if node.op == "get_attr" and isinstance(real, torch.Tensor) and real.numel() <= MAX_BAKED:
+            return self.numbers.of(tensor, real)
+        if self.statics is not None and (known := self.statics.value(node, tensor)) is not None:
+            return known
+        return self.engine.leaf(tensor, Opaque(node, node.name), parameter=isinstance(real, torch.nn.Parameter))
+
+    def unknown(self, tensor: torch.Tensor, why: str) -> Val:
+        held = getattr(tensor, "constant", None)
+        if isinstance(held, torch.Tensor) and held.numel() <= MAX_BAKED:
+            return self.numbers.of(tensor, held)
+        if type(tensor) is torch.Tensor and tensor.numel() <= MAX_BAKED and tensor.device.type == "cpu":
+            found = self.numbers.as_written(self._node, tensor)
+            return self.numbers.of(tensor, tensor) if found is None else found
+        self._gave_up, self._repeatable = why, False
+        return self.engine.leaf(tensor, Opaque(None, why))
+
+    def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
+        if not aliases(func):
+            args = [self.numbers.complete(a, dtypes[n]) if isinstance(a, Val) else a for n, a in enumerate(args)]
+        op = Op(self.engine, func, args, kwargs, out, dtypes)
+        self._repeatable &= func.namespace == "aten"
+        self.engine.running = self._node
+        try:
+            # a kernel of PyTorch may ask whether a size is 1, which Dynamo did before; a rule has not been asked before
+            with no_number_for_a_symbol(self._mode, no_answer=True):
+                return transfer(op)
+        except GiveUp as reason:
+            return self._give_up(op, str(reason), isinstance(reason, Unmerged))
+        except AnotherInEachCall as reason:
+            return self._give_up(op, str(reason))
+        except Exception as broken:  # a rule at fault costs this value, and nothing else of the program
+            log.debug("%s could not be lifted", func, exc_info=True)
+            return self._give_up(op, f"internal error: {type(broken).__name__}: {broken}")
+
+    def _give_up(self, op: Op, reason: str, unmerged: bool = False) -> Any:
+        vals = [v for v in tree_leaves((op.args, op.kwargs)) if isinstance(v, Val)]
+        if isinstance(op.out, torch.Tensor) and not vals and torch.Tag.nondeterministic_seeded not in op.func.tags:
+            folded = self.numbers.made_by(op)
+            if folded is not None:
+                return folded
+        if any(self.engine.structured(v) for v in vals):
+            self._gave_up = reason
+        inputs = leaves_of(vals)
+        summands = tuple(t for v in vals for c in v.cases for t in c.terms) if unmerged else ()
+
+        def fresh(t: Any) -> Any:
+            if not isinstance(t, torch.Tensor):
+                return None
+            return self.engine.leaf(t, Opaque(None, op.func.overloadpacket.__name__, inputs, summands))
+
+        if isinstance(op.out, list | tuple):
+            return [fresh(t) for t in op.out]
+        return fresh(op.out)  # None for a number, such as a size
+
+    def write(self, base: Val, view: ViewStep, new: Val, tensor: torch.Tensor) -> Val:
+        try:
+            known = written_through(self.engine, base, view, new, self._made_together(view))
+            return replace(known, precision=min(base.precision, new.precision))
+        except GiveUp as reason:
+            return self.unknown(tensor, f"written through a view: {reason}")
+        except Exception as broken:  # costs what was written into, whose other views are made from it
+            log.debug("a write through %s could not be lifted", view.func, exc_info=True)
+            return self.unknown(tensor, f"internal error: {type(broken).__name__}: {broken}")
+
+    def _made_together(self, view: ViewStep) -> bool:
+        """Whether the program only ever saw the view: ``zeros_like`` detaches what it makes, say."""
+        return self._memory.record(view.parent_tensor).node is self._memory.record(view.out).node
+
+    def gradients_resume(self) -> None:
+        """For autograd what was computed so far without gradients is data, whatever it was computed from.
+
+        So is what was written then into a tensor, and of the rest of that tensor no more is known.
+        """
+        assert self.capture is not None
+        self._demand(node for node, _ in self.without_gradients)
+        for node, tensor in self.without_gradients:
+            before = self._memory.read(self._memory.record(tensor))
+            kind = Opaque(node if node in self.facts else None, "computed without gradients", leaves_of([before]))
+            self._memory.forget(tensor, self.engine.leaf(tensor, kind))
+        self.without_gradients.clear()
+        data = [root for root, by in self._memory.written() if not self.capture.records_gradients_at(by)]
+        for root in dict.fromkeys(data):
+            if not self.engine.index_only(root.value):
+                self._memory.spoil([root.tensor], "written into without gradients")
+
+    def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:
+        if node.op == "output":
+            self._demand(node.all_input_nodes)
+            return []
+        gave_up, self._gave_up = self._gave_up, None
+        repeatable, self._repeatable = self._repeatable, True
+        if gave_up is not None:
+            self.give_ups[node] = gave_up
+            self._demand(node.all_input_nodes, by=node)
+        kinds = [self.engine.leaves[leaf].kind for leaf in self.engine.taken_whole]
+        self._demand((k.node for k in kinds if isinstance(k, Opaque) and k.node is not None), by=node)
+        self.engine.taken_whole.clear()
+        out = []
+        single = len(outputs) == 1 and not isinstance(node.meta.get("example_value"), list | tuple)
+        assert self.capture is not None
+        for tensor, val in outputs:
+            val = rooted(self.engine, node, val, tensor) if single else val
+            val = whole_if_inside(self.engine, node, val, tensor, self._born_since()) if single else val
+            val = self._beside_others(node, val, tensor, repeatable) if single else val
+            val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
+            if single and (self.engine.moves_along_a_feature(val) or self.engine.contracts(val)):
+                val = readable(self.engine, node, val, tensor, self._compute(node, tensor))
+            out.append(val)
+            if not self.capture.records_gradients and not self.engine.index_only(val):
+                self.without_gradients.append((node, tensor))
+            if single:
+                self.facts[node] = Fact(node, val, tensor, self._compute(node, tensor))
+        return out
+
+    # -------------------------------------------------------------------------------------------------------- details
+
+    def _demand(self, nodes: Iterable[fx.Node], by: fx.Node | None = None) -> None:
+        for node in nodes:
+            fact = self._current(node, by)
+            if fact is None or node in self.demanded:
+                continue
+            if self.engine.contracts(fact.value) or self.engine.accumulates(fact.value):
+                self.demanded[node] = None
+
+    @property
+    def _node(self) -> fx.Node | None:
+        return self.capture.node if self.capture is not None else None
+
+    @property
+    def _memory(self) -> Memory:
+        assert self.capture is not None
+        return self.capture.memory
+
+    def _current(self, node: fx.Node, by: fx.Node | None = None) -> Fact | None:
+        """What is known of a node's tensor now, or before what ``by`` writes, which reads it, or before all that was
+        written over a sum of products by what holds none.
+        """
+        fact = self.facts.get(node)
+        if fact is None:
+            return None
+        record = self._memory.record(fact.tensor)
+        writers = record.root.writers
+        if not writers or writers == [by] or (value := self._memory.read(record)) is fact.value:
+            return fact
+        if self.engine.contracts(value) or not self.engine.contracts(fact.value):
+            fact = self.facts[node] = Fact(node, value, fact.tensor, fact.compute, writers[-1])
+        return fact
+
+    def sources(self, node: fx.Node) -> list[fx.Node]:
+        """The values that a node is computed from, those that were written into it since among them."""
+        out = list(node.all_input_nodes)
+        fact = self.facts.get(node)
+        if fact is not None and fact.after is not None:
+            for writer in self._memory.record(fact.tensor).root.writers:
+                out += [n for n in writer.all_input_nodes if n is not node and n not in out]
+        return out
+
+    def _beside_others(self, node: fx.Node, val: Val, tensor: torch.Tensor, repeatable: bool) -> Val:
+        """What a loop computes for a token or a chunk, of which no more is known, as a piece of one tensor for all."""
+        t = val.taken
+        if t is None or len(t.accs) != 1 or node.op not in CALLS or node in self._memory.record(tensor).root.writers:
+            return val
+        kind = self.engine.leaves[t.accs[0][0]].kind
+        if not isinstance(kind, Opaque) or kind.node is not node or kind.unmerged or kind.series is not None:
+            return val
+        assert self.capture is not None
+        given = map(self._tensor_of, node.all_input_nodes)
+        call = Circumstances(
+            self.capture.records_gradients,
+            repeatable and node not in self.capture.effects.impure and self._memory.record(tensor).root.node is node,
+            not any(t is not None and self._memory.record(t).root.writers for t in given),
+        )
+        found = self.series.piece(node, val.shape, tensor.dtype, self._given_to, kind, call)
+        if found is None:
+            return val
+        piece = value(val.shape, [Term(accs=(found,))], precision=Precision.EXACT)
+        return piece if val.alt is None else replace(val, alt=piece.one)
+
+    def _given_to(self, node: fx.Node) -> Val | None:
+        """What a node's tensor holds now, whoever has written into it.
+
+        A part of what is looked into, as the tokens of another attention or of a residual, is one of a value of the
+        graph.
+        """
+        tensor = self._tensor_of(node)
+        if tensor is None:
+            return None
+        record = self._memory.record(tensor)
+        root = record.root
+        fact = self.facts.get(root.node) if root.node is not None else None
+        if record is root or fact is None or fact.tensor is not root.tensor or root.writers:
+            return self._memory.read(record)
+        if self._reads_places(fact.value):
+            return self._memory.read(record)
+        if fact.node not in self._wholes:
+            self._wholes[fact.node] = own_leaf(self.engine, fact.node, fact.value, fact.tensor)
+            self._demand([fact.node])
+        return self._memory.made_from(record, self._wholes[fact.node])
+
+    def _reads_places(self, v: Val) -> bool:
+        """Whether each factor is read at one place where the value is."""
+        t = v.taken
+        return t is not None and self.engine.plain_term(t) and all(len(idx) <= len(v.shape) for _, idx in t.accs)
+
+    def _tensor_of(self, node: fx.Node) -> torch.Tensor | None:
+        return self.facts[node].tensor if node in self.facts else self._given.get(node)
+
+    def _born_since(self) -> range:
+        """The leaves that are new since this was asked for the node before."""
+        before, self._leaves = self._leaves, len(self.engine.leaves)
+        return range(before, self._leaves)
+
+    def _written_anew(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
+        """What this node wrote into, as the tensor that it is now: what a product held before is gone from memory."""
+        if node not in self._memory.record(tensor).root.writers[-1:]:
+            return val
+        return replace(val, alt=own_leaf(self.engine, node, val, tensor).one)
+
+    def _compute(self, node: fx.Node, tensor: torch.Tensor) -> torch.dtype:
+        """The widest float format on the way from plain data to this value."""
+        out = tensor.dtype
+        for arg in node.all_input_nodes:
+            fact = self.facts.get(arg)
+            if fact is None or fact.compute is out or not fact.compute.is_floating_point:
+                continue
+            if self.engine.contracts(fact.value):
+                out = torch.promote_types(out, fact.compute) if out.is_floating_point else fact.compute
+        return out

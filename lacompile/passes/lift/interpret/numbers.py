@@ -1,0 +1,90 @@
+"""Known numbers as normal forms: constants of the graph, what a factory makes, and tables that are read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
+
+from ...._compat import outside_modes
+from ..domain.affine import ONE
+from ..domain.leaves import Opaque
+from ..domain.term import Precision, Val, constant
+from ..engine import Engine, GiveUp
+from ..inputs.statics import fitted_constant
+from ..transfer import Op
+
+MAX_BAKED = 65_536
+
+
+class Numbers:
+    """Those of one analysis."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._weights: dict[Any, Val] = {}  # of tables that were read
+
+    def of(self, tensor: torch.Tensor, real: torch.Tensor) -> Val:
+        """The numbers that a tensor is known to have: the weights that they are, a table, or a leaf."""
+        engine = self.engine
+        if real.is_complex():
+            return engine.leaf(tensor, Opaque(None, "complex constant"))
+        with outside_modes():
+            if (weights := fitted_constant(engine, engine.shape(tensor), real.detach())) is not None:
+                return weights
+            numbers = real.detach().to("cpu", torch.float64).numpy()
+        try:
+            known = engine.table_value(numbers, engine.shape(tensor))
+        except GiveUp:
+            return engine.leaf(tensor, Opaque(None, "constant"))
+        return replace(known, precision=Precision.EXACT)
+
+    def as_written(self, node: fx.Node | None, tensor: torch.Tensor) -> Val | None:
+        """The number of the program that PyTorch has made a tensor of, where its format has rounded it."""
+        if node is None or tensor.shape or tensor.dtype not in (torch.float32, torch.float64):
+            return None
+        if not node.all_input_nodes:  # a tensor that the program makes is what it makes
+            return None
+        with outside_modes():
+            held = float(tensor)
+            numbers = [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, float)]
+            found = {x for x in numbers if float(torch.tensor(x, dtype=tensor.dtype)) == held}
+        if len(found) != 1 or held in found:
+            return None
+        return replace(constant((), found.pop()), precision=Precision.ROUNDED)
+
+    def complete(self, v: Val, dtype: torch.dtype) -> Val:
+        """A table that is read, as the weights that its numbers are, if they are."""
+        array = self.engine.array_of_table(v)
+        if array is None or array.ndim < 2:
+            return v
+        key = (v.one, v.shape, dtype)
+        if key not in self._weights:
+            shape = tuple(n if m > 1 else ONE for n, m in zip(v.shape, array.shape, strict=True))
+            with outside_modes():
+                found = fitted_constant(self.engine, shape, torch.tensor(array, dtype=dtype))
+            if found is not None:
+                found = replace(self.engine.broadcast(found, v.shape), precision=min(found.precision, v.precision))
+            self._weights[key] = found or v
+        return self._weights[key]
+
+    def made_by(self, op: Op) -> Val | None:
+        """A tensor made from numbers alone (linspace, logspace): make it and take its numbers."""
+        if not all(isinstance(n, int) for n in op.out.shape) or op.out.numel() > MAX_BAKED:
+            return None
+        try:
+            with outside_modes():
+                real = op.func(*op.args, **{k: v for k, v in op.kwargs.items() if k != "device"})
+                whole = _whole(real)
+            made = self.of(op.out, real)
+            # another device may round the same formula in another way
+            return made if whole else replace(made, precision=Precision.ROUNDED)
+        except Exception:  # a factory that cannot run here stays unknown
+            return None
+
+
+def _whole(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool((tensor == tensor.round()).all())

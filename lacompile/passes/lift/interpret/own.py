@@ -1,0 +1,71 @@
+"""The value of the graph that holds a result, beside its normal form or in the place of it.
+
+A recipe refers to values of the graph. So a leaf that is born inside a node becomes the node's own value, and what is
+looked into keeps the node that it is the result of as another reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from ..domain.leaves import Opaque
+from ..domain.term import Val
+from ..engine import Engine
+
+
+def own_leaf(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
+    """The node's result as a leaf."""
+    return engine.leaf(tensor, Opaque(node, node.name, leaves_of([val])))
+
+
+def rooted(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
+    """A leaf born inside this node becomes the node's own value, so that a rewrite can refer to it."""
+    for t in (val.alt, val.one):
+        if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or not t.poly.is_const:
+            continue
+        leaf, idx = t.accs[0]
+        kind = engine.leaves[leaf].kind
+        if not isinstance(kind, Opaque) or kind.node is not None or kind.series is not None:
+            continue
+        shape = engine.shape(tensor)
+        if idx == engine.own_index(engine.leaf_shapes[leaf]) and shape == engine.leaf_shapes[leaf]:
+            kind.node = node
+            return val
+        fresh = engine.leaf(tensor, replace(kind, node=node))
+        return replace(val, alt=fresh.one) if t is val.alt else fresh
+    return val
+
+
+def whole_if_inside(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor, born: Iterable[int]) -> Val:
+    """Plain data made of what no node holds, as a norm inside of ``F.normalize``, is the value of this node.
+
+    ``born``: the leaves that are new with it.
+    """
+    leaves = engine.leaves
+    inside = {n for n in born if isinstance(k := leaves[n].kind, Opaque) and not (k.node or k.reading or k.series)}
+    if not inside:
+        return val
+    if val.alt is not None:
+        made_inside = inside & leaves.data(leaf for leaf, _ in val.alt.accs)
+        return replace(val, alt=own_leaf(engine, node, val, tensor).one) if made_inside else val
+    if not engine.plain(val) or engine.contracts(val) or not inside & leaves.data(leaves_of([val])):
+        return val
+    return own_leaf(engine, node, val, tensor)
+
+
+def readable(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor, compute: torch.dtype) -> Val:
+    """The value with the one of the graph beside it, as a leaf of which it is known what it is."""
+    own = Opaque(node, node.name)
+    named = [engine.leaves[leaf].kind for leaf, _ in (() if val.alt is None else val.alt.accs)]
+    for kind in (own, *named):
+        if isinstance(kind, Opaque) and kind.node is node and val.single:
+            kind.reading, kind.compute = val, compute
+    return replace(val, own=engine.leaf(tensor, own).one)
+
+
+def leaves_of(vals: Iterable[Val]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(leaf for v in vals for c in v.cases for t in c.terms for leaf in t.signature))

@@ -1,0 +1,180 @@
+"""Series: what a loop computes for one token or chunk after another, as the pieces of one tensor.
+
+A program that projects inside its loop holds ``k_t = f(x[:, t])`` for each token, where nothing is known of ``f``. Each
+result by itself is a tensor that no other step has. Side by side they are one, ``K[:, t] = k_t``, whatever ``f`` is:
+``K`` is made of the values of the graph, so there is nothing to prove. Which values are put side by side decides only
+what is found: those of one call, whose arguments are one but for the place that they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..domain.affine import ONE, ZERO, Aff
+from ..domain.exponent import Access
+from ..domain.leaves import HERE, Leaf, Leaves, Opaque, Series
+from ..domain.term import Term, Val
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where along a dimension a tensor lies: from ``start``, as long as its own dimension ``dim``, or one long."""
+
+    start: int
+    length: int
+    of: Aff
+    dim: int
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor that a call is given, but for the place that it is at."""
+
+    value: Term
+    shape: tuple[Aff, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """``records_gradients``: for autograd a value computed without them is another. ``repeatable``: the same call again
+    has the same value. ``as_made``: nobody has written into what it is given since that was made.
+    """
+
+    records_gradients: bool
+    repeatable: bool
+    as_made: bool
+
+
+class NoPlace(Exception):
+    """An argument is no part of a longer tensor, or of two in different places."""
+
+
+class SeriesTable:
+    """The series of one analysis."""
+
+    def __init__(self, leaves: Leaves):
+        self._leaves = leaves
+        self._found: dict[Any, tuple[int, Series]] = {}
+
+    def piece(
+        self,
+        node: fx.Node,
+        shape: tuple[Aff, ...],
+        dtype: torch.dtype,
+        value_of: Callable[[fx.Node], Val | None],
+        kind: Opaque,
+        call: Circumstances,
+    ) -> Access | None:
+        """The value of a call as a part of the tensor of all such values; None if it is none.
+
+        Args:
+            node: the call.
+            shape: of its value.
+            dtype: of its value.
+            value_of: what is known of an argument.
+            kind: of the leaf that its value is by itself.
+            call: what else tells it from others.
+        """
+        try:
+            key, place = self._named(node, value_of)
+        except NoPlace:
+            return None
+        dim = place.dim
+        if dim > len(shape):
+            return None
+        stacked = dim == len(shape) or shape[dim] != Aff.lit(place.length)
+        if stacked and place.length != 1:
+            return None
+        rest = (*shape[:dim], *shape[dim if stacked else dim + 1 :])
+        leaf, series = self._series((key, dim, stacked, rest, place.of, dtype, call.records_gradients), kind)
+        again = call.repeatable and series.pieces.get(place.start, (None, 0))[1] == place.length
+        if not again and not series.add(node, place.start, place.length):
+            return None
+        series.as_made &= call.as_made
+        own = [ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape)]
+        at = Aff.lit(place.start) if stacked else own[dim] + place.start
+        return leaf, (*own[:dim], at, *own[dim if stacked else dim + 1 :])
+
+    def _series(self, key: Any, kind: Opaque) -> tuple[int, Series]:
+        if key not in self._found:
+            (_, _, args, _), dim, stacked, rest, length, dtype, _ = key
+            series = Series(dim, stacked, _access(args))
+            leaf = Leaf(replace(kind, node=None, series=series), (*rest[:dim], length, *rest[dim:]), dtype)
+            self._found[key] = self._leaves.add(leaf), series
+        return self._found[key]
+
+    # -------------------------------------------------------------------------------------------- what names a series
+
+    def _named(self, node: fx.Node, value_of: Callable[[fx.Node], Val | None]) -> tuple[Any, Place]:
+        """The call without the place that its arguments are at, and that place."""
+        places: set[Place] = set()
+
+        def named(arg: Any) -> Any:
+            if isinstance(arg, fx.Node):
+                value = value_of(arg)
+                if value is None:
+                    raise NoPlace
+                return self._argument(value, arg.meta["example_value"].dtype, places)
+            if isinstance(arg, list | tuple):
+                return tuple(map(named, arg))
+            if isinstance(arg, dict):
+                return tuple((k, named(v)) for k, v in arg.items())
+            if isinstance(arg, slice):
+                return "slice", named(arg.start), named(arg.stop), named(arg.step)
+            return type(arg), arg
+
+        key = node.op, node.target, named(node.args), named(node.kwargs)
+        if len(places) != 1:
+            raise NoPlace
+        return key, places.pop()
+
+    def _argument(self, v: Val, dtype: torch.dtype, places: set[Place]) -> Argument:
+        t = v.taken
+        if t is None or t.exp or t.guards or not t.poly.is_const:
+            raise NoPlace
+        mine: set[Place] = set()
+        accs = tuple((leaf, self._without_place(leaf, idx, v.shape, mine)) for leaf, idx in t.accs)
+        places |= mine
+        lengths = {(p.dim, Aff.lit(p.length)) for p in mine}
+        return Argument(t.but(accs=accs), tuple(HERE if (d, n) in lengths else n for d, n in enumerate(v.shape)), dtype)
+
+    def _without_place(
+        self, leaf: int, idx: Sequence[Aff], shape: tuple[Aff, ...], places: set[Place]
+    ) -> tuple[Aff, ...]:
+        found = self._leaves[leaf]
+        if found.parameter:
+            return tuple(idx)
+        out: list[Aff] = []
+        behind = 0  # the dimension behind those of the value that were met
+        for a, size in zip(idx, found.shape, strict=True):
+            place = _place(a, size, shape, behind)
+            if place is not None:
+                places.add(place)
+            out.append(a if place is None else HERE)
+            behind = max([behind, *(v + 1 for v, _ in a.terms if 0 <= v < len(shape))])
+        return tuple(out)
+
+
+def _access(args: tuple[Any, ...]) -> Access | None:
+    """The first of the arguments, where it is one access."""
+    if not args or not isinstance(args[0], Argument):
+        return None
+    t = args[0].value
+    return t.accs[0] if t.coef == 1 and t.poly == ONE and len(t.accs) == 1 else None
+
+
+def _place(a: Aff, size: Aff, shape: tuple[Aff, ...], behind: int) -> Place | None:
+    """The place that an index is at along a dimension of this size; None if it runs over all of it."""
+    if a.is_const:
+        return Place(int(a.const), 1, size, behind) if size != ONE else None
+    if len(a.terms) != 1 or a.terms[0][1] != 1 or not 0 <= (d := a.terms[0][0]) < len(shape):
+        return None
+    if shape[d] == size or not shape[d].is_const:
+        return None
+    return Place(int(a.const), int(shape[d].const), size, d)

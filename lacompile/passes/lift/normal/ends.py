@@ -1,0 +1,136 @@
+"""The ends of a range, and a single point by which one of them moves.
+
+A token loop adds what comes next to a sum; a running sum from the other side, less its own element, is the sum over
+those after it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from ..domain.affine import Aff, Number
+from ..domain.term import Term
+from .algebra import Algebra
+from .lines import own_guards, points
+
+Ends = tuple[Aff, Aff]
+
+
+def only_ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> Ends | None:
+    """The range of ``var`` in this term, if it has one lower and one upper end."""
+    found = all_ends(algebra, term, var, shape)
+    return found[0] if len(found) == 1 else None
+
+
+def all_ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> list[Ends]:
+    """Every pair of ends; a free dimension without guards has its whole extent."""
+    bounds = algebra.bounds(var, term.guards)
+    low, high = bounds.low, bounds.high
+    if var >= 0:
+        size = shape[var]
+        simple_low = [x for x in low if not x.terms or all(v >= 100 for v, _ in x.terms)]
+        simple_high = [x for x in high if not x.terms or all(v >= 100 for v, _ in x.terms)]
+        low, high = simple_low or [Aff.lit(0)], simple_high or [size - 1]
+    return [(lo, hi) for lo in low for hi in high]
+
+
+def same(a: float, b: float) -> bool:
+    """Equal but for the rounding of coefficients."""
+    return a == b or abs(a - b) <= 1e-9 * abs(a)
+
+
+def extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) -> Term | None:
+    """A ranged term and a point next to the range, equal to what the ranged term is there."""
+    for var, low, high in _movable(algebra, ranged, point, shape):
+        for at, longer in ((high + 1, (low, high + 1)), (low - 1, (low - 1, high))):
+            if not _is_there(algebra, ranged, point, var, at, (low, high), shape):
+                continue
+            out = _with_range(algebra, ranged, point, var, (low, high), longer, high - low + 1, shape)
+            if out is not None:
+                return out
+    return None
+
+
+def shorten(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) -> Term | None:
+    """A ranged term less what it is at one of its ends."""
+    minus = point.but(coef=-point.coef)
+    for var, low, high in _movable(algebra, ranged, point, shape):
+        for at, shorter in ((high, (low, high - 1)), (low, (low + 1, high))):
+            if not _is_there(algebra, ranged, minus, var, at, (low, high), shape):
+                continue
+            out = _with_range(algebra, ranged, point, var, (low, high), shorter, high - low, shape)
+            if out is not None:
+                return out
+    return None
+
+
+def _movable(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) -> Iterator[tuple[int, Aff, Aff]]:
+    """Indices of ``ranged`` whose range the point may change, each with its ends."""
+    fixed = points(algebra, point, shape)
+    for var in sorted({v for g in ranged.guards for v, _ in g.terms if v < 100}):
+        ends = only_ends(algebra, ranged, var, shape)
+        if ends is None or (var >= 0 and (var not in fixed or not all(v >= 100 for e in ends for v, _ in e.terms))):
+            continue
+        yield var, *ends
+
+
+def _is_there(
+    algebra: Algebra, ranged: Term, point: Term, var: int, at: Aff, ends: Ends, shape: tuple[Aff, ...]
+) -> bool:
+    """Whether the body of ``ranged`` at ``var = at``, under its other conditions, is ``point``."""
+    fixed = points(algebra, point, shape)
+    if var in fixed and fixed[var] != at:
+        return False
+    x = Aff.var(var)
+    moved = _without_range(algebra, ranged, var, ends).sub(algebra.space, {var: at})
+    if not _constants(moved) <= _constants(point):
+        return False
+    if var >= 0:
+        moved = moved.but(guards=moved.guards | {x - at, at - x})
+    there = algebra.normalise(moved, shape)
+    if there is None or there.body != point.body or not same(point.coef, there.coef):
+        return False
+    return there.guards == point.guards or not (
+        own_guards(algebra, there, point, shape) or own_guards(algebra, point, there, shape)
+    )
+
+
+def point(algebra: Algebra, ranged: Term, var: int, ends: Ends, at: Aff, shape: tuple[Aff, ...]) -> Term | None:
+    """What a ranged term is at one place of its range."""
+    return algebra.normalise(_without_range(algebra, ranged, var, ends).sub(algebra.space, {var: at}), shape)
+
+
+def two_points(algebra: Algebra, t: Term, shape: tuple[Aff, ...]) -> Iterator[list[Term | None]]:
+    """A sum of two places as those two, for each index that has no more: any two lie on a line, be it by accident."""
+    for var in sorted(t.bound(algebra.space)):
+        ends = only_ends(algebra, t, var, shape)
+        if ends is not None and ends[1] - ends[0] == Aff.lit(1) and not algebra.bounds(var, t.guards).other:
+            yield [point(algebra, t, var, ends, at, shape) for at in ends]
+
+
+def _without_range(algebra: Algebra, term: Term, var: int, ends: Ends) -> Term:
+    x = Aff.var(var)
+    return term.but(guards=term.guards - {algebra.space.guard(x - ends[0]), algebra.space.guard(ends[1] - x)})
+
+
+def _with_range(
+    algebra: Algebra,
+    ranged: Term,
+    point: Term,
+    var: int,
+    ends: Ends,
+    moved: Ends,
+    at_least: Aff,
+    shape: tuple[Aff, ...],
+) -> Term | None:
+    """The term with other ends, if ``at_least`` is not negative wherever the point counts."""
+    if algebra.space.lower(at_least, algebra.ranges(shape, point.guards)) < 0:
+        return None
+    x, rest = Aff.var(var), _without_range(algebra, ranged, var, ends)
+    return rest.but(guards=rest.guards | {algebra.space.guard(x - moved[0]), algebra.space.guard(moved[1] - x)})
+
+
+def _constants(term: Term) -> Counter[tuple[int, int, Number]]:
+    """Where the accesses read a constant place: (leaf, dimension, place), which normalisation adds to and keeps."""
+    return Counter((leaf, n, i.const) for leaf, idx in term.accs for n, i in enumerate(idx) if not i.terms)

@@ -1,0 +1,61 @@
+"""Attentions over later positions, ``0 <= i <= j < N``: those of the sequence read from its end, and turned again.
+
+One half of a model that reads in both directions is that, whether it turns its inputs (``flip``) or goes backwards over
+the tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..domain.affine import TAU, ZERO, Aff
+from ..domain.exponent import Exponent, sub_mono
+from ..domain.prefix import Sum, by_rate
+from ..domain.space import Space
+from ..domain.term import Term, value
+from ..engine import Engine
+from ..interpret import Fact
+from .roles import sequence_index
+
+
+def from_the_end(engine: Engine, fact: Fact, main: Term) -> tuple[Fact, bool] | None:
+    """The same sum over earlier positions, of factors that are read from their end; None if it is none.
+
+    Args:
+        main: the term of the value that sums over positions.
+
+    Returns:
+        The value, and whether its rows are in turned order.
+    """
+    found = sequence_index(engine, main)
+    if found is None:
+        return None
+    j, n = found
+    length = fact.value.shape[n]
+    bound, row, last = Aff.var(j), Aff.var(n), length - 1
+    ends = {g for g in main.guards if j in engine.space.vars(g)}
+    for rows_too, first in ((True, row), (False, last - row)):
+        if ends in ({last - bound, bound - first}, {last - bound, bound - first - 1}):
+            turned = [_turned(engine, t, n, length, rows_too=rows_too) for t in fact.value.terms]
+            return replace(fact, value=value(fact.value.shape, turned)), rows_too
+    return None
+
+
+def _turned(engine: Engine, t: Term, n: int, length: Aff, *, rows_too: bool) -> Term:
+    """A term whose positions, and rows if they are to, are counted from the end."""
+    mapping = {n: length - 1 - Aff.var(n)} if rows_too else {}
+    found = sequence_index(engine, t)
+    if found is not None:
+        mapping[found[0]] = length - 1 - Aff.var(found[0])
+    moved = t.sub(engine.space, mapping)
+    return moved.but(exp=Exponent.of(moved.exp.lin, _sums_from_the_end(engine.space, moved.exp.sums, length)))
+
+
+def _sums_from_the_end(space: Space, sums: tuple[Sum, ...], length: Aff) -> list[Sum]:
+    """``P(x)`` as ``P'(N) - P'(N - x)``, where P' sums from the end: of a difference the first goes."""
+    out: list[Sum] = []
+    for rate, ends in by_rate(sums).items():
+        turned = sub_mono(space, rate, {TAU: length - 1 - Aff.var(TAU)})
+        dropped = [(ZERO, -total)] if (total := sum(c for _, c in ends)) else []  # P(0)
+        out += [((turned, length - pos), -c) for pos, c in (*ends, *dropped)]
+    return out

@@ -1,0 +1,286 @@
+"""From a proof to the recipe that replaces its target."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ...facts import Attend, Call, DecayedAttention, Expr, values_of
+from ...schedule import Schedule
+from ..domain.affine import ONE, Aff
+from ..domain.exponent import Access, Mono
+from ..domain.leaves import Opaque
+from ..domain.term import Term
+from ..interpret import Fact, Interpreter
+from ..prove.obligations import prove
+from ..prove.proof import E_ROLE, N_ROLE, Proof, Refused
+from .assumptions import Assumptions
+from .described import formulation, source
+from .emit import CannotEmit, Emitter, Piece, permuted, size_of
+from .holders import Holders, Place
+
+MOST_PRODUCTS = 256
+
+
+class Builder:
+    """Turns a proof into the recipe that replaces its target."""
+
+    def __init__(self, schedule: Schedule, interpreter: Interpreter, held: Holders):
+        self.schedule, self.interpreter, self.engine, self.held = schedule, interpreter, interpreter.engine, held
+        self.assumptions = Assumptions(schedule, interpreter)
+        self.sums: dict[tuple[int, fx.Node], Expr] = {}
+
+    def build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
+        """The fact and the replacement.
+
+        Raises:
+            Refused: a factor cannot be read off the graph.
+        """
+        try:
+            return self._build(p)
+        except CannotEmit as e:
+            raise Refused("emission", e.expected, e.found, 8) from None
+
+    def _build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
+        everything = [*p.q, *p.k, *p.v, *p.outer, *(p.state or ())]
+        for mono, _ in (*p.q_weights, *p.k_weights, *p.outer_weights, *p.fixed, *p.tokens):
+            everything += mono
+        target_of = {d: Aff.var(r) for r, d in p.place.items() if p.fact.value.shape[d] != ONE}
+        residual = [t.sub(self.engine.space, target_of) for t in p.residual]
+        for t in residual:
+            everything += t.accs
+            everything += [a for mono, _ in t.exp.lin for a in mono]
+        held = self.held.readable(self.schedule.records_gradients[p.fact.node])
+        rates = [a for m, _ in (*p.q_weights, *p.fixed, *p.tokens) for a in m]
+        like = self._some_node([*p.q, *rates, *p.k, *p.v], held)
+        dtype = p.fact.compute
+        self.emitter = Emitter(
+            self.engine, p.roles, everything, held, like, _exact(dtype), lambda leaf: self._sum(leaf, p.fact)
+        )
+        heads, batch = p.head_roles(self.engine.space)
+        dk = self._length(p, p.key_features)
+        if len(p.key_features) > 1 and isinstance(dk, int) and dk > MOST_PRODUCTS:
+            raise Refused(
+                "separable",
+                f"at most {MOST_PRODUCTS} products of features",
+                f"{dk} of them",
+                4,
+                "a power of the scores is a product of as many features, a tensor larger than what it would replace",
+            )
+        groups_q = [batch, heads, [N_ROLE], p.key_features]
+        e_group = [E_ROLE] if E_ROLE in p.roles else []
+        q = self._operand(p.q, p.q_weights, groups_q, dtype, shared=not p.later or p.state is None)
+        k = self._operand(p.k, p.k_weights, groups_q, dtype)
+        if p.key_scale != 1:
+            k = Call(torch.mul, (k, p.key_scale))
+        v = self._operand(p.v, [], [batch, heads, [N_ROLE], e_group], dtype)
+        log_decay, decay_source = self._log_decay(p, batch, heads)
+        state = None
+        if p.state is not None:
+            piece = self.emitter.product(p.state) or self.emitter.number(p.state_number, _exact(dtype))
+            state = self.emitter.assemble(piece.to(_exact(dtype)), [batch, heads, p.key_features, e_group])
+        row_factor, added = self._around(p, residual)
+        recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
+        read = {v.node for e in recipes for v in values_of(e)}
+        region = self.assumptions.region(p.fact.node, read)
+        fact = DecayedAttention(
+            q=Call(torch.cat, ([_rows(q, 1, None), _no_row(q)], 2)) if p.later else q,
+            k=k,
+            v=v,
+            log_decay=log_decay,
+            scale=p.scale,
+            initial_state=state,
+            batch=self._length(p, batch),
+            heads=self._length(p, heads),
+            length=self._length(p, [N_ROLE]),
+            dk=dk,
+            dv=self._length(p, e_group),
+            dtype=dtype,
+            decay_per_token=bool(p.tokens),
+            formulation=formulation(p, region),
+            decay_source=decay_source,
+            assumptions=self.assumptions.of(p, read, region),
+        )
+        out: Expr = self._one_later(p, fact, q) if p.later else Attend(fact, 0)
+        return fact, self._replacement(p, out, batch, heads, e_group, row_factor, added)
+
+    def _one_later(self, p: Proof, fact: DecayedAttention, q: Expr) -> Expr:
+        """What each position reads of the sum up to the one before it: the first nothing, or what came in."""
+        out = _rows(Attend(fact, 0), 0, -1)
+        if fact.initial_state is None:
+            return Call(torch.cat, ([_no_row(Attend(fact, 0)), out], 2))
+        first = Call(torch.Tensor.to, (_rows(q, 0, 1), _exact(fact.dtype)))
+        read = Call(torch.mul, (Call(torch.matmul, (first, fact.initial_state)), p.scale))
+        return Call(torch.cat, ([Call(torch.Tensor.to, (read, fact.dtype)), out], 2))
+
+    def _sum(self, leaf: int, inside: Fact) -> Expr:
+        """A sum that no node holds, as the attention that it is."""
+        if (leaf, inside.node) not in self.sums:
+            found = self.engine.leaves[leaf]
+            assert isinstance(found.kind, Opaque) and found.kind.reading is not None and found.kind.compute is not None
+            fact = replace(inside, value=found.kind.reading, compute=found.kind.compute)
+            proof = prove(self.engine, fact)
+            _, expr = Builder(self.schedule, self.interpreter, self.held).build(proof)
+            if found.dtype != fact.compute or proof.residual or proof.outer or proof.outer_weights:
+                expr = Call(torch.Tensor.to, (expr, found.dtype))
+            self.sums[leaf, inside.node] = expr
+        return self.sums[leaf, inside.node]
+
+    def _length(self, p: Proof, roles: Sequence[int]) -> Any:
+        total: Any = 1
+        for r in roles:
+            size = p.roles[r]
+            if size.is_const:
+                total = total * int(size.const)
+            elif size in self.engine.symints:
+                total = total * self.engine.symints[size]
+            else:
+                raise CannotEmit("known sizes", f"a symbolic length {size} that no tensor has")
+        return total
+
+    def _some_node(self, accesses: Sequence[Access], held: Mapping[int, Place]) -> fx.Node:
+        """A value of the graph that is some factor, or that one is computed from."""
+        for leaf, _ in accesses:
+            if leaf in held:
+                return held[leaf][0]
+            kind = self.engine.leaves[leaf].kind
+            if isinstance(kind, Opaque) and kind.node is not None:
+                return kind.node
+            series = kind.series if isinstance(kind, Opaque) else None
+            inner = self.engine.leaves.made_of(leaf) if series is None else () if series.of is None else series.of[:1]
+            for n in inner:
+                try:
+                    return self._some_node([(n, ())], held)
+                except CannotEmit:
+                    continue
+            if series is not None:
+                return series.pieces[series.starts[0]][0]
+        raise CannotEmit("a value of the traced graph", "queries made of constants")
+
+    def _operand(
+        self,
+        accesses: Sequence[Access],
+        weights: Sequence[tuple[Mono, float]],
+        groups: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        shared: bool = True,
+    ) -> Expr:
+        """One operand; of one head for several, where it is ``shared`` and has no more."""
+        factors = [self.emitter.exponential(m, c) for m, c in weights]
+        piece = self.emitter.product(accesses, factors)
+        if piece is None:
+            piece = self.emitter.number(1.0, dtype)
+        return self.emitter.assemble(piece.to(dtype), groups, shrink=(1,) if shared else ())
+
+    def _log_decay(self, p: Proof, batch: list[int], heads: list[int]) -> tuple[Expr, str]:
+        exact = _exact(p.fact.compute)
+        total: Piece | None = None
+        sources = []
+        for mono, c in (*p.fixed, *p.tokens):
+            piece = self.emitter.product(mono, rate=True)
+            if piece is None:
+                piece = self.emitter.number(c, exact)
+                sources.append(f"the constant {math.exp(c):.6g}")
+            else:
+                piece = piece.to(exact).scaled(c)
+                sources.append(source(self.engine.leaves, mono, c))
+            total = piece if total is None else total + piece
+        if total is None:
+            total = self.emitter.number(0.0, exact)
+            sources.append("none (un-decayed)")
+        groups = [batch, heads, [N_ROLE]] if p.tokens else [heads]
+        log_decay = self.emitter.assemble(total, groups)
+        if p.delayed:
+            log_decay = Call(torch.cat, ([_no_row(log_decay), _rows(log_decay, 0, -1)], 2))
+        return log_decay, " + ".join(sources)
+
+    def _replacement(
+        self,
+        p: Proof,
+        expr: Expr,
+        batch: list[int],
+        heads: list[int],
+        e_group: list[int],
+        row_factor: Expr | None,
+        added: Sequence[Expr | float],
+    ) -> Expr:
+        """The operator's output in the target's dimensions, times row factors, plus what is added to it."""
+        order: list[int] = []
+        at = 0
+        for group in (batch, heads, [N_ROLE], e_group):
+            if not group or group[0] not in p.place:
+                expr = Call(torch.squeeze, (expr, at))
+                continue
+            if len(group) > 1:
+                sizes = [size_of(self.engine, p.roles[r]) for r in group]
+                expr = Call(torch.unflatten, (expr, at, sizes))
+            order += group
+            at += len(group)
+        dims = [p.place[r] for r in order]
+        expr = permuted(expr, [dims.index(d) for d in range(len(dims))])
+        if row_factor is not None:
+            expr = Call(torch.mul, (expr, row_factor))
+        for term in added:
+            expr = Call(torch.add, (expr, term))
+        if p.backwards:
+            expr = Call(torch.flip, (expr, [p.place[N_ROLE]]))
+        for d in p.flattened:
+            expr = Call(torch.flatten, (expr, d, d + 1))
+        return expr
+
+    def _summed_product(self, p: Proof, t: Term) -> Piece | None:
+        """The factors of a plain term; those that hold key features are multiplied and summed first."""
+        features = set(p.key_features)
+
+        def held(idx: Iterable[Aff]) -> bool:
+            return not features.isdisjoint(self.engine.space.vars_of(idx))
+
+        monos = [(m, float(f.const), held(i for _, idx in m for i in idx)) for m, f in t.exp.lin if m]
+        inner = self.emitter.product(
+            [a for a in t.accs if held(a[1])], [self.emitter.exponential(m, c) for m, c, inside in monos if inside]
+        )
+        summed = [] if inner is None else [self.emitter.summed(inner, p.key_features)]
+        rest = [self.emitter.exponential(m, c) for m, c, inside in monos if not inside]
+        return self.emitter.product([a for a in t.accs if not held(a[1])], [*rest, *summed])
+
+    def _around(self, p: Proof, residual: Sequence[Term]) -> tuple[Expr | None, list[Expr | float]]:
+        """In the target's dimensions: the factor of each row, if there is one, and the terms that are added."""
+        groups = [[r] for r in sorted(p.place, key=lambda r: p.place[r])]
+
+        def in_target(piece: Piece) -> Expr:
+            return self.emitter.assemble(piece, groups, shrink=range(len(groups)))
+
+        outer = self.emitter.product(p.outer, [self.emitter.exponential(m, c) for m, c in p.outer_weights])
+        added: list[Expr | float] = []
+        for t in residual:
+            coef = t.coef * math.exp(sum(float(f.const) for m, f in t.exp.lin if not m))
+            piece = self._summed_product(p, t)
+            if not t.poly.is_const:
+                counted = self.emitter.index(t.poly)
+                piece = counted if piece is None else piece * counted
+            if piece is None:
+                added.append(coef)
+            else:
+                added.append(in_target(piece) if coef == 1 else Call(torch.mul, (in_target(piece), coef)))
+        return None if outer is None else in_target(outer), added
+
+
+def _rows(x: Expr, start: int | None, end: int | None) -> Expr:
+    """Some positions of ``[B,H,N,D]``, or of ``[B,H,N]``."""
+    return Call(operator.getitem, (x, (slice(None), slice(None), slice(start, end))))
+
+
+def _no_row(x: Expr) -> Expr:
+    """Zeros for one position."""
+    return Call(torch.zeros_like, (_rows(x, 0, 1),))
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and log-decays beside q, k and v of this one."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

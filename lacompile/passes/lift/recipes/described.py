@@ -1,0 +1,47 @@
+"""What a report says of a match beside its numbers: how the program wrote it, and what the decay is read from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import fx
+
+from ...names import spoken
+from ..domain.affine import ONE
+from ..domain.exponent import Mono
+from ..domain.leaves import Argument, Leaves, Opaque, Symbol
+from ..prove.proof import N_ROLE, Proof
+
+
+def formulation(p: Proof, region: set[fx.Node]) -> Literal["parallel", "chunkwise", "recurrent"]:
+    """How the program wrote it, in the nodes between what is read and the result."""
+    length = p.roles[N_ROLE]
+    steps, square = 0, False
+    for node in region:
+        example = node.meta.get("example_value")
+        if isinstance(example, torch.Tensor) and node.op != "placeholder":
+            sizes = [s for s in example.shape[-2:] if isinstance(s, int) and length.is_const and s == length.const]
+            symbolic = [s for s in example.shape if not isinstance(s, int)]
+            square |= len(sizes) >= 2 or len({str(s) for s in symbolic}) < len(symbolic)
+            steps += 1
+    if length == ONE or (length.is_const and steps > 4 * length.const):
+        return "recurrent"
+    return "parallel" if square else "chunkwise"
+
+
+def source(leaves: Leaves, mono: Mono, c: float) -> str:
+    """What a rate is read from."""
+
+    def name(leaf: int) -> str:
+        kind = leaves[leaf].kind
+        if isinstance(kind, Opaque):
+            return spoken(kind.node) if kind.node is not None else kind.label
+        if isinstance(kind, Symbol):
+            inner = ", ".join(name(a.leaf) for a in kind.args if isinstance(a, Argument))
+            op = getattr(kind.op, "overloadpacket", kind.op)
+            return f"{getattr(op, '__name__', op)}({inner})"
+        return "a table of numbers"
+
+    factors = " * ".join(name(leaf) for leaf, _ in mono)
+    return factors if c == 1 else f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"

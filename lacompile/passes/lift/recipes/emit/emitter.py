@@ -1,0 +1,146 @@
+"""Products of accesses, and their digits laid out as the dimensions of an operand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from operator import mul
+from typing import Any
+
+import torch
+from torch import fx
+
+from ....facts import Call, Const, Expr, Value
+from ...domain.affine import ONE, Aff
+from ...domain.exponent import Access, Mono
+from ...engine import Engine
+from ..holders import Place
+from .calls import permuted, squeezed
+from .digits import Digits
+from .lengths import size_of
+from .pieces import CannotEmit, Piece
+from .reader import Reader
+from .views import Views
+
+
+class Emitter:
+    """Emits accesses over a fixed list of roles.
+
+    Args:
+        engine: the analysis the accesses belong to.
+        roles: role variable -> its length.
+        accesses: every access that will be emitted, so that roles are split into digits once and for all.
+        held: leaf -> (node, index) of graph nodes that hold a symbol leaf already.
+        like: a value of the graph; what is made of known numbers alone lives on its device.
+        exact: the format of known numbers.
+        computed: how a leaf that no node holds, but of which it is known what it is, is computed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        roles: Mapping[int, Aff],
+        accesses: Sequence[Access],
+        held: Mapping[int, Place],
+        like: fx.Node,
+        exact: torch.dtype,
+        computed: Callable[[int], Expr],
+    ):
+        self.engine = engine
+        self.like = Value(like)
+        self.digits = Digits(engine.space, roles, accesses)
+        self.reader = Reader(engine, Views(engine, self.digits), held, self.like, exact, computed)
+
+    # ----------------------------------------------------------------------------------------------------- products
+
+    def number(self, c: float, dtype: torch.dtype) -> Piece:
+        expr: Expr = Const(c, self.like, dtype)
+        for _ in self.digits.order:
+            expr = Call(torch.unsqueeze, (expr, 0))
+        return Piece(expr, frozenset(), dtype)
+
+    def index(self, form: Aff) -> Piece:
+        """The numbers of an index form over roles."""
+        over = self.digits.over(form)
+        total = self.number(float(over.const), self.reader.exact)
+        for digit, c in over.terms:
+            total = total + self._counted(digit).scaled(c)
+        return total
+
+    def _counted(self, digit: int) -> Piece:
+        """0, 1, 2, ... along one digit."""
+        if digit not in self.digits.order:
+            raise CannotEmit("a form of positions", f"a form that holds {Aff.var(digit)}")
+        lengths = [size_of(self.engine, self.digits.sizes[d]) if d == digit else 1 for d in self.digits.order]
+        exact = self.reader.exact
+        ones = Call(torch.broadcast_to, (self.number(1.0, exact).expr, lengths))
+        counted = Call(torch.sub, (Call(torch.cumsum, (ones, self.digits.order.index(digit))), 1.0))
+        return Piece(counted, frozenset({digit}), exact)
+
+    def product(self, accesses: Sequence[Access], factors: Sequence[Piece] = (), *, rate: bool = False) -> Piece | None:
+        """The product of accesses; None for the empty product. Where a condition does not hold nothing is read.
+
+        That of a ``rate`` will be exponentiated.
+        """
+        pieces = [*(self.reader.read(a, rate) for a in accesses), *factors]
+        data = [p for p in pieces if p.dtype is not torch.bool]
+        conditions = [p for p in pieces if p.dtype is torch.bool]
+        if not data:
+            return reduce(mul, conditions) if conditions else None
+        return reduce(Piece.where, conditions, reduce(mul, data))
+
+    def exponential(self, mono: Mono, coef: float) -> Piece:
+        """In fp32 at least: what the program computed it in is not known, and it grows with the number of steps."""
+        inner = self.product(mono, rate=True)
+        assert inner is not None
+        return inner.to(torch.promote_types(inner.dtype, torch.float32)).scaled(coef).exp()
+
+    def summed(self, piece: Piece, roles: Sequence[int]) -> Piece:
+        """The sum over those of the roles that the piece has."""
+        digits = piece.present.intersection(self.digits.of(roles))
+        if not digits:
+            return piece
+        dims = [n for n, d in enumerate(self.digits.order) if d in digits]
+        return Piece(Call(torch.sum, (piece.expr, dims, True)), piece.present - digits, piece.dtype)
+
+    # ----------------------------------------------------------------------------------------------------- operands
+
+    def assemble(self, piece: Piece, groups: Sequence[Sequence[int]], shrink: Sequence[int] = ()) -> Expr:
+        """One dimension per group of roles. Groups in ``shrink`` keep absent trailing digits unexpanded."""
+        of_group = [self.digits.of(g) for g in groups]
+        lengths = [n for at, digits in enumerate(of_group) for n in self._lengths(piece, digits, at in shrink)]
+        expr = self._in_order(piece, [d for digits in of_group for d in digits])
+        if any(n not in (-1, 1) for n in lengths):
+            expr = Call(torch.broadcast_to, (expr, lengths))
+        for at, digits in enumerate(of_group):
+            if not digits:
+                expr = Call(torch.unsqueeze, (expr, at))
+            elif len(digits) > 1:
+                expr = Call(torch.flatten, (expr, at, at + len(digits) - 1))
+        return expr
+
+    def _lengths(self, piece: Piece, digits: Sequence[int], shrink: bool) -> list[Any]:
+        """The length that each digit is expanded to, -1 where it stays as it is."""
+        sizes = self.digits.sizes
+        trailing = 1 + max((n for n, d in enumerate(digits) if d in piece.present), default=-1)
+        lengths: list[Any] = []
+        for n, d in enumerate(digits):
+            if d in piece.present or sizes[d] == ONE:
+                lengths.append(-1)
+            elif shrink and n >= trailing:
+                lengths.append(1)
+            else:
+                lengths.append(size_of(self.engine, sizes[d]))
+        return lengths
+
+    def _in_order(self, piece: Piece, digits: Sequence[int]) -> Expr:
+        """The piece with a dimension for each of these digits, in this order, and for no others."""
+        expr, order = piece.expr, self.digits.order
+        lost = [d for d in order if d in piece.present and d not in digits]
+        if lost:
+            raise CannotEmit("a factor over the dimensions of its operand", f"one that also holds {Aff.var(lost[0])}")
+        for n in range(len(order) - 1, -1, -1):
+            if order[n] not in digits:
+                expr = squeezed(expr, n)
+        kept = [d for d in order if d in digits]
+        return permuted(expr, [kept.index(d) for d in digits])

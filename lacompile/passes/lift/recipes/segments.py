@@ -1,0 +1,107 @@
+"""Attentions side by side: sequences that are packed into one tensor, each of which begins anew.
+
+A program that goes over them by numbers joins what it computes of each. No range of the whole begins at one position,
+but on the rows of each sequence the value is an attention by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ...facts import Call, DecayedAttention, Expr
+from ..domain.affine import Aff
+from ..domain.term import Term, value
+from ..engine import Engine
+from ..interpret import Fact
+from ..prove.obligations import prove
+from ..prove.proof import Proof, Refused
+from ..prove.roles import sequence_index
+from .builder import Builder
+
+MOST = 16
+"""Sequences, each of which is a call of the operator."""
+
+Rows = tuple[int, int]
+"""The first and the last row."""
+
+
+def prove_segments(builder: Builder, fact: Fact) -> tuple[list[tuple[Proof, DecayedAttention]], Expr] | None:
+    """The attentions that lie side by side in this value, and the recipe that joins them; None if there are none."""
+    if not fact.value.single or not all(n.is_const for n in fact.value.shape):
+        return None
+    dims = {found[1] for t in fact.value.terms if (found := sequence_index(builder.engine, t)) is not None}
+    if len(dims) != 1:
+        return None
+    (n,) = dims
+    by_rows = _by_rows(builder.engine, fact.value.terms, n, int(fact.value.shape[n].const))
+    if by_rows is None or not 2 <= len(by_rows) <= MOST:
+        return None
+    proved: list[tuple[Proof, DecayedAttention]] = []
+    parts: list[tuple[Rows, Expr]] = []
+    try:
+        for rows in sorted(by_rows):
+            proof = prove(builder.engine, _of_rows(builder, fact, n, rows, by_rows[rows]))
+            attention, recipe = builder.build(proof)
+            proved.append((proof, attention))
+            parts.append((rows, recipe))
+    except Refused:
+        return None
+    joined = _side_by_side(parts, n, [int(size.const) for size in fact.value.shape])
+    return None if joined is None else (proved, joined)
+
+
+def _by_rows(engine: Engine, terms: Sequence[Term], n: int, length: int) -> dict[Rows, list[Term]] | None:
+    """The terms of each sequence; what is no sum over positions may be a term of several, of each as a whole."""
+    found: dict[Rows, list[Term]] = {}
+    for t in terms:
+        if sequence_index(engine, t) is not None:
+            found.setdefault(_rows(engine, t, n, length), []).append(t)
+    for t in terms:
+        if sequence_index(engine, t) is None:
+            low, high = _rows(engine, t, n, length)
+            within = [rows for rows in found if low <= rows[0] and rows[1] <= high]
+            if sum(last - first + 1 for first, last in within) != high - low + 1:
+                return None
+            for rows in within:
+                found[rows].append(t)
+    return found
+
+
+def _rows(engine: Engine, t: Term, n: int, length: int) -> Rows:
+    """Where a term counts, as far as conditions on its row alone say so, or where the range up to it begins."""
+    low, high = 0, length - 1
+    if (found := sequence_index(engine, t)) is not None:
+        low = max([low, *(int(x.const) for x in engine.bounds(found[0], t.guards).low if x.is_const)])
+    for g in t.guards:
+        if g.terms == ((n, 1),):
+            low = max(low, -int(g.const))
+        elif g.terms == ((n, -1),):
+            high = min(high, int(g.const))
+    return low, high
+
+
+def _of_rows(builder: Builder, fact: Fact, n: int, rows: Rows, terms: Sequence[Term]) -> Fact:
+    """The value on these rows, counted from the first of them."""
+    engine, (low, high) = builder.engine, rows
+    shape = (*fact.value.shape[:n], Aff.lit(high - low + 1), *fact.value.shape[n + 1 :])
+    moved = (engine.normalise(t.sub(engine.space, {n: Aff.var(n) + low}), shape) for t in terms)
+    return replace(fact, value=value(shape, [t for t in moved if t is not None]))
+
+
+def _side_by_side(parts: Sequence[tuple[Rows, Expr]], n: int, shape: Sequence[int]) -> Expr | None:
+    """The parts along dimension ``n``, zeros between them; None if two of them overlap."""
+    pieces: list[Expr] = []
+    at = 0
+    for (low, high), part in (*parts, ((shape[n], shape[n]), None)):
+        if low < at:
+            return None
+        if low > at:
+            between = [*shape[:n], low - at, *shape[n + 1 :]]
+            pieces.append(Call(torch.Tensor.new_zeros, (parts[0][1], between)))
+        if part is not None:
+            pieces.append(part)
+        at = high + 1
+    return Call(torch.cat, (pieces, n))

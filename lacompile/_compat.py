@@ -180,10 +180,23 @@ def compile_with_inductor(gm: Any, example_inputs: Any, config_patches: dict[str
 
 
 def compile_without_inductor(gm: Any, example_inputs: Any) -> Any:
-    """AOTAutograd only: derivatives and functionalisation, the kernels of eager mode."""
-    from torch._dynamo.backends.debugging import aot_eager
+    """AOTAutograd only: derivatives and functionalisation, the kernels of eager mode.
 
-    return aot_eager(gm, example_inputs)
+    But for logsigmoid, as of torch 2.13: its kernel for the CPU has other strides than its fake one says it has.
+    """
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._decomp import get_decompositions
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    aten = torch.ops.aten
+    compile_ = aot_autograd(
+        fw_compiler=boxed_nop,
+        partition_fn=min_cut_rematerialization_partition,
+        keep_inference_input_mutations=True,
+        decompositions=get_decompositions([aten.log_sigmoid_forward, aten.log_sigmoid_backward]),
+    )
+    return compile_(gm, example_inputs)
 
 
 @cache

@@ -181,7 +181,7 @@ def _compare(
     _tame_decays(match, region, env, decays, by_value, reference)
     leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
     # backwards through a state that is overwritten is an error of the program's own, unless what was saved is kept
-    kept = torch.autograd.graph.allow_mutation_on_saved_tensors() if match.place else contextlib.nullcontext()
+    kept = torch.autograd.graph.allow_mutation_on_saved_tensors()
     with _fp64_by_default(), kept:
         results = [
             _with_gradients(compute, env, leaves)

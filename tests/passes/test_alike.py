@@ -125,3 +125,35 @@ def test_batch_and_length_of_one_number():
         x, y = (torch.randn(b, n, D, generator=generator, dtype=torch.float64) for _ in range(2))
         same(made, f, x, y)
     assert counts == [1, 1]
+
+
+def in_blocks(q, k, v):
+    """The last block may be shorter, and each decays by its own length."""
+    n, block = q.shape[2], 4
+    slope, place = torch.tensor([0.05, 0.2, 0.4], dtype=q.dtype)[:, None, None], torch.arange(block) + 1
+    from_start, to_end = torch.exp(-slope * place[:, None]), torch.exp(-slope * (block - place[:, None]))
+    inside = torch.exp(-slope * (place[:, None] - place)).tril()
+    state, out = q.new_zeros(B, H, D, v.shape[-1]), []
+    for i in range((n + block - 1) // block):
+        start, end = i * block, min(i * block + block, n)
+        size = end - start
+        qq, kk, vv = (x[:, :, start:end] for x in (q, k, v))
+        own = (qq @ kk.mT * inside[:, :size, :size]) @ vv
+        out.append(own + (qq * from_start[:, :size]) @ state)
+        state = state * torch.exp(-slope * size) + (kk * to_end[:, -size:]).mT @ vv
+    return torch.cat(out, 2), state
+
+
+def of_one_tensor(x):
+    return in_blocks(*x.split([D, D, E], -1))
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_blocks_that_end_where_the_sequence_does(joined):
+    f = of_one_tensor if joined else in_blocks
+    made, counts = compiled(f)
+    for n in (12, 16, 24, 22):
+        args = [torch.cat(inputs(n), -1)] if joined else inputs(n)
+        for got, want in zip(made(*args), f(*args), strict=True):
+            assert relative_error(got, want) < 1e-12
+    assert set(counts) == {1}

@@ -259,3 +259,74 @@ def test_a_state_that_is_filled_in_place(number):
         return torch.stack(out, 2)
 
     assert_rewritten(run, *arguments(), compiled=False)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", READS)
+def test_a_read_before_the_token_counts_and_decays(name, given):
+    def run(q, k, v, x, counts, *states):
+        state, out = states[0] if given else q.new_zeros(B, H, D, D), []
+        for t in range(N):
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+            new = state + k[:, :, t, :, None] * v[:, :, t, None]
+            state = READS[name](x, counts, t)[..., None, None] * new
+        return torch.stack(out, 2)
+
+    state = [torch.randn(B, H, D, D, requires_grad=True)] if given else []
+    assert_rewritten(run, *arguments(), *state, compiled=False)
+
+
+ONTO = {
+    "addr": lambda s, k, v, g: torch.addr(s, k, v, beta=0.9),
+    "addr, in place": lambda s, k, v, g: (s * g).addr_(k, v),
+    "addmm": lambda s, k, v, g: torch.addmm(s * g, k[:, None], v[None]),
+    "addmm, with numbers": lambda s, k, v, g: torch.addmm(s, k[:, None], v[None], beta=0.9, alpha=0.5),
+}
+
+
+@pytest.mark.parametrize("name", ONTO)
+def test_an_update_by_one_operation(name):
+    """One head of one sequence."""
+
+    def run(q, k, v, x):
+        state, out = q.new_zeros(D, D), []
+        for t in range(N):
+            state = ONTO[name](state, k[t], v[t], torch.sigmoid(x[t]))
+            out.append(q[t] @ state)
+        return torch.stack(out)
+
+    q, k, v, x = (a.detach()[0, 0].requires_grad_() for a in arguments()[:4])
+    assert_rewritten(run, q, k, v, x, compiled=False)
+
+
+def test_a_projection_with_a_bias_stays_one():
+    def run(q, k, v, x):
+        weight, bias = k[0, 0, :D], v[0, 0, 0]
+        return torch.addmm(bias, q[0, 0], weight)
+
+    assert_refused(run, *arguments()[:4])
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_as_many_tokens_as_features(length):
+    """The last token is read at the number that the last feature has."""
+
+    def run(x, weight):
+        state, out = x.new_zeros(2, D, D), []
+        for t in range(length):
+            q, k, v = (x[:, t : t + 1] @ weight).chunk(3, -1)
+            state = 0.9 * state + k.mT @ v
+            out.append(q @ state)
+        return torch.cat(out, 1)
+
+    x, weight = (torch.randn(*s, requires_grad=True) for s in [(2, length, 8), (8, 3 * D)])
+    assert_rewritten(run, x, weight, compiled=False)
+
+
+def test_a_gate_of_the_key_that_is_a_projection_without_a_bias():
+    def run(q, k, v, x, weight):
+        upto = F.logsigmoid(x).cumsum(-1)
+        apart = upto[..., :, None] - upto[..., None, :] + (k @ weight)[..., 0][..., None, :]
+        return (q @ k.mT * apart.masked_fill(~ORDER, float("-inf")).exp()) @ v
+
+    assert_rewritten(run, *arguments()[:4], torch.randn(D, 2, requires_grad=True), compiled=False)

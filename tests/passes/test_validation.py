@@ -96,3 +96,33 @@ def test_nothing_is_shown_by_zeros():
     report = lacompile.explain(first_head_repeated)(*(torch.zeros_like(x) for x in inputs(*REPEATED)))
     assert not report.rewrites
     assert {miss.obligation for miss in report.near_misses} == {"agreement"}
+
+
+def overwritten(q, k, v):
+    """Autograd saves the state for the read, and the next token overwrites it."""
+    state, out = q.new_zeros(B, H, D, D), []
+    for t in range(N):
+        state.mul_(0.9).add_(k[:, :, t, :, None] * v[:, :, t, None])
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, 2)
+
+
+def test_a_state_that_is_overwritten():
+    """Autograd cannot go back through the program itself: the rewritten one can, and its gradients are right."""
+    args = inputs()
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        overwritten(*args).sum().backward()
+
+    def kept(q, k, v):
+        state, out = q.new_zeros(B, H, D, D), []
+        for t in range(N):
+            state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(out, 2)
+
+    made = torch.compile(overwritten, backend="lightning", options={"validate": "always"})
+    for got, want in zip(
+        torch.autograd.grad(made(*args).sum(), args), torch.autograd.grad(kept(*args).sum(), args), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert len(lacompile.last_report().rewrites) == 1

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..effects import Effects
@@ -51,12 +52,16 @@ def analyse(
         matches, refusals = search(schedule, interpreter, holders(interpreter))
         equal: tuple[Equal, ...] = ()
         for settings in _other_readings(interpreter, gm, example_inputs, may_be_equal):
-            if matches and not refusals and "turned_whole" not in settings:
+            missed = refusals or not matches or _parts(gm, matches)
+            if not missed and "turned_whole" not in settings:
                 continue
             other = Interpreter(read_buffers=interpreter.read_buffers, **settings)
             other.run(gm, example_inputs)
             found, left = search(schedule, other, holders(other))
-            if (len(left), -len(found)) < (len(refusals), -len(matches)):
+            now, before = (
+                (not ms, _parts(gm, ms), len(rs), -len(ms)) for ms, rs in ((found, left), (matches, refusals))
+            )
+            if now < before:
                 matches, refusals, equal = found, left, tuple(other.equal)
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal(
@@ -81,6 +86,13 @@ def _other_readings(
     inputs = gm.graph.find_nodes(op="placeholder")
     if may_be_equal and (equal := alike(inputs, example_inputs)):
         yield {"equal": equal}
+
+
+def _parts(gm: fx.GraphModule, matches: Sequence[Match]) -> int:
+    """How many attentions are as long as no input, and so may be parts of what a loop computes."""
+    examples = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
+    lengths = {str(size) for x in examples if isinstance(x, torch.Tensor) for size in x.shape}
+    return sum(str(f.length) not in lengths for m in matches for f in m.facts)
 
 
 __all__ = ["Analysis", "analyse"]

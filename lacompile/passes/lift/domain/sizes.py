@@ -15,6 +15,7 @@ from .space import Space
 
 QUOTIENTS = ("FloorDiv", "CleanDiv")
 REMAINDERS = ("Mod", "PythonMod")
+ENDS = {"Min": 1, "Max": -1}
 UNBOUNDED = 2**40
 
 
@@ -28,6 +29,7 @@ class Sizes:
         self._known: dict[Any, Aff] = {}
         self._equal: dict[Any, Any] | None = None  # an expression -> a simpler one of the same value
         self._divisor: dict[Any, int] = {}  # a size -> a number that divides it
+        self._within: dict[Any, tuple[Number, Number]] = {}  # a size -> its least and its largest value
 
     def __call__(self, expr: Any, env: Any) -> Aff:
         """The affine form of an expression of PyTorch's shape environment ``env``."""
@@ -68,18 +70,31 @@ class Sizes:
         if name in REMAINDERS and expr.args[1].is_Integer and expr.args[1] > 0:
             inner, m = self(expr.args[0], env), int(expr.args[1])
             return inner - self.space.floordiv(inner, m) * m
+        if name in ENDS:
+            forms = [self(arg, env) for arg in expr.args]
+            for form in forms:
+                if all(self._is_end(ENDS[name], form, other) for other in forms):
+                    return form
         return self._variable(expr, env, self._divisor.get(expr, 1))
+
+    def _is_end(self, side: int, form: Aff, other: Aff) -> bool:
+        return self.space.lower((other - form) * side, {}) >= 0
 
     def _variable(self, expr: Any, env: Any, divisor: int) -> Aff:
         bounds = env.bound_sympy(expr)
         low: Number = int(bounds.lower) if bounds.lower.is_Integer else -INF
         high: Number = int(bounds.upper) if bounds.upper.is_Integer and bounds.upper < UNBOUNDED else INF
+        least, most = self._within.get(expr, (-INF, INF))
+        low, high = max(low, least), min(high, most)
         low = -(-low // divisor) if math.isfinite(low) else low
         high = high // divisor if math.isfinite(high) else high
         return Aff.var(self.space.symbol(low, high)) * divisor
 
     def _learn(self, guards: Any) -> None:
-        """Equations among the guards; ``a mod m = 0`` and ``a // m = k`` say that k m is a."""
+        """Equations among the guards; ``a mod m = 0`` and ``a // m = k`` say that k m is a.
+
+        The latter says where a is, too: as many chunks as a loop was traced for have so many tokens.
+        """
         assert self._equal is not None
         whole: list[tuple[Any, Any]] = []
         for guard in guards:
@@ -91,11 +106,25 @@ class Sizes:
                     whole.append((left.args[0], left.args[1]))
                 elif type(left).__name__ in QUOTIENTS and (right.is_Integer or right.is_Symbol):
                     self._equal[left] = right
+                    if right.is_Integer and left.args[1].is_Integer:
+                        self._lies(left.args[0], int(left.args[1]), int(right))
         for a, m in whole:
             self._divides(a, m)
             for quotient, k in self._equal.items():
                 if quotient.args == (a, m) and k.is_Integer and type(m).__name__ in QUOTIENTS and m.args == (a, k):
                     self._divides(a, k)
+
+    def _lies(self, a: Any, m: int, k: int) -> None:
+        """``a // m = k`` for ``a = c s + d`` with a size s: ``m k <= a <= m k + m - 1``."""
+        if m <= 0 or len(a.free_symbols) != 1:
+            return
+        (size,) = a.free_symbols
+        c, d = a.coeff(size), a.subs(size, 0)
+        if not (c.is_Integer and d.is_Integer and c > 0 and a == c * size + d):
+            return
+        low, high = self._within.get(size, (-INF, INF))
+        least, most = -(-(m * k - int(d)) // int(c)), (m * k + m - 1 - int(d)) // int(c)
+        self._within[size] = max(low, least), min(high, most)
 
     def _divides(self, a: Any, m: Any) -> None:
         if a.is_Symbol and m.is_Integer:

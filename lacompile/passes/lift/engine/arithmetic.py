@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from ..domain.affine import Aff
+from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access, Exponent
 from ..domain.leaves import Opaque
 from ..domain.term import NO_GUARDS, Case, Term, Val, constant, value
@@ -64,7 +64,7 @@ class Arithmetic(Symbols):
                 raise GiveUp("a product of long sums")
             for x in left:
                 for y in right:
-                    t = self._infinite(x, y) or self.product(x, y)
+                    t = self._infinite(x, y) or self.product(*self._one_index(x, y, a.shape))
                     if t is None:
                         raise GiveUp("a product of two positions, or of infinities")
                     yield self._token_product(bounded(t))
@@ -75,6 +75,22 @@ class Arithmetic(Symbols):
                 (alt,) = times([v.terms for v in whole])
             return self.sum_of(a.shape, times([a.terms, b.terms]), alt)
         return self.zip_cases([a, b], times)
+
+    def _one_index(self, x: Term, y: Term, shape: tuple[Aff, ...]) -> tuple[Term, Term]:
+        """Two terms, of which at most one is multiplied by an index: the rate (h + 1) / H of a head is a table.
+
+        A table is of the index that has fewer values.
+        """
+        if x.poly.is_const or y.poly.is_const:
+            return x, y
+        free = [self.space.vars(t.poly) for t in (x, y)]
+        if any(not 0 <= v < 100 or not shape[v].is_const for vs in free for v in vs):
+            return x, y
+        few, _ = sorted((0, 1), key=lambda n: math.prod(int(shape[v].const) for v in free[n]))
+        pair = [x, y]
+        numbers = self.tabulate(value(shape, [Term(poly=pair[few].poly)]))
+        pair[few] = pair[few].but(poly=ONE, accs=tuple(sorted((*pair[few].accs, numbers))))
+        return pair[0], pair[1]
 
     def _projects_beside(self, v: Val, w: Val) -> bool:
         """Whether it is a projection beside this weight: one that weighs the columns of the matrix makes it scores."""
@@ -99,7 +115,7 @@ class Arithmetic(Symbols):
             for leaf, idx in (*t.accs, *(a for m, _ in t.exp.lin for a in m))
             for n, i in zip(self.leaf_shapes[leaf], idx, strict=True)
         )
-        return v if any(last) else self.pick(v)
+        return v if any(last) and not self.projects(v) else self.pick(v)
 
     def _token_product(self, t: Term) -> Term:
         """``exp(k) v`` of one token, neither of which has all dimensions: there the exponential is no weight of v."""
@@ -172,6 +188,7 @@ class Arithmetic(Symbols):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
                 alt = self._alt_of_sum(a, b, out)
                 return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
+        a, b = (self.pick(v) if _of_rates(w) and self.projects(v) else v for v, w in ((a, b), (b, a)))
         left, right = self._gathered(a, b)
         left, right = align_weights(self.space, self.leaves, a.shape, left, right)
         return self.sum_of(a.shape, (*left, *right), limit=MAX_TERMS)
@@ -308,3 +325,8 @@ def _add_infinite(a: tuple[Term, ...], b: tuple[Term, ...]) -> tuple[Term, ...]:
             raise GiveUp("inf - inf")
         return (Term(infinite[0].coef),)
     return (*a, *b)
+
+
+def _of_rates(v: Val) -> bool:
+    """Whether it is a sum of single factors, as log-gates summed over tokens are: a state has products."""
+    return v.single and all(len(t.accs) == 1 and not t.exp for t in v.terms)

@@ -9,8 +9,8 @@ from itertools import product as cartesian
 
 from ..domain.affine import ONE, Aff
 from ..domain.term import NO_GUARDS, Case, Guards, Term, Val, value
-from ..normal.merge import MAX_UNMERGED, TooManyTerms, merge_sum
-from .limits import MAX_CASES, GiveUp, Unmerged
+from ..normal.merge import MAX_UNMERGED, TooManyTerms, merge_sum, merged
+from .limits import FEW_CASES, MAX_CASES, GiveUp, Unmerged
 from .structure import Structure
 
 
@@ -133,6 +133,44 @@ class Cases(Structure):
         if len({c.terms for c in cases}) == 1:
             cases = [Case(NO_GUARDS, cases[0].terms)]
         return replace(v, cases=tuple(cases))
+
+    def in_one(self, v: Val) -> Val:
+        """Cases of one term each, which are that term on neighbouring regions, as one: the rows of a mask."""
+        cases = list(v.cases)
+        if len(cases) < FEW_CASES:
+            return v
+        n = 1
+        while n < len(cases):
+            found = ((m, case) for m in range(n) if (case := self._in_one(cases[m], cases[n], v.shape)) is not None)
+            at = next(found, None)
+            if at is None and n >= MAX_CASES:
+                return v
+            if at is None:
+                n += 1
+            else:
+                cases[at[0]] = at[1]
+                del cases[n]
+        return replace(v, cases=tuple(cases))
+
+    def _in_one(self, a: Case, b: Case, shape: tuple[Aff, ...]) -> Case | None:
+        if len(a.terms) != len(b.terms) or len(a.terms) > 1:
+            return None
+        x, y = (c.terms[0] if c.terms else Term() for c in (a, b))
+        if x.guards or y.guards or (x.coef != y.coef and math.isinf(x.coef + y.coef)):
+            return None
+        coef = x.coef if math.isinf(x.coef) else None
+        pair = (t.but(coef=t.coef if coef is None else 1.0, guards=c.guards) for t, c in ((x, a), (y, b)))
+        whole = self.merged_pair(*pair, shape)
+        if whole is None or whole.bound(self.space):
+            return None
+        guards = self.prune(whole.guards, shape)
+        term = whole.but(guards=(), coef=whole.coef if coef is None else coef)
+        return None if guards is None else Case(guards, (term,) if a.terms else ())
+
+    def merged_pair(self, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
+        """One term for two that are not summed where both count; None if there is none."""
+        x, y = (self.normalise(t, shape) for t in (a, b))
+        return None if x is None or y is None else merged(self, x, y, shape)
 
 
 def _union(a: Guards, b: Guards) -> Guards | None:

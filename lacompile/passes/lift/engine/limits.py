@@ -7,6 +7,7 @@ from ..domain.term import Term
 
 MAX_TERMS = 12  # of one side of a product of sums
 MAX_CASES = 8
+FEW_CASES = 4  # that a write leaves, before neighbours are looked for
 MAX_FACTORS = 10
 MAX_RATES = 8  # of one weight: those of a decay telescope, however many tokens it is over
 MAX_TABLE = 4096  # numbers

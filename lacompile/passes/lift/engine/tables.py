@@ -45,7 +45,7 @@ class Tables(Cases):
             return self.zip_cases(tensors, fold)
         tables = [self.array(self.broadcast(v, shape)) if isinstance(v, Val) else v for v in vals]
         with outside_modes():
-            args = [torch.from_numpy(v) if isinstance(v, np.ndarray) else v for v in tables]
+            args = [torch.tensor(v) if isinstance(v, np.ndarray) else v for v in tables]
             result = op(*args, **kwargs).to(torch.float64).numpy()
         return self.table_value(result, shape)
 

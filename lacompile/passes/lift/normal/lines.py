@@ -86,10 +86,12 @@ def _along(algebra: Algebra, a: Term, b: Term, var: int, start: Aff) -> Term | N
     guards = _fit_guards(algebra, a.guards - {along, -along}, b.guards - {along - 1, -along + 1}, along)
     if guards is None:
         return None
-    fitted = fit(algebra, a, b, ALONG, {})
-    if fitted is None:
+    fitted = fit(algebra, a, b.but(poly=a.poly), ALONG, {})
+    step = b.poly - a.poly
+    if fitted is None or not step.is_const:
         return None
-    moved = Term(a.coef, a.poly, *fitted, guards).sub(algebra.space, {ALONG: along})
+    poly = a.poly + Aff.var(ALONG) * step.const
+    moved = Term(a.coef, poly, *fitted, guards).sub(algebra.space, {ALONG: along})
     return moved.but(guards=moved.guards | {along, start + 1 - x})
 
 

@@ -43,10 +43,10 @@ def merge_sum(
         while new is not None:
             candidates = alike.setdefault(new.signature, [])
             for n in range(len(candidates) - 1, -1, -1):
-                merged = _merged(algebra, candidates[n], new, shape)
-                if merged is not None:
+                found = merged(algebra, candidates[n], new, shape)
+                if found is not None:
                     del done[candidates.pop(n)]
-                    new = algebra.normalise(merged, shape)
+                    new = algebra.normalise(found, shape)
                     break
             else:
                 candidates.append(new)
@@ -61,16 +61,16 @@ def merge_sum(
     return tuple(done)
 
 
-def _merged(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
+def merged(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
     """One term for two; that there is none is found once for an analysis, as sums grow by a few terms at a time."""
     known = algebra.unmerged_in(shape)
     if (a, b) in known:
         return None
-    merged = _merge(algebra, a, b, shape) or _split(algebra, a, b, shape)
-    if merged is None:
+    found = _merge(algebra, a, b, shape) or _split(algebra, a, b, shape)
+    if found is None:
         known.add((a, b))
         algebra.patience -= 1
-    return merged
+    return found
 
 
 def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
@@ -150,7 +150,7 @@ def _each_elsewhere(
     free, out = sorted(rest, key=lambda x: len(places(algebra, x, shape))), []  # those that go on first
     for p in points:
         for x in free if p is not None else ():
-            joined = _merged(algebra, x, p, shape) if p is not None and p.signature == x.signature else None
+            joined = merged(algebra, x, p, shape) if p is not None and p.signature == x.signature else None
             if joined is not None:
                 free.remove(x)
                 out.append(joined)

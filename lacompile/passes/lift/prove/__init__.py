@@ -6,6 +6,7 @@ roles        which index is what, and which factors are q, k and v
 decay        the weight
 addends      a state that came in, and plain terms
 flattened    heads and features in one dimension
+chunked      rows in two
 backwards    sums over later positions
 step         one token
 causes       why a sum is no decayed attention

@@ -21,8 +21,7 @@ class Decay(Roles):
 
     def sort_weights(self) -> None:
         i, j = self.n, self.j
-        if not self.later:
-            self.main = self.main.but(exp=self._own_decay_apart(self.main.exp))
+        self.main = self.main.but(exp=self._own_decay_apart(self.main.exp))
         for mono, f in self.main.exp.lin:
             holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set()) | self.space.vars(f)
             if holders & set(self.features) or (self.e is not None and self.e in holders):
@@ -47,11 +46,11 @@ class Decay(Roles):
 
         ``P(i + 1) - P(j)`` is the decay after the token, and the token's own. Where the row has its own as a factor,
         ``exp(P(i)) a_i``, the factor goes: that is ``exp(P(i + 1))``. Where it has not, ``P(i) - P(j)`` stays: a row
-        reads before it decays.
+        reads before it decays. A row that reads the position before it has decayed by then, or decays later.
         """
         lin, sums = list(exp.lin), []
         for (mono, pos), c in exp.sums:
-            if pos == Aff.var(self.j) and self._reads_before_decay(exp, mono, c):
+            if pos == Aff.var(self.j) and not self.later and self._reads_before_decay(exp, mono, c):
                 self.proof.delayed = True
             elif pos == Aff.var(self.j):
                 lin.append((sub_mono(self.space, mono, {TAU: pos}), Aff.lit(-c)))
@@ -68,7 +67,7 @@ class Decay(Roles):
 
     def _decay_of_row(self, mono: Mono, c: float) -> Access | None:
         """The factor that is each row's own decay, ``exp(P(i)) a_i``; None if there is none."""
-        own = self._renamed_mono(at_position(mono))
+        own = self._renamed_mono(sub_mono(self.space, mono, {TAU: Aff.var(self.n)}))
         if c != 1 or len(own) != 1:
             return None
         of_row = (*self.proof.outer, *self.proof.q)

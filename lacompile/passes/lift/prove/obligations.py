@@ -30,6 +30,7 @@ from ..engine import Engine
 from ..interpret import Fact
 from .addends import Addends
 from .backwards import from_the_end
+from .chunked import joined
 from .flattened import apart
 from .proof import Proof, Refused
 from .roles import sequence_index
@@ -48,6 +49,9 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, quer
     if not any(sequence_index(engine, t) for t in terms) and (step := prove_step(engine, fact, terms)) is not None:
         return step
     main = _main_term(engine, terms, set() if explained is None else explained)
+    if (rows := joined(engine, fact, main)) is not None:
+        inner = prove(engine, rows[0], explained, queries=queries)
+        return replace(inner, chunked=(*inner.chunked, rows[1]))
     if (turned := from_the_end(engine, fact, main)) is not None:
         inner = prove(engine, turned[0], explained, queries=queries)
         return replace(inner, backwards=turned[1])

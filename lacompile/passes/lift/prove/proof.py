@@ -56,6 +56,9 @@ class Proof:
     state: list[Access] | None = None
     flattened: tuple[int, ...] = ()
     """The dimensions that are joined with the one behind them, one after the other, to have the program's value."""
+    chunked: tuple[tuple[int, int, int], ...] = ()
+    """The dimensions that number rows by chunk and place in it, and how many places there are, one pair split after
+    another to have the program's value."""
     state_number: float = 1.0
     """What every entry of the initial state is, where it is a number: ``state`` is then empty."""
     residual: list[Term] = field(default_factory=list)

@@ -232,6 +232,9 @@ class Builder:
             expr = Call(torch.flip, (expr, [p.place[N_ROLE]]))
         for d in p.flattened:
             expr = Call(torch.flatten, (expr, d, d + 1))
+        rank = len(p.fact.value.shape) - len(p.flattened)
+        for n, dims in enumerate(p.chunked):
+            expr = _in_chunks(expr, rank + n, *dims)
         return expr
 
     def _summed_product(self, p: Proof, t: Term) -> Piece | None:
@@ -269,6 +272,14 @@ class Builder:
             else:
                 added.append(in_target(piece) if coef == 1 else Call(torch.mul, (in_target(piece), coef)))
         return None if outer is None else in_target(outer), added
+
+
+def _in_chunks(expr: Expr, rank: int, chunk: int, place: int, places: int) -> Expr:
+    """The rows of ``expr``, which has ``rank`` dimensions, as chunks in dimension ``chunk`` and places in another."""
+    order = [d for d in range(rank + 1) if d != place]
+    at = order.index(chunk)
+    order.insert(at + 1, place)
+    return permuted(Call(torch.unflatten, (expr, at, [-1, places])), [order.index(d) for d in range(rank + 1)])
 
 
 def _rows(x: Expr, start: int | None, end: int | None) -> Expr:

@@ -21,6 +21,8 @@ def operand(op: Op, n: int) -> Val:
         return op.engine.broadcast(x, op.shape)
     if isinstance(x, int | float) and not math.isnan(x):
         return constant(op.shape, float(x))
+    if isinstance(x, torch.SymInt):
+        return value(op.shape, (Term(poly=op.engine.aff(x)),), precision=Precision.EXACT)
     raise GiveUp("an operand that is neither a tensor nor a number")
 
 

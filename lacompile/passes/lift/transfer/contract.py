@@ -10,7 +10,7 @@ import torch
 
 from ..domain.affine import ONE, Aff
 from ..domain.leaves import Opaque
-from ..domain.term import Term, Val
+from ..domain.term import Case, Term, Val
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
 from . import Op, rule
 from .arith import added, operand
@@ -43,9 +43,29 @@ def dot(op: Op) -> Val:
 
 @rule(aten.baddbmm)
 def baddbmm(op: Op) -> Val:
+    return _onto(op, product_sum(op, op.args[1], op.args[2], {0: 0, 1: 1}, {0: 0, 2: 2}, 2, 1))
+
+
+@rule(aten.addmm)
+def addmm(op: Op) -> Val:
+    """A product added to a state; one with a bias is a projection."""
+    onto: Val = op.args[0]
+    if onto.cases[0].terms and not op.engine.structured(onto):
+        raise GiveUp("a projection with a bias")
+    return _onto(op, mm(replace(op, args=op.args[1:])))
+
+
+@rule(aten.addr)
+def addr(op: Op) -> Val:
+    rows, columns = op.args[1:3]
+    rows = op.engine.index(rows, {}, op.shape)
+    columns = op.engine.index(columns, {0: Aff.var(1)}, op.shape)
+    return _onto(op, op.engine.multiply(rows, columns))
+
+
+def _onto(op: Op, product: Val) -> Val:
     beta, alpha = op.kwargs.get("beta", 1), op.kwargs.get("alpha", 1)
-    prod = product_sum(op, op.args[1], op.args[2], {0: 0, 1: 1}, {0: 0, 2: 2}, 2, 1)
-    return added(op, op.engine.scale(operand(op, 0), float(beta)), op.engine.scale(prod, float(alpha)))
+    return added(op, op.engine.scale(operand(op, 0), float(beta)), op.engine.scale(product, float(alpha)))
 
 
 def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int, int], sum_a: int, sum_b: int) -> Val:
@@ -214,16 +234,21 @@ def cumprod(op: Op) -> Val:
     engine = op.engine
     v: Val = op.args[0]
     d = op.dim(op.args[1], len(v.shape))
-    t = engine.pick(v).one
-    if t is None or t.guards or t.exp.sums or not t.poly.is_const or t.coef <= 0:
-        raise GiveUp("a running product of something that is not one positive factor")
+    v = engine.pick(v) if v.single else v
+    logs = [(c.guards, x) for c in v.cases for x in _logarithm(engine, c)]
     if v.shape[d] == ONE:
         return v
+    b = Aff.var(FRESH)
+    terms = (x.but(guards=guards).sub(engine.space, {d: b}) for guards, x in logs)
+    running = engine.sum_of(v.shape, (t.but(guards=t.guards | {b, Aff.var(d) - b}) for t in terms))
+    return exponential(op, running, 1.0)
+
+
+def _logarithm(engine: Engine, c: Case) -> list[Term]:
+    """The summands of the logarithm of a case that is one positive factor."""
+    t = c.terms[0] if len(c.terms) == 1 else None
+    if t is None or t.guards or t.exp.sums or not t.poly.is_const or t.coef <= 0 or math.isinf(t.coef):
+        raise GiveUp("a running product of something that is not one positive factor")
     logs = [Term(1.0, f, mono) for mono, f in t.exp.lin]
     logs += [x for a in t.accs for x in engine.log_terms(a)]
-    if t.coef != 1:
-        logs.append(Term(math.log(t.coef)))
-    b = Aff.var(FRESH)
-    run = [x.sub(engine.space, {d: b}) for x in logs]
-    running = engine.sum_of(v.shape, (x.but(guards={b, Aff.var(d) - b}) for x in run))
-    return exponential(op, running, 1.0)
+    return [*logs, Term(math.log(t.coef))] if t.coef != 1 else logs

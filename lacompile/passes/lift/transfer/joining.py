@@ -72,7 +72,7 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
             pieces.append([t.but(guards=t.guards | guards) for t in moved_terms])
         start = end
     if masked:
-        return engine.join_cases(Val(shape, tuple(cases)))
+        return engine.join_cases(engine.in_one(Val(shape, tuple(cases))))
     out = engine.sum_of(shape, one_function(engine, shape, pieces))
     if len(out.terms) > 1 and (scaled := _numbered(engine, shape, pieces, d)) is not None:
         return scaled

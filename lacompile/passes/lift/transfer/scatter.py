@@ -99,4 +99,4 @@ def _written_cases(engine: Engine, base: Val, src: Val, inside: frozenset[Aff], 
             guards = engine.prune(c.guards | {-g - 1}, base.shape)
             if guards is not None:
                 cases.append(Case(guards, c.terms))
-    return engine.join_cases(Val(base.shape, tuple(cases)))
+    return engine.in_one(engine.join_cases(Val(base.shape, tuple(cases))))

@@ -1,0 +1,96 @@
+"""Slopes that the program computes from the numbers of its heads, in each form that reads them, and near twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lacompile.testing import assert_refused, assert_rewritten
+
+from .drawn import qkv
+from .forms import B, D, E, H, distance
+
+N, C = 12, 4
+
+SLOPES = {
+    "alibi": lambda: 2.0 ** (-8 * torch.arange(1, H + 1) / H),
+    "torch.pow": lambda: torch.pow(2, -torch.arange(1, H + 1).float()),
+    "exp2": lambda: torch.exp2(-torch.arange(1, H + 1).float()),
+    "exp": lambda: torch.exp(-0.7 * torch.arange(1, H + 1)),
+    "a start": lambda: 0.5 ** torch.arange(1, H + 1),
+    "a reciprocal": lambda: 1 / 2.0 ** torch.arange(1, H + 1),
+    "exp of a list": lambda: torch.exp(torch.tensor([-1.0, -2.0, -0.5])),
+}
+
+
+def square(slopes):
+    def f(q, k, v):
+        d = distance(q.shape[2])
+        exponent = torch.where(d >= 0, -slopes().view(H, 1, 1) * d, float("-inf"))
+        return (q @ k.mT * exponent.exp()) @ v
+
+    return f
+
+
+def powers(slopes):
+    def f(q, k, v):
+        gamma = torch.exp(-slopes())[:, None, None]
+        return (q @ k.mT * (gamma ** distance(q.shape[2]).clamp(min=0)).tril()) @ v
+
+    return f
+
+
+def tokens(slopes):
+    def f(q, k, v):
+        gamma, state, out = torch.exp(-slopes())[:, None, None], torch.zeros(B, H, D, E), []
+        for t in range(q.shape[2]):
+            state = gamma * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append((q[:, :, t, None] @ state)[:, :, 0])
+        return torch.stack(out, 2)
+
+    return f
+
+
+def chunks(slopes):
+    def f(q, k, v):
+        s, r = slopes().view(H, 1, 1), torch.arange(1, C + 1)
+        from_start, to_end = torch.exp(-s * r[:, None]), torch.exp(-s * (C - r[:, None]))
+        inside, state, out = torch.exp(-s * (r[:, None] - r)).tril(), torch.zeros(B, H, D, E), []
+        for a in range(0, q.shape[2], C):
+            qq, kk, vv = (x[:, :, a : a + C] for x in (q, k, v))
+            out.append((qq @ kk.mT * inside) @ vv + (qq * from_start) @ state)
+            state = state * torch.exp(-s * C) + (kk * to_end).mT @ vv
+        return torch.cat(out, 2)
+
+    return f
+
+
+@pytest.mark.parametrize("form", [square, powers, tokens, chunks])
+@pytest.mark.parametrize("name", SLOPES)
+def test_slopes_by_a_formula(name, form):
+    assert_rewritten(form(SLOPES[name]), *qkv(B, H, N, D, E), compiled=False)
+
+
+@pytest.mark.parametrize("form", [square, powers])
+def test_slopes_in_proportion_to_the_head(form):
+    assert_rewritten(form(lambda: (torch.arange(H) + 1) / H), *qkv(B, H, N, D, E), compiled=False)
+
+
+def slope_of_the_row(q, k, v):
+    d = distance(N)
+    return (q @ k.mT * torch.exp(-(2.0 ** -torch.arange(N))[:, None] * d).tril()) @ v
+
+
+def slope_of_the_key(q, k, v):
+    d = distance(N)
+    return (q @ k.mT * torch.exp(-(torch.arange(N) + 1) / N * d).tril()) @ v
+
+
+def distance_times_distance(q, k, v):
+    d = distance(N)
+    return (q @ k.mT * torch.exp(-0.1 * d * d).tril()) @ v
+
+
+@pytest.mark.parametrize("twin", [slope_of_the_row, slope_of_the_key, distance_times_distance])
+def test_twins_whose_slope_is_of_a_position(twin):
+    assert_refused(twin, *qkv(B, H, N, D, E))

@@ -268,3 +268,51 @@ def test_a_state_that_is_updated_in_place(read_again):
         assert_refused(f, *args, gate, state)
     else:
         assert_rewritten(f, *args, gate, state, grads=False, compiled=False)
+
+
+# ---------------------------------------------------------------------------- a loop over heads inside that over tokens
+
+
+def heads_inside(join, decay, crossed=False):
+    """Each head has a state of its own in a list; ``join`` puts the heads of one token together."""
+
+    def run(q, k, v, gate):
+        heads = range(q.shape[1])
+        states, out = [q.new_zeros(q.shape[0], q.shape[3], v.shape[3]) for _ in heads], []
+        for t in range(q.shape[2]):
+            row = []
+            for h in heads:
+                new = torch.einsum("bd,be->bde", k[:, h, t], v[:, h, t])
+                states[h] = decay(gate, h, t) * states[h] + new
+                row.append(torch.einsum("bd,bde->be", q[:, h, t], states[h - 1 if crossed and t == 3 else h]))
+            out.append(join(row))
+        return torch.stack(out, 1)
+
+    return run
+
+
+TOGETHER = {"stacked": lambda row: torch.stack(row, 1), "features joined": lambda row: torch.cat(row, -1)}
+OWN_DECAYS = {
+    "numbers": lambda gate, h, t: (0.9, 0.8, 0.7)[h],
+    "a gate": lambda gate, h, t: torch.sigmoid(gate[:, h, t, None, None]),
+}
+
+
+def one_head_each():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 8, 4, requires_grad=True) for _ in range(3))
+    return q, k, v, torch.randn(2, 3, 8, requires_grad=True)
+
+
+@pytest.mark.parametrize("join", TOGETHER)
+@pytest.mark.parametrize("decay", OWN_DECAYS)
+def test_a_loop_over_heads_inside(join, decay):
+    """Numbers are no function of the head, and features that are joined are no function of it either."""
+    run, count = heads_inside(TOGETHER[join], OWN_DECAYS[decay]), 1 if (decay, join) == ("a gate", "stacked") else 3
+    assert_rewritten(run, *one_head_each(), count=count, compiled=False)
+
+
+def test_a_loop_over_heads_that_reads_another_head_once():
+    run, args = heads_inside(TOGETHER["stacked"], OWN_DECAYS["a gate"], crossed=True), one_head_each()
+    made = torch.compile(run, backend="lightning", options={"validate": "off"})
+    torch.testing.assert_close(made(*args), run(*args), rtol=1e-4, atol=1e-5)

@@ -100,7 +100,8 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
             done.add(at)  # and on to what is joined with it: one attention for each head
             found = True
         for fact in () if found else sums:
-            if (several := prove_sum(builder, fact) or prove_segments(builder, fact)) is not None:
+            several = prove_sum(builder, fact) or (None if follows else prove_segments(builder, fact))
+            if several is not None:
                 found, (summed, replacement) = True, several
                 matches.append(Match(fact.node, replacement, attentions_of(replacement), fact.after))
                 proofs += summed

@@ -107,23 +107,24 @@ class Sizes:
                 elif type(left).__name__ in QUOTIENTS and (right.is_Integer or right.is_Symbol):
                     self._equal[left] = right
                     if right.is_Integer and left.args[1].is_Integer:
-                        self._lies(left.args[0], int(left.args[1]), int(right))
+                        self._lies(left.args[0], left.args[1], right)
         for a, m in whole:
             self._divides(a, m)
             for quotient, k in self._equal.items():
                 if quotient.args == (a, m) and k.is_Integer and type(m).__name__ in QUOTIENTS and m.args == (a, k):
                     self._divides(a, k)
 
-    def _lies(self, a: Any, m: int, k: int) -> None:
+    def _lies(self, a: Any, m: Any, k: Any) -> None:
         """``a // m = k`` for ``a = c s + d`` with a size s: ``m k <= a <= m k + m - 1``."""
+        m, k = int(m), int(k)
         if m <= 0 or len(a.free_symbols) != 1:
             return
         (size,) = a.free_symbols
         c, d = a.coeff(size), a.subs(size, 0)
         if not (c.is_Integer and d.is_Integer and c > 0 and a == c * size + d):
             return
-        low, high = self._within.get(size, (-INF, INF))
-        least, most = -(-(m * k - int(d)) // int(c)), (m * k + m - 1 - int(d)) // int(c)
+        low, high, c, d = *self._within.get(size, (-INF, INF)), int(c), int(d)
+        least, most = -(-(m * k - d) // c), (m * k + m - 1 - d) // c
         self._within[size] = max(low, least), min(high, most)
 
     def _divides(self, a: Any, m: Any) -> None:

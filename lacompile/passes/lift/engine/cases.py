@@ -156,15 +156,15 @@ class Cases(Structure):
         if len(a.terms) != len(b.terms) or len(a.terms) > 1:
             return None
         x, y = (c.terms[0] if c.terms else Term() for c in (a, b))
-        if x.guards or y.guards or (x.coef != y.coef and math.isinf(x.coef + y.coef)):
+        infinite = math.isinf(x.coef) or math.isinf(y.coef)
+        if x.guards or y.guards or (infinite and x.coef != y.coef):
             return None
-        coef = x.coef if math.isinf(x.coef) else None
-        pair = (t.but(coef=t.coef if coef is None else 1.0, guards=c.guards) for t, c in ((x, a), (y, b)))
-        whole = self.merged_pair(*pair, shape)
+        ones = (t.but(coef=1.0 if infinite else t.coef, guards=c.guards) for t, c in ((x, a), (y, b)))
+        whole = self.merged_pair(*ones, shape=shape)
         if whole is None or whole.bound(self.space):
             return None
         guards = self.prune(whole.guards, shape)
-        term = whole.but(guards=(), coef=whole.coef if coef is None else coef)
+        term = whole.but(guards=(), coef=x.coef if infinite else whole.coef)
         return None if guards is None else Case(guards, (term,) if a.terms else ())
 
     def merged_pair(self, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:

@@ -1,7 +1,8 @@
-"""Attentions side by side: sequences that are packed into one tensor, each of which begins anew.
+"""Attentions side by side: sequences that are packed into one tensor, each of which begins anew, or heads.
 
-A program that goes over them by numbers joins what it computes of each. No range of the whole begins at one position,
-but on the rows of each sequence the value is an attention by itself.
+A program that goes over sequences by numbers joins what it computes of each: no range of the whole begins at one
+position, but on the rows of each sequence the value is an attention by itself. So it is on each head's part where a
+loop over heads, each with a state and a decay of its own, lies inside that over tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 
 from ...facts import Call, DecayedAttention, Expr
 from ..domain.affine import Aff
-from ..domain.term import Term, value
+from ..domain.term import Term
 from ..engine import Engine
 from ..interpret import Fact
 from ..prove.obligations import prove
@@ -27,15 +28,25 @@ MOST = 16
 Rows = tuple[int, int]
 """The first and the last row."""
 
+Found = tuple[list[tuple[Proof, DecayedAttention]], Expr]
 
-def prove_segments(builder: Builder, fact: Fact) -> tuple[list[tuple[Proof, DecayedAttention]], Expr] | None:
+
+def prove_segments(builder: Builder, fact: Fact) -> Found | None:
     """The attentions that lie side by side in this value, and the recipe that joins them; None if there are none."""
     if not fact.value.single or not all(n.is_const for n in fact.value.shape):
         return None
     dims = {found[1] for t in fact.value.terms if (found := sequence_index(builder.engine, t)) is not None}
     if len(dims) != 1:
         return None
-    (n,) = dims
+    (rows,) = dims
+    for n in (rows, *(d for d in range(len(fact.value.shape)) if d != rows)):
+        if (found := _side_by_side_along(builder, fact, n)) is not None:
+            return found
+    return None
+
+
+def _side_by_side_along(builder: Builder, fact: Fact, n: int) -> Found | None:
+    """The same for those that lie side by side along dimension ``n``: that of rows, or of heads or features."""
     by_rows = _by_rows(builder.engine, fact.value.terms, n, int(fact.value.shape[n].const))
     if by_rows is None or not 2 <= len(by_rows) <= MOST:
         return None
@@ -73,7 +84,8 @@ def _by_rows(engine: Engine, terms: Sequence[Term], n: int, length: int) -> dict
 def _rows(engine: Engine, t: Term, n: int, length: int) -> Rows:
     """Where a term counts, as far as conditions on its row alone say so, or where the range up to it begins."""
     low, high = 0, length - 1
-    if (found := sequence_index(engine, t)) is not None:
+    found = sequence_index(engine, t)
+    if found is not None and found[1] == n:
         low = max([low, *(int(x.const) for x in engine.bounds(found[0], t.guards).low if x.is_const)])
     for g in t.guards:
         if g.terms == ((n, 1),):
@@ -87,8 +99,8 @@ def _of_rows(builder: Builder, fact: Fact, n: int, rows: Rows, terms: Sequence[T
     """The value on these rows, counted from the first of them."""
     engine, (low, high) = builder.engine, rows
     shape = (*fact.value.shape[:n], Aff.lit(high - low + 1), *fact.value.shape[n + 1 :])
-    moved = (engine.normalise(t.sub(engine.space, {n: Aff.var(n) + low}), shape) for t in terms)
-    return replace(fact, value=value(shape, [t for t in moved if t is not None]))
+    at = Aff.lit(low) if low == high else Aff.var(n) + low
+    return replace(fact, value=engine.sum_of(shape, (t.sub(engine.space, {n: at}) for t in terms)))
 
 
 def _side_by_side(parts: Sequence[tuple[Rows, Expr]], n: int, shape: Sequence[int]) -> Expr | None:

@@ -52,7 +52,7 @@ def addmm(op: Op) -> Val:
     onto: Val = op.args[0]
     if onto.cases[0].terms and not op.engine.structured(onto):
         raise GiveUp("a projection with a bias")
-    return _onto(op, mm(replace(op, args=op.args[1:])))
+    return _onto(op, product_sum(op, op.args[1], op.args[2], {0: 0}, {1: 1}, 1, 0))
 
 
 @rule(aten.addr)

@@ -125,3 +125,19 @@ def test_what_the_rest_of_a_checkpoint_does_is_known_in_parts():
     got = torch.compile(f, backend="lightning")(*args)
     torch.testing.assert_close(got, f(*args), rtol=1e-4, atol=1e-5)
     assert len(lacompile.last_report().rewrites) == 2
+
+
+def test_a_gate_that_is_transposed_without_inductor():
+    """As of PyTorch 2.13 the fake kernel of logsigmoid has other strides than the one for the CPU."""
+
+    def run(x, weight):
+        q = x.unflatten(-1, (3, 4)).transpose(1, 2)
+        upto = torch.nn.functional.logsigmoid((x @ weight).transpose(1, 2)).cumsum(-1)
+        return (q @ q.mT * (upto[..., :, None] - upto[..., None, :]).exp().tril()) @ q
+
+    args = [torch.randn(2, 6, 12, requires_grad=True), torch.randn(12, 3, requires_grad=True)]
+    made = torch.compile(run, backend="lightning")
+    found = torch.autograd.grad(made(*args).sum(), args)
+    for got, want in zip(found, torch.autograd.grad(run(*args).sum(), args), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert len(lacompile.last_report().rewrites) == 1

@@ -9,7 +9,8 @@ from .program import write
 from .survey import equivalents, twins
 
 BLOCK = 15
-MISSED = 0.1  # of the programs of a block
+MISSED = {35}
+"""Seeds of programs that are no rewrites yet: one more is a form that was lost."""
 
 
 @pytest.mark.parametrize("start", range(0, 4 * BLOCK, BLOCK))
@@ -18,8 +19,8 @@ def test_equivalent_programs_are_rewritten(start, turned):
     found = list(equivalents(range(start, start + BLOCK), turned=turned))
     bad = [f for f in found if f.outcome in ("wrong", "rounding", "failed")]
     assert not bad, "\n\n".join(map(str, bad))
-    missed = [f for f in found if f.outcome == "refused"]
-    assert len(missed) <= MISSED * BLOCK, "\n\n".join(map(str, missed))
+    missed = [f for f in found if f.outcome == "refused" and f.seed not in MISSED]
+    assert not missed, "\n\n".join(map(str, missed))
 
 
 @pytest.mark.parametrize("start", range(0, 4 * BLOCK, BLOCK))

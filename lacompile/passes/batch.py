@@ -21,28 +21,30 @@ from .schedule import Schedule
 def batched(schedule: Schedule, matches: Sequence[Match]) -> list[Match]:
     """The matches, those that can be joined reading their head of one operator; their order is kept."""
     order = schedule.order
-    heads: dict[int, list[Match]] = {}  # an attention's output, and the state that it leaves
+    heads: dict[int, _Head] = {}
     for m in sorted(matches, key=lambda m: order[m.behind]):
         for f in m.facts:
-            heads.setdefault(id(f), []).append(m)
+            heads.setdefault(id(f), _Head(f, [])).matches.append(m)
     layers = _layers(schedule, {m.target for m in matches})
     groups: dict[Any, list[_Group]] = {}
     for head in heads.values():
-        if any(len(m.facts) != 1 or m.after is not None or m.place is not None for m in head):
+        if any(m.after is not None or m.place is not None for m in head.matches):
             continue
-        key = _shape(head[0].facts[0])
+        key = _shape(head.fact)
         if key is None:
             continue
-        modes = tuple(schedule.records_gradients[m.target] for m in head)
-        layer = max(layers[v.node] for m in head for v in values_of(m.replacement))
+        modes = tuple(schedule.records_gradients[m.target] for m in head.matches)
+        layer = max(layers[v.node] for m in head.matches for v in values_of(m.replacement))
         mine = groups.setdefault((*key, modes, layer), [])
         for group in mine:
             if group.takes(head):
                 break
         else:
             mine.append(_Group(schedule, [head], []))
-    made = {id(old): new for found in groups.values() for g in found if len(g.heads) > 1 for old, new in g.joined()}
-    return [made.get(id(m), m) for m in matches]
+    made = {id(m): m for m in matches}
+    for group in (g for found in groups.values() for g in found if len(g.heads) > 1):
+        group.join(made)
+    return [made[id(m)] for m in matches]
 
 
 def _layers(schedule: Schedule, targets: set[fx.Node]) -> dict[fx.Node, int]:
@@ -63,14 +65,22 @@ def _shape(fact: DecayedAttention) -> Any:
 
 
 @dataclass
+class _Head:
+    """An attention, and what it is read by: its output, and the state that it leaves."""
+
+    fact: DecayedAttention
+    matches: list[Match]
+
+
+@dataclass
 class _Group:
     schedule: Schedule
-    heads: list[list[Match]]
+    heads: list[_Head]
     moved: list[fx.Node]  # in their order in the graph
 
-    def takes(self, head: list[Match]) -> bool:
+    def takes(self, head: _Head) -> bool:
         """Adds a head whose inputs can be had at the first one's target."""
-        first = self.heads[0][0].target
+        first = self.heads[0].matches[0].target
         needed = self._needed(head, self.schedule.order[first])
         if not self._movable(first, needed):
             return False
@@ -78,10 +88,10 @@ class _Group:
         self.moved = sorted({*self.moved, *needed}, key=self.schedule.order.__getitem__)
         return True
 
-    def _needed(self, head: list[Match], at: int) -> set[fx.Node]:
+    def _needed(self, head: _Head, at: int) -> set[fx.Node]:
         """What is computed after ``at`` and the head is computed from: no results of the group, which is one layer."""
         needed: set[fx.Node] = set()
-        work = [v.node for m in head for v in values_of(m.replacement)]
+        work = [v.node for m in head.matches for v in values_of(m.replacement)]
         while work:
             node = work.pop()
             if self.schedule.order[node] > at and node not in needed:
@@ -106,9 +116,9 @@ class _Group:
             for _ in schedule.writers(effects.lives.get(n, NOWHERE), start, order[node] - 1)
         )
 
-    def joined(self) -> list[tuple[Match, Match]]:
-        """Each match, and the one that reads its head of the joined operator."""
-        facts = [head[0].facts[0] for head in self.heads]
+    def join(self, made: dict[int, Match]) -> None:
+        """Puts in the place of each match one that reads its heads of the joined operator."""
+        facts = [head.fact for head in self.heads]
         first = facts[0]
 
         def cat(parts: Sequence[Expr], dim: int) -> Expr:
@@ -127,13 +137,14 @@ class _Group:
             decay_source=", ".join(sources[:2]) + (f" and {len(sources) - 2} more" if len(sources) > 2 else ""),
             assumptions=tuple({(a.node, a.kind): a for f in facts for a in f.assumptions}.values()),
         )
-        out = []
-        for n, matches in enumerate(self.heads):
-            for match in matches:
-                own = _reading(match.replacement, match.facts[0], fact, n)
-                hoisted = tuple(self.moved) if match is self.heads[0][0] else ()
-                out.append((match, replace(match, replacement=own, facts=(fact,), hoisted=hoisted)))
-        return out
+        for n, head in enumerate(self.heads):
+            for match in head.matches:
+                old = made[id(match)]
+                own = _reading(old.replacement, head.fact, fact, n)
+                others = tuple(f for f in old.facts if f is not head.fact and f is not fact)
+                first_of_all = n == 0 and match is head.matches[0]
+                hoisted = (*old.hoisted, *self.moved) if first_of_all else old.hoisted
+                made[id(match)] = replace(old, replacement=own, facts=(fact, *others), hoisted=hoisted)
 
 
 def _reading(expr: Expr, fact: DecayedAttention, joined: DecayedAttention, head: int) -> Expr:

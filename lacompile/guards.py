@@ -82,7 +82,8 @@ def guarded(
                 return found[0](*args)
         if original is None:
             original = fallback()
-            log.warning("%s no longer holds; running the original graph", variants[0].broken(args))
+            broken = variants[0].broken(args)
+            log.warning("no longer as assumed: %s; the original graph runs, not what was reported", broken)
         if specialise is not None and len(variants) < most:
             # These values are known to have no rewrite: no second analysis while they last.
             as_now = [(i, Assumption(a.node, a.kind, a.text, unchanged(args[i]))) for i, a in assumptions]

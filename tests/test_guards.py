@@ -149,7 +149,7 @@ def test_the_first_failure_is_logged_and_no_other(buffer, caplog):
         buffer.sub_(1)
         scene.ran(buffer)
     assert [r.getMessage() for r in caplog.records] == [
-        "buffer is a decay mask no longer holds; running the original graph"
+        "no longer as assumed: buffer is a decay mask; the original graph runs, not what was reported"
     ]
 
 

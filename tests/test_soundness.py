@@ -838,3 +838,32 @@ def test_a_step_whose_state_holds_a_factor_twice():
         return (q[..., None] * state).sum(-2)
 
     check(run, [*inputs(), torch.randn(B, H), torch.randn(B, H, D, E)], validate="off")
+
+
+@pytest.mark.parametrize("made", ["inside", "given"])
+def test_a_quotient_of_what_becomes_small(made):
+    """c_i / c_j is finite where 1 / c_j is not: no factor of the keys by itself."""
+
+    def run(q, k, v, c):
+        i = torch.arange(q.shape[2])
+        if made == "inside":
+            c = torch.where(i == 3, 1.0, c).cumprod(-1)
+        weight = torch.where(i[:, None] >= i, c[..., :, None] / c[..., None, :], 0.0)
+        return (q @ k.mT * weight) @ v
+
+    n = 140
+    q, k, v = (torch.randn(1, 2, n, 3) for _ in range(3))
+    gate = torch.sigmoid(0.1 * torch.randn(1, 2, n))
+    args = [q, k, v, gate if made == "inside" else gate.cumprod(-1)]
+    assert run(*args).isfinite().all()
+    compiled = torch.compile(run, backend="lightning", options={"validate": "off"})
+    assert compiled(*args).isfinite().all()
+
+
+def test_a_quotient_of_what_is_bounded():
+    def run(q, k, v, x):
+        i, c = torch.arange(q.shape[2]), torch.sigmoid(x).clamp(min=0.1)
+        return (q @ k.mT * torch.where(i[:, None] >= i, c[..., :, None] / c[..., None, :], 0.0)) @ v
+
+    args = [torch.randn(1, 2, 12, 3, requires_grad=True) for _ in range(3)]
+    assert_rewritten(run, *args, torch.randn(1, 2, 12, requires_grad=True), compiled=False)

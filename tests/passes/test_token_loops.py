@@ -148,7 +148,4 @@ def test_heads_and_tokens_written_one_by_one(rates):
         return out
 
     args = [torch.randn(3, 2, D, requires_grad=True) for _ in range(3)]
-    if rates[0] == rates[1]:
-        assert_rewritten(run, *args, compiled=False)
-    else:
-        assert_refused(run, *args, obligation="single-term")
+    assert_rewritten(run, *args, count=len(set(rates)), compiled=False)

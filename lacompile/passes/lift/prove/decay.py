@@ -7,16 +7,11 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from ..domain.affine import TAU, Aff
 from ..domain.exponent import Access, Exponent, Mono, sub_mono
-from ..domain.leaves import Symbol
 from ..normal.logs import log_summands
 from .proof import Refused, at_position
 from .roles import Roles
-
-aten = torch.ops.aten
 
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
 
@@ -84,7 +79,6 @@ class Decay(Roles):
 
     def check_finite(self) -> None:
         """exp(I_j - m_i) is finite where exp(I_j) is not: a key's weight must be bounded without the row's."""
-        self._check_quotients()
         if not self.proof.outer_weights:
             return
         for mono, c in self.proof.k_weights:
@@ -101,24 +95,6 @@ class Decay(Roles):
                     5,
                     "apart, the exponential of the gate may overflow where the stabilised one does not",
                 )
-
-    def _check_quotients(self) -> None:
-        """c_i / c_j is finite where 1 / c_j is not: a running product may have become as small as numbers get."""
-        of_row = {leaf for leaf, _ in (*self.proof.outer, *self.proof.q)}
-        for leaf, _ in (*self.proof.k, *self.proof.v):
-            found = self.engine.leaves[leaf]
-            if not isinstance(found.kind, Symbol) or found.kind.op is not aten.reciprocal.default:
-                continue
-            if not of_row.isdisjoint(self.engine.leaves.made_of(leaf)):
-                self.proof.looked_at |= found.rests_on
-                if found.interval[1] > math.exp(LARGEST_EXPONENT):
-                    raise Refused(
-                        "bounded-weights",
-                        "a weight of the keys that is finite by itself",
-                        "a quotient c_i / c_j of one tensor, of which it is not known what made it",
-                        5,
-                        "apart, 1 / c_j may overflow where the quotient does not: write c as exp of a sum",
-                    )
 
     def _feature_weight(self, mono: Mono, f: Aff, holders: set[int] | frozenset[int]) -> None:
         """exp of plain data (a feature map) is a factor of its side; a decay that differs by feature is refused."""

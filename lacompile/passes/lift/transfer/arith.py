@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from ..domain.leaves import Table
 from ..domain.precision import EXACT_UP_TO
 from ..domain.space import box
 from ..domain.term import Precision, Term, Val, constant, value
@@ -13,6 +14,8 @@ from ..engine import GiveUp
 from . import Op, rule
 
 aten = torch.ops.aten
+
+SMALLEST = 1e-4  # one over it is a number in fp16
 
 
 def operand(op: Op, n: int) -> Val:
@@ -82,7 +85,22 @@ def div(op: Op) -> Val:
         if divisor == 0:
             raise GiveUp("division by zero")
         return op.engine.scale(a, 1.0 / divisor)
+    if _at_two_places(op, a, b):
+        raise GiveUp("a quotient c_i / c_j, which is finite where 1 / c_j may not be")
     return op.engine.multiply(a, inverse(op, b))
+
+
+def _at_two_places(op: Op, a: Val, b: Val) -> bool:
+    """Whether a tensor of data is divided by itself at another place, as a running product is, which may be very small.
+
+    Taken apart, 1 / c_j would be a factor of the keys.
+    """
+    x, y = a.taken, b.taken
+    if x is None or y is None:
+        return False
+    elsewhere = {leaf for leaf, idx in y.accs if any(leaf == other and idx != at for other, at in x.accs)}
+    found = [op.engine.leaves[leaf] for leaf in elsewhere]
+    return any(not isinstance(f.kind, Table) and f.interval[0] < SMALLEST for f in found)
 
 
 @rule(aten.addcmul)

@@ -159,18 +159,14 @@ class Cases(Structure):
         infinite = math.isinf(x.coef) or math.isinf(y.coef)
         if x.guards or y.guards or (infinite and x.coef != y.coef):
             return None
-        ones = (t.but(coef=1.0 if infinite else t.coef, guards=c.guards) for t, c in ((x, a), (y, b)))
-        whole = self.merged_pair(*ones, shape=shape)
+        weighed = (t.but(coef=1.0 if infinite else t.coef, guards=c.guards) for t, c in ((x, a), (y, b)))
+        left, right = (self.normalise(t, shape) for t in weighed)
+        whole = None if left is None or right is None else merged(self, left, right, shape)
         if whole is None or whole.bound(self.space):
             return None
         guards = self.prune(whole.guards, shape)
         term = whole.but(guards=(), coef=x.coef if infinite else whole.coef)
         return None if guards is None else Case(guards, (term,) if a.terms else ())
-
-    def merged_pair(self, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
-        """One term for two that are not summed where both count; None if there is none."""
-        x, y = (self.normalise(t, shape) for t in (a, b))
-        return None if x is None or y is None else merged(self, x, y, shape)
 
 
 def _union(a: Guards, b: Guards) -> Guards | None:

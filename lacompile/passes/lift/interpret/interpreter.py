@@ -190,17 +190,18 @@ class Interpreter:
         single = len(outputs) == 1 and not isinstance(node.meta.get("example_value"), list | tuple)
         assert self.capture is not None
         for tensor, val in outputs:
+            compute = self._compute(node, tensor)
             val = rooted(self.engine, node, val, tensor) if single else val
             val = whole_if_inside(self.engine, node, val, tensor, self._born_since()) if single else val
             val = self._beside_others(node, val, tensor, repeatable) if single else val
             val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.contracts(val)):
-                val = readable(self.engine, node, val, tensor, self._compute(node, tensor))
+                val = readable(self.engine, node, val, tensor, compute)
             out.append(val)
             if not self.capture.records_gradients and not self.engine.index_only(val):
                 self.without_gradients.append((node, tensor))
             if single:
-                self.facts[node] = Fact(node, val, tensor, self._compute(node, tensor))
+                self.facts[node] = Fact(node, val, tensor, compute)
         return out
 
     # -------------------------------------------------------------------------------------------------------- details

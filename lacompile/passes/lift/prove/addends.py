@@ -1,6 +1,6 @@
 """What is added to a sum over positions: a state that came in, and plain terms.
 
-The obligation of prove.py that asks for this: single-term.
+The obligation of obligations.py that asks for this: single-term.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The weight of a sum: a decay ``exp(G_i - G_j)`` of each head, and factors of rows, of keys and of features.
 
-The obligations of prove.py that ask for this: decay, unit-diagonal, bounded-weights.
+The obligations of obligations.py that ask for this: decay, unit-diagonal, bounded-weights.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Which index of a sum is what - position, feature, batch or head - and which of its factors are q, k and v.
 
-The obligations of prove.py that ask for this: causal-range, whole-features, separable.
+The obligations of obligations.py that ask for this: causal-range, whole-features, separable.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from ..prove.roles import sequence_index
 from .builder import Builder
 
 MOST = 16
-"""Sequences, each of which is a call of the operator."""
+"""Attentions, each of which may be a call of the operator."""
 
 Rows = tuple[int, int]
 """The first and the last row."""

@@ -20,19 +20,20 @@ SLOPES = {
     "a start": lambda: 0.5 ** torch.arange(1, H + 1),
     "a reciprocal": lambda: 1 / 2.0 ** torch.arange(1, H + 1),
     "exp of a list": lambda: torch.exp(torch.tensor([-1.0, -2.0, -0.5])),
+    "in proportion": lambda: (torch.arange(H) + 1) / H,
 }
 
 
-def square(slopes):
+def square(slopes, h=H):
     def f(q, k, v):
         d = distance(q.shape[2])
-        exponent = torch.where(d >= 0, -slopes().view(H, 1, 1) * d, float("-inf"))
+        exponent = torch.where(d >= 0, -slopes().view(h, 1, 1) * d, float("-inf"))
         return (q @ k.mT * exponent.exp()) @ v
 
     return f
 
 
-def powers(slopes):
+def powers(slopes, h=H):
     def f(q, k, v):
         gamma = torch.exp(-slopes())[:, None, None]
         return (q @ k.mT * (gamma ** distance(q.shape[2]).clamp(min=0)).tril()) @ v
@@ -40,9 +41,9 @@ def powers(slopes):
     return f
 
 
-def tokens(slopes):
+def tokens(slopes, h=H):
     def f(q, k, v):
-        gamma, state, out = torch.exp(-slopes())[:, None, None], torch.zeros(B, H, D, E), []
+        gamma, state, out = torch.exp(-slopes())[:, None, None], torch.zeros(B, h, D, E), []
         for t in range(q.shape[2]):
             state = gamma * state + k[:, :, t, :, None] * v[:, :, t, None]
             out.append((q[:, :, t, None] @ state)[:, :, 0])
@@ -51,11 +52,11 @@ def tokens(slopes):
     return f
 
 
-def chunks(slopes):
+def chunks(slopes, h=H):
     def f(q, k, v):
-        s, r = slopes().view(H, 1, 1), torch.arange(1, C + 1)
+        s, r = slopes().view(h, 1, 1), torch.arange(1, C + 1)
         from_start, to_end = torch.exp(-s * r[:, None]), torch.exp(-s * (C - r[:, None]))
-        inside, state, out = torch.exp(-s * (r[:, None] - r)).tril(), torch.zeros(B, H, D, E), []
+        inside, state, out = torch.exp(-s * (r[:, None] - r)).tril(), torch.zeros(B, h, D, E), []
         for a in range(0, q.shape[2], C):
             qq, kk, vv = (x[:, :, a : a + C] for x in (q, k, v))
             out.append((qq @ kk.mT * inside) @ vv + (qq * from_start) @ state)
@@ -71,9 +72,29 @@ def test_slopes_by_a_formula(name, form):
     assert_rewritten(form(SLOPES[name]), *qkv(B, H, N, D, E), compiled=False)
 
 
-@pytest.mark.parametrize("form", [square, powers])
-def test_slopes_in_proportion_to_the_head(form):
-    assert_rewritten(form(lambda: (torch.arange(H) + 1) / H), *qkv(B, H, N, D, E), compiled=False)
+@pytest.mark.parametrize("form", [square, powers, tokens, chunks])
+def test_as_many_heads_as_tokens(form):
+    def slopes():
+        return (torch.arange(N) + 1) / N
+
+    assert_rewritten(form(slopes, N), *qkv(B, N, N, D, E), compiled=False)
+
+
+def groups(slopes):
+    def f(q, k, v):
+        gamma, state, out = torch.exp(-slopes())[:, None, None], torch.zeros(B, 2 * H, D, E), []
+        k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+        for t in range(q.shape[2]):
+            state = gamma * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append((q[:, :, t, None] @ state)[:, :, 0])
+        return torch.stack(out, 2)
+
+    return f
+
+
+def test_slopes_in_proportion_to_the_head_of_a_group():
+    q, k, v = qkv(B, 2 * H, N, D, E)
+    assert_rewritten(groups(lambda: (torch.arange(2 * H) + 1) / 6), q, k[:, :H], v[:, :H], compiled=False)
 
 
 def slope_of_the_row(q, k, v):

@@ -79,15 +79,18 @@ class Arithmetic(Symbols):
     def _one_index(self, x: Term, y: Term, shape: tuple[Aff, ...]) -> tuple[Term, Term]:
         """Two terms, of which at most one is multiplied by an index: the rate (h + 1) / H of a head is a table.
 
-        A table is of the index that has fewer values.
+        A position is a whole number, and a rate need not be; else a table is of the index that has fewer values.
         """
         if x.poly.is_const or y.poly.is_const:
             return x, y
         free = [self.space.vars(t.poly) for t in (x, y)]
         if any(not 0 <= v < 100 or not shape[v].is_const for vs in free for v in vs):
             return x, y
-        few, _ = sorted((0, 1), key=lambda n: math.prod(int(shape[v].const) for v in free[n]))
         pair = [x, y]
+        steps = [[t.coef * c for _, c in t.poly.terms] for t in pair]
+        of_positions = [all(float(c).is_integer() for c in cs) or len(cs) > 1 for cs in steps]
+        values = [math.prod(int(shape[v].const) for v in vs) for vs in free]
+        few = min((0, 1), key=lambda n: (of_positions[n], values[n]))
         numbers = self.tabulate(value(shape, [Term(poly=pair[few].poly)]))
         pair[few] = pair[few].but(poly=ONE, accs=tuple(sorted((*pair[few].accs, numbers))))
         return pair[0], pair[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...._compat import hint
@@ -76,6 +77,9 @@ class Program(Algebra):
 
     def multiple(self, leaf: int) -> tuple[int, float]:
         return self.leaves.multiple(leaf)
+
+    def numbered(self, values: np.ndarray, shape: tuple[Aff, ...]) -> int:
+        return self.leaves.table(values, shape)
 
     def own_index(self, shape: Sequence[Aff]) -> tuple[Aff, ...]:
         return tuple(ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape))

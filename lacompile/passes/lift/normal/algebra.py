@@ -15,14 +15,14 @@ from ..domain.exponent import Exponent, Mono
 from ..domain.term import Term
 from .naming import canonical_names, counted_from_origins
 from .radix import one_index
-from .rates import Rates
+from .slopes import Slopes
 
 ROUNDS = 8
 PATIENCE = 500  # pairs of terms that may turn out not to merge, and one more for each node of the graph
 MISSING: Any = object()
 
 
-class Algebra(Rates):
+class Algebra(Slopes):
     """The rules of normalisation."""
 
     def __init__(self) -> None:
@@ -97,8 +97,8 @@ class Algebra(Rates):
                 ),
                 (space.guard(space.settle(g, _constant(ranges))) for g in term.guards),
             )
-        if any(m for m, _ in term.exp.lin) or term.exp.sums:
-            exp = self.telescoped(term.exp, term.accs)
+        if any(m or f.terms for m, f in term.exp.lin) or term.exp.sums:
+            exp = self.telescoped(self.by_heads(term.exp, term.accs, shape), term.accs)
             if any(m and f.terms for m, f in exp.lin):
                 exp = self.short_steps(exp, term.accs, self._term_ranges(term, shape))
             term = term if exp == term.exp else term.but(exp=exp)

@@ -79,13 +79,20 @@ def _other_readings(
 
     Each is what an interpreter is told for it.
     """
-    if first.statics is not None and first.statics.ambiguous:
+    if first.statics is not None and (first.statics.ambiguous or _multiplied(first, first.statics.lines)):
         yield {"reading": 1}
     if first.engine.turned:
         yield {"turned_whole": True}
     inputs = gm.graph.find_nodes(op="placeholder")
     if may_be_equal and (equal := alike(inputs, example_inputs)):
         yield {"equal": equal}
+
+
+def _multiplied(interpreter: Interpreter, leaves: set[int]) -> bool:
+    """Whether data is multiplied by one of these as it stands, as by a weight and never by a slope."""
+    values = (fact.value for fact in interpreter.facts.values()) if leaves else ()
+    signatures = (t.signature for v in values for c in v.cases for t in c.terms if len(t.accs) > 1)
+    return any(not leaves.isdisjoint(signature) for signature in signatures)
 
 
 def _parts(gm: fx.GraphModule, matches: Sequence[Match]) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 
@@ -33,13 +34,19 @@ from .buffers import (
     families,
     fit,
     head_index,
+    lines,
+    may_be_lines,
     rounding,
     selected,
+    written_slopes,
 )
 
 MAX_VECTOR = 4096
 MAX_POSITIONS = 2**24
 MAX_FACTORS = 2**22
+
+Slope = tuple[Mono, int]
+"""A rate, and its sign as the logarithm of a decay."""
 
 
 class Statics:
@@ -57,6 +64,7 @@ class Statics:
     ):
         self.engine = engine
         self.ambiguous = 0
+        self.lines: set[int] = set()  # leaves of vectors that are slopes of heads, or weights of positions
         self._reading = reading
         self.real: dict[fx.Node, torch.Tensor] = {}
         self._passed: dict[fx.Node, Fit | None] = {}  # arguments, and what a mask was fitted to
@@ -84,6 +92,8 @@ class Statics:
                 fits[n] = found
         self._read_passed(passed, nodes, fits, vectors)
         groups = families(fits, vectors)
+        fits |= lines(groups, vectors, alone=bool(reading))
+        self.lines = {self._leaf(nodes[n]) for n in may_be_lines(groups, vectors)}
         fits |= block_decays(groups, vectors)
         for family in groups:
             self._family(family, nodes, fits)
@@ -173,30 +183,30 @@ class Statics:
 
     def _family(self, family: Family, nodes: Sequence[fx.Node], fits: dict[int, Fit]) -> None:
         source = family.source()
-        table = self._table(family) if source is None else None
+        written = written_slopes(nodes[0].graph, family.slopes) if source is None else None
         unclear = 0
         for n in sorted(family.members):
             found = fits[n]
-            if table is not None:
-                slope: tuple[Mono, int] | None = (((table, head_index(found)),), -1)
-            else:
-                assert source is not None
-                slope = self._read_slope(nodes[source[0]], source[1], found)
             distance = found.distances[0]
             if len(found.distances) > 1:
                 # The pair of a chunk's decays, from its start and to its end: in one order, or in the other.
                 distance = found.distances[(unclear + self._reading) % len(found.distances)]
                 unclear += 1
+            if source is not None:
+                slope = self._read_slope(nodes[source[0]], source[1], found)
+            else:
+                assert written is not None
+                distance, slope = in_known_steps(self.engine, found, distance, written)
             if slope is not None:
                 self._enter(nodes[n], found, distance, slope)
         self.ambiguous += unclear
-        if table is not None:
+        if written is not None:
             coarsest = max(rounding(self.real[nodes[n]].dtype) for n in family.members)
             for n, how, _ in family.direct:
                 if rounding(self.real[nodes[n]].dtype) <= coarsest:
-                    self._rounded(nodes[n], how, table)
+                    self._rounded(nodes[n], how, written)
 
-    def _read_slope(self, node: fx.Node, how: str, found: Fit) -> tuple[Mono, int] | None:
+    def _read_slope(self, node: fx.Node, how: str, found: Fit) -> Slope | None:
         leaf = self._leaf(node)
         index = aligned(self.engine.leaf_shapes[leaf], found)
         if index is None:
@@ -208,20 +218,20 @@ class Statics:
             return log.accs, 1
         return (access,), -1 if how == "slope" else 1
 
-    def _table(self, family: Family) -> int:
-        middle = family.slopes.middle
-        return self.engine.leaves.table(middle, tuple(Aff.lit(n) for n in middle.shape))
-
-    def _rounded(self, node: fx.Node, how: str, table: int) -> None:
+    def _rounded(self, node: fx.Node, how: str, slopes: np.ndarray) -> None:
         """A slope that was rounded as its sister buffers were (cast to bf16) stands for the one that they show."""
         if how == "decay":
             return
         shape = self.engine.shape(node.meta["example_value"])
         index = tuple(Aff.var(d) for d, n in enumerate(shape) if n != ONE)
-        self._values[node] = value(shape, [Term(1.0 if how == "slope" else -1.0, accs=((table, index),))])
+        if slopes.shape:
+            known = Term(accs=((self.engine.numbered(slopes, tuple(map(Aff.lit, slopes.shape))), index),))
+        else:
+            known = Term(float(slopes))
+        self._values[node] = value(shape, [known if how == "slope" else known.but(coef=-known.coef)])
         self._used.add(node)
 
-    def _enter(self, node: fx.Node, found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> None:
+    def _enter(self, node: fx.Node, found: Fit, distance: Aff, slope: Slope | None) -> None:
         shape = self.engine.shape(node.meta["example_value"])
         self._values[node] = as_value(self.engine, shape, found, distance, slope)
         self._used.add(node)
@@ -229,7 +239,7 @@ class Statics:
             self._sloped.add(node)
 
 
-def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> Val:
+def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, slope: Slope | None) -> Val:
     """What was fitted, with this slope in steps of this distance; without one where it only selects."""
     mask = truth(engine, shape, found.guards)
     inside = _weight(found, distance, slope)
@@ -240,7 +250,7 @@ def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, 
     return replace(made, precision=Precision.EXACT) if slope is None else made
 
 
-def _weight(found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> tuple[Term, ...]:
+def _weight(found: Fit, distance: Aff, slope: Slope | None) -> tuple[Term, ...]:
     if slope is None:
         return () if found.log_space else (Term(1.0),)
     mono, sign = slope
@@ -250,19 +260,29 @@ def _weight(found: Fit, distance: Aff, slope: tuple[Mono, int] | None) -> tuple[
 
 
 def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tensor) -> Val | None:
-    """Numbers that the program writes down, for all pairs of positions, read as those of a buffer are."""
+    """Numbers that the program writes down, read as those of a buffer are.
+
+    In fp64 those of one dimension, or without a zero, too: there they are no weights by accident.
+    """
     if numbers.dtype not in (torch.float32, torch.float64):
         return None  # of a shorter format too little is left to call it the same weight
-    found = fit(numbers, EXPONENT_ERROR_FP64 if numbers.dtype is torch.float64 else EXPONENT_ERROR)
+    exact = numbers.dtype is torch.float64
+    found = fit(numbers, EXPONENT_ERROR_FP64 if exact else EXPONENT_ERROR, line=exact)
     if found is None:
         return None
     if found.selects:
         return as_value(engine, shape, found, ONE, None)
-    if found.constant or not found.guards:
+    if found.constant or not (found.guards or exact):
         return None
-    middle = found.slopes.middle
-    table = engine.leaves.table(middle, tuple(Aff.lit(n) for n in middle.shape))
-    return as_value(engine, shape, found, found.distances[0], (((table, head_index(found)),), -1))
+    return as_value(engine, shape, found, *in_known_steps(engine, found, found.distances[0], found.slopes.middle))
+
+
+def in_known_steps(engine: Engine, found: Fit, distance: Aff, slopes: np.ndarray) -> tuple[Aff, Slope]:
+    """A distance in steps of known slopes, and what these are: a table, or 1 for a distance times the only slope."""
+    if not slopes.shape:
+        return distance * float(slopes), ((), -1)
+    table = engine.numbered(slopes, tuple(map(Aff.lit, slopes.shape)))
+    return distance, (((table, head_index(found)),), -1)
 
 
 def is_vector(real: torch.Tensor) -> bool:

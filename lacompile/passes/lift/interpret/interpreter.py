@@ -100,8 +100,7 @@ class Interpreter:
         if isinstance(held, torch.Tensor) and held.numel() <= MAX_BAKED:
             return self.numbers.of(tensor, held)
         if type(tensor) is torch.Tensor and tensor.numel() <= MAX_BAKED and tensor.device.type == "cpu":
-            found = self.numbers.as_written(self._node, tensor)
-            return self.numbers.of(tensor, tensor) if found is None else found
+            return self.numbers.made_of_numbers(self._node, tensor)
         self._gave_up, self._repeatable = why, False
         return self.engine.leaf(tensor, Opaque(None, why))
 

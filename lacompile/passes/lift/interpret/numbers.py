@@ -27,33 +27,44 @@ class Numbers:
         self.engine = engine
         self._weights: dict[Any, Val] = {}  # of tables that were read
 
-    def of(self, tensor: torch.Tensor, real: torch.Tensor) -> Val:
-        """The numbers that a tensor is known to have: the weights that they are, a table, or a leaf."""
+    def of(self, tensor: torch.Tensor, real: torch.Tensor, unrounded: torch.Tensor | None = None) -> Val:
+        """The numbers that a tensor is known to have: the weights that they are, a table, or a leaf.
+
+        ``unrounded``: what its format has rounded, if that is known.
+        """
         engine = self.engine
         if real.is_complex():
             return engine.leaf(tensor, Opaque(None, "complex constant"))
         with outside_modes():
-            if (weights := fitted_constant(engine, engine.shape(tensor), real.detach())) is not None:
+            written = real if unrounded is None else unrounded
+            if (weights := fitted_constant(engine, engine.shape(tensor), written.detach())) is not None:
                 return weights
-            numbers = real.detach().to("cpu", torch.float64).numpy()
+            numbers = written.detach().to("cpu", torch.float64)
+            exact = torch.equal(numbers, real.detach().to(numbers))
         try:
-            known = engine.table_value(numbers, engine.shape(tensor))
+            known = engine.table_value(numbers.numpy(), engine.shape(tensor))
         except GiveUp:
             return engine.leaf(tensor, Opaque(None, "constant"))
-        return replace(known, precision=Precision.EXACT)
+        return replace(known, precision=Precision.EXACT if exact else Precision.ROUNDED)
 
-    def as_written(self, node: fx.Node | None, tensor: torch.Tensor) -> Val | None:
-        """The number of the program that PyTorch has made a tensor of, where its format has rounded it."""
-        if node is None or tensor.shape or tensor.dtype not in (torch.float32, torch.float64):
-            return None
-        if not node.all_input_nodes:  # a tensor that the program makes is what it makes
-            return None
+    def made_of_numbers(self, node: fx.Node | None, tensor: torch.Tensor) -> Val:
+        """A tensor that PyTorch has made of numbers of the program."""
+        if node is None or tensor.dtype not in (torch.float32, torch.float64):
+            return self.of(tensor, tensor)
+        numbers = [x for x in tree_leaves(node.args) if isinstance(x, int | float)]
         with outside_modes():
+            if tensor.shape:
+                written = torch.tensor(numbers, dtype=torch.float64)
+                if written.numel() != tensor.numel():
+                    return self.of(tensor, tensor)
+                written = written.view(tensor.shape)
+                return self.of(tensor, tensor, written if torch.equal(written.to(tensor.dtype), tensor) else None)
+            if not node.all_input_nodes:  # a tensor that the program makes is what it makes
+                return self.of(tensor, tensor)
             held = float(tensor)
-            numbers = [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, float)]
             found = {x for x in numbers if float(torch.tensor(x, dtype=tensor.dtype)) == held}
         if len(found) != 1 or held in found:
-            return None
+            return self.of(tensor, tensor)
         return replace(constant((), found.pop()), precision=Precision.ROUNDED)
 
     def complete(self, v: Val, dtype: torch.dtype) -> Val:

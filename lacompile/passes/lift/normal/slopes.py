@@ -55,7 +55,7 @@ class Slopes(Rates):
             return (), linear
         formula = Aff.of({n: c for n, (_, c) in enumerate(linear.terms)}, linear.const)
         at = np.ogrid[tuple(map(slice, sizes))]
-        values = sum((x * c for x, (_, c) in zip(at, linear.terms, strict=True)), linear.const)
+        values = sum((x * c for x, (_, c) in zip(at, linear.terms, strict=True)), np.zeros(sizes)) + linear.const
         leaf = self.numbered(values, tuple(map(Aff.lit, sizes)))
         self._formulas.setdefault(leaf, formula)
         return ((leaf, tuple(map(Aff.var, heads))),), ONE
@@ -69,4 +69,4 @@ class Slopes(Rates):
             if not held or any(self.space.vars(i) != {v} or i.const or i.terms[0][1] != 1 for i in held):
                 return False
         places = ((i, n) for leaf, idx in accs for i, n in zip(idx, self.leaf_shapes[leaf], strict=True))
-        return any(i.is_const and n != ONE or any(x < 0 for x, _ in i.terms) for i, n in places)
+        return any((i.is_const and n != ONE) or any(x < 0 for x, _ in i.terms) for i, n in places)

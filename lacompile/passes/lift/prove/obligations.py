@@ -31,6 +31,7 @@ from ..interpret import Fact
 from .addends import Addends
 from .backwards import from_the_end
 from .chunked import joined
+from .features import factors_apart
 from .flattened import apart
 from .proof import Proof, Refused
 from .roles import sequence_index
@@ -49,6 +50,10 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, quer
     if not any(sequence_index(engine, t) for t in terms) and (step := prove_step(engine, fact, terms)) is not None:
         return step
     main = _main_term(engine, terms, set() if explained is None else explained)
+    positions = sequence_index(engine, main)
+    assert positions is not None
+    split = [factors_apart(engine, t, fact.value.shape, positions) for t in terms]
+    terms, main = split, split[terms.index(main)]
     if (rows := joined(engine, fact, main)) is not None:
         inner = prove(engine, rows[0], explained, queries=queries)
         return replace(inner, chunked=(*inner.chunked, rows[1]))

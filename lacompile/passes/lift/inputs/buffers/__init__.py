@@ -12,13 +12,15 @@ families     buffers of one slope
 fits         one buffer, entry by entry
 entries      the slopes that explain what a format left of an entry
 slopes       intervals of slopes
+written      the slope among the numbers that the program writes down
 """
 
 from __future__ import annotations
 
-from .families import Family, block_decays, families
+from .families import Family, block_decays, families, lines, may_be_lines
 from .fits import Fit, aligned, fit, head_index, selected
 from .slopes import EXPONENT_ERROR, EXPONENT_ERROR_FP64, rounding
+from .written import written_slopes
 
 __all__ = [
     "EXPONENT_ERROR",
@@ -30,6 +32,9 @@ __all__ = [
     "families",
     "fit",
     "head_index",
+    "lines",
+    "may_be_lines",
     "rounding",
     "selected",
+    "written_slopes",
 ]

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from ...domain.affine import Aff
-from .fits import Fit
+from .fits import Fit, fit
 from .slopes import Slopes, slope_of
+
+SHORTEST_LINE = 4  # of two entries any two positive numbers are one, and of three a few
 
 
 @dataclass
@@ -50,14 +52,11 @@ def families(fits: dict[int, Fit], vectors: dict[int, torch.Tensor]) -> list[Fam
 
 
 def block_decays(groups: Sequence[Family], vectors: dict[int, torch.Tensor]) -> dict[int, Fit]:
-    """Vectors that decay by several steps of a family at once, as from chunk to chunk; they join it.
-
-    One number alone proves nothing: only vectors over several heads are read so.
-    """
+    """Vectors that decay by several steps of a family at once, as from chunk to chunk; they join it."""
     out: dict[int, Fit] = {}
     for n, vector in vectors.items():
         heads = tuple(d for d, size in enumerate(vector.shape) if size > 1)
-        several = next((s for how, _, s in slope_of(vector) if how == "decay"), None) if heads else None
+        several = next((s for how, _, s in slope_of(vector) if how == "decay"), None)
         if several is None or any(n in {m for m, _, _ in g.direct} for g in groups):
             continue
         for family in sorted(groups, key=lambda g: abs(g.place - n)):
@@ -71,6 +70,32 @@ def block_decays(groups: Sequence[Family], vectors: dict[int, torch.Tensor]) -> 
                 out[n] = Fit(heads, (Aff.lit(steps),), (), both, log_space=False)
                 break
     return out
+
+
+def lines(groups: list[Family], vectors: dict[int, torch.Tensor], *, alone: bool) -> dict[int, Fit]:
+    """Vectors that decay from entry to entry by the one slope of a family, which they join.
+
+    ``alone``: also by a slope that no other buffer has. Such a vector may as well hold the slopes of heads.
+    """
+    out: dict[int, Fit] = {}
+    known = {n for g in groups for n, _, _ in g.direct}
+    for n, vector in vectors.items():
+        found = fit(vector, line=True) if n not in known and vector.numel() >= SHORTEST_LINE else None
+        if found is None or found.constant:
+            continue
+        if not _joined(groups, n, found):
+            if not alone:
+                continue
+            groups.append(Family(found.slopes, n, [n], []))
+        out[n] = found
+    return out
+
+
+def may_be_lines(groups: Sequence[Family], vectors: dict[int, torch.Tensor]) -> list[int]:
+    """The vectors that no family has, and that decay from entry to entry."""
+    known = {n for g in groups for n in (*g.members, *(m for m, _, _ in g.direct))}
+    rest = {n: v for n, v in vectors.items() if n not in known and v.numel() >= SHORTEST_LINE}
+    return [n for n, v in rest.items() if (found := fit(v, line=True)) is not None and not found.constant]
 
 
 def _joined(groups: list[Family], n: int, f: Fit) -> bool:

@@ -38,18 +38,19 @@ class Fit:
         return self.constant and bool(self.guards)
 
 
-def fit(tensor: torch.Tensor, error: float = EXPONENT_ERROR, *, square: bool = False) -> Fit | None:
+def fit(tensor: torch.Tensor, error: float = EXPONENT_ERROR, *, square: bool = False, line: bool = False) -> Fit | None:
     """The guarded exponential that explains every entry of ``tensor``, or None.
 
     Args:
         tensor: the numbers.
         error: how far an exponent may be off, relative to itself and to 1: the rounding of what it was computed in.
         square: only as a mask, which is zero for some pairs of positions out of as many rows as columns.
+        line: also if it has one dimension, that of positions.
     """
     if tensor.numel() > MAX_ENTRIES or tensor.dim() > 6:
         return None
     dims = [d for d, n in enumerate(tensor.shape) if n > 1]
-    pairs = list(_moving_dims(tensor.shape, dims)) if len(dims) > 1 else []
+    pairs = list(_moving_dims(tensor.shape, dims)) if len(dims) > 1 else [tuple(dims)] if line and dims else []
     if square:
         pairs = [p for p in pairs if len(p) == 2 and tensor.shape[p[0]] == tensor.shape[p[1]]]
     if not pairs or (kind := _kind(tensor)) is None:

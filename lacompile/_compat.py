@@ -228,8 +228,13 @@ def trace_artifact(name: str, payload: str) -> None:
 
 def functorch_inside(gm: Any) -> bool:
     """Whether a graph switches functorch transforms or forward-mode AD on and off: running it on fakes would too."""
+    return any(is_functorch(n.target) for n in gm.graph.nodes)
+
+
+def is_functorch(target: Any) -> bool:
+    """Whether a function of a Dynamo graph is part of a functorch transform or of forward-mode AD."""
     prefixes = ("torch._functorch", "torch._C._functorch", "torch.autograd.forward_ad")
-    return any(str(getattr(n.target, "__module__", "")).startswith(prefixes) for n in gm.graph.nodes)
+    return str(getattr(target, "__module__", "")).startswith(prefixes)
 
 
 def changes_mode(target: Any) -> bool:

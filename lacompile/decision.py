@@ -27,6 +27,7 @@ from .passes.lift import Analysis, analyse
 from .passes.rewrite import rewrite
 from .passes.schedule import Schedule
 from .passes.validate import Validation, validate
+from .passes.vmaps import without_vmaps
 from .report import NearMiss, Report, Rewrite
 
 log = logging.getLogger("lacompile")
@@ -59,7 +60,10 @@ def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, 
     if _compat.functorch_active():
         return Decision(None, Report(notes=("left alone: a functorch transform or forward-mode AD is active",)))
     if _compat.functorch_inside(gm):
-        return Decision(None, Report(notes=("left alone: the program itself calls vmap, grad or forward-mode AD",)))
+        unmapped = without_vmaps(gm)
+        if unmapped is None:
+            return Decision(None, Report(notes=("left alone: the program itself calls vmap, grad or forward-mode AD",)))
+        gm = unmapped
     # what is asked of symbolic sizes must not specialise the compiled program
     mode = fake_mode_of(gm)
     start = time.perf_counter()

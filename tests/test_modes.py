@@ -71,7 +71,7 @@ def tangent(q, k, v):
         (half_without_gradients, 0),
         (checkpointed, 1),
         (checkpointed_beside_another, 2),
-        (per_head, 0),
+        (per_head, 1),
         (gradient, 0),
         (tangent, 0),
     ],

@@ -1,4 +1,4 @@
-"""Buffers of one decay for all heads: its powers as a vector, its triangle, beside the number itself; and near twins."""
+"""Buffers of one decay for all heads: its powers, its triangle, beside the number itself; and near twins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPE = (B, H, N, D, E)
 
 
 class Chunks(nn.Module):
-    """``at_once``, the decay of a chunk, and the vectors of its rows and keys: as given, in a forward pass or before."""
+    """The decay of a chunk (``at_once``) and the factors of its rows and keys are buffers, or made as it runs."""
 
     def __init__(self, at_once=lambda m: m.g**C, row=lambda m: m.up, key=lambda m: m.down, by=1.0):
         super().__init__()

@@ -16,8 +16,8 @@ ANY: Interval = (-math.inf, math.inf)
 # Open or closed makes no difference for the one question asked: is the value positive (low > 0, or low == 0 and open)?
 RANGE_OF: dict[Any, Interval] = {
     aten.sigmoid: (5e-324, 1.0),
-    aten.exp: (5e-324, math.inf),
-    aten.exp2: (5e-324, math.inf),
+    aten.rsqrt: (5e-324, math.inf),
+    aten._softmax: (5e-324, 1.0),
     aten.softplus: (5e-324, math.inf),
     aten.log_sigmoid: (-math.inf, -5e-324),
     aten.relu: (0.0, math.inf),
@@ -28,6 +28,8 @@ RANGE_OF: dict[Any, Interval] = {
     aten.sin: (-1.0, 1.0),
 }
 
+
+RISING: dict[Any, Callable[[float], float]] = {aten.exp: math.exp, aten.exp2: math.exp2, aten.expm1: math.expm1}
 
 BOUNDS: dict[Any, tuple[Any, ...]] = {  # which of two the results are: that of the argument and of each bound
     aten.clamp: (max, min),
@@ -50,6 +52,9 @@ def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
         return ANY  # by its beta, or by a threshold behind which it is its argument
     if packet in RANGE_OF:
         return RANGE_OF[packet]
+    if packet in RISING and args:
+        low, high = (_or_infinite(RISING[packet], x) for x in args[0])
+        return (low if packet == aten.expm1 else max(low, 5e-324), high)
     if packet == aten.mul and len(args) == 2:
         ends = [
             x * y for x in args[0] for y in args[1] if not ((math.isinf(x) and y == 0) or (math.isinf(y) and x == 0))
@@ -73,8 +78,21 @@ def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
     if packet == aten.pow and len(args) == 2 and args[0][0] > 0:
         return (5e-324, math.inf)
     if packet == aten.reciprocal and args and args[0][0] > 0:
-        return (0.0 if math.isinf(args[0][1]) else 1 / args[0][1], 1 / max(args[0][0], 1e-300))
+        return (5e-324 if math.isinf(args[0][1]) else 1 / args[0][1], 1 / max(args[0][0], 1e-300))
     return ANY
+
+
+def _or_infinite(f: Callable[[float], float], x: float) -> float:
+    try:
+        return f(x)
+    except OverflowError:
+        return math.inf
+
+
+def product(x: Interval, y: Interval) -> Interval:
+    """What the products of both lie in; where one is 0 the other is a number, however large."""
+    ends = [0.0 if 0 in (a, b) else a * b for a in x for b in y]
+    return min(ends), max(ends)
 
 
 def _bounded(x: Interval, bounds: Iterable[tuple[Callable[[float, float], float], Interval]]) -> Interval:

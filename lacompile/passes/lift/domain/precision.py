@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...._compat import outside_modes
-from .intervals import BOUNDS
+from .intervals import BOUNDS, product
 from .leaves import Leaves, Table
 from .term import Case, Precision, Term, Val
 
@@ -179,9 +179,7 @@ def ends(engine: Engine, v: Val, c: Case, t: Term) -> tuple[float, float]:
     ranges = engine.ranges(v.shape, c.guards | t.guards)
     low, high = float(engine.space.lower(t.poly, ranges)), float(engine.space.upper(t.poly, ranges))
     for leaf, _ in t.accs:
-        other = engine.leaves[leaf].interval
-        products = [0.0 if 0 in (x, y) else x * y for x in (low, high) for y in other]
-        low, high = min(products), max(products)
+        low, high = product((low, high), engine.leaves[leaf].interval)
     return low, high
 
 

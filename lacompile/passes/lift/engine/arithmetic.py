@@ -38,7 +38,7 @@ class Arithmetic(Symbols):
 
     def multiply(self, a: Val, b: Val) -> Val:
         """The product of two values of one shape."""
-        a, b = self._known_sum(a), self._known_sum(b)
+        a, b = self._numbers_of_heads(a), self._numbers_of_heads(b)
         for x, y in ((a, b), (b, a)):
             t = x.one
             if t is not None and not t.accs and not t.exp and not t.guards and t.poly.is_const:
@@ -134,14 +134,31 @@ class Arithmetic(Symbols):
                     return t.but(accs=tuple(sorted((*t.accs, found[0]))), exp=rest)
         return t
 
-    def _known_sum(self, v: Val) -> Val:
-        """1 - exp(g) of known numbers as the numbers it is: one factor, whose powers are powers of one rate."""
-        if not v.single or len(v.terms) < 2 or v.alt is not None or not self.index_only(v) or not self.plain(v):
+    def _numbers_of_heads(self, v: Val) -> Val:
+        """``1 - 2 ** (-5 - h)``, and other sums of known numbers or of whole multiples of none, as the numbers it is.
+
+        It is one factor, whose powers are powers of one rate.
+        """
+        if not v.single or v.alt is not None or not self.index_only(v) or not self._differs_alone(v):
             return v
         try:
             return value(v.shape, [Term(accs=(self.tabulate(v),))], precision=v.precision)
         except GiveUp:
             return v
+
+    def _differs_alone(self, v: Val) -> bool:
+        """Whether it is a sum of numbers, or of functions of one index, none of which is a position."""
+        if len(v.terms) > 1 and self.plain(v):
+            return True
+        if any(t.guards or t.exp.sums or t.bound(self.space) for t in v.terms):
+            return False
+        if len({x for t in v.terms for a in t.factors() for x in self.space.vars(a)}) != 1:
+            return False
+        if len(v.terms) > 1:
+            return any(t.exp for t in v.terms) and all(t.poly.is_const for t in v.terms)
+        (t,) = v.terms
+        numbers = (t.poly.const, *(c for _, c in t.poly.terms))
+        return not t.exp and not any(float(t.coef * c).is_integer() for c in numbers)
 
     def _infinite(self, x: Term, y: Term) -> Term | None:
         """inf times something of known sign."""

@@ -243,7 +243,7 @@ def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, 
     """What was fitted, with this slope in steps of this distance; without one where it only selects."""
     mask = truth(engine, shape, found.guards)
     inside = _weight(found, distance, slope)
-    outside = (Term(float("-inf")),) if found.log_space else ()
+    outside = (Term(found.outside),) if found.log_space else ()
     cases = tuple(Case(c.guards, inside if c.terms else outside) for c in mask.cases)
     made = engine.join_cases(Val(shape, cases))
     # Zeros and ones are what they are; of a weight only what its format leaves of it is known.

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...._compat import AnotherInEachCall, no_number_for_a_symbol
 from ...capture import Capture, Memory, ViewStep, aliases, fake_mode_of
+from ..domain.intervals import interval_of
 from ..domain.leaves import Opaque
 from ..domain.term import Precision, Term, Val, value
 from ..engine import Engine, GiveUp, Unmerged
@@ -132,11 +133,13 @@ class Interpreter:
             self._gave_up = reason
         inputs = leaves_of(vals)
         summands = tuple(t for v in vals for c in v.cases for t in c.terms) if unmerged else ()
+        numbers = [(float(x), float(x)) if isinstance(x, int | float) else None for x in op.args]
 
         def fresh(t: Any) -> Any:
             if not isinstance(t, torch.Tensor):
                 return None
-            return self.engine.leaf(t, Opaque(None, op.func.overloadpacket.__name__, inputs, summands))
+            kind = Opaque(None, op.func.overloadpacket.__name__, inputs, summands)
+            return self.engine.leaf(t, kind, interval=interval_of(op.func, numbers))
 
         if isinstance(op.out, list | tuple):
             return [fresh(t) for t in op.out]

@@ -9,11 +9,15 @@ import math
 
 from ..domain.affine import TAU, Aff
 from ..domain.exponent import Access, Exponent, Mono, sub_mono
+from ..domain.intervals import product
+from ..domain.leaves import Table
 from ..normal.logs import log_summands
 from .proof import Refused, at_position
 from .roles import Roles
 
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
+MOST_STEPS = 4096  # of a decay at once: a chunk and more
+GROWTH = 1e-9
 
 
 class Decay(Roles):
@@ -96,6 +100,19 @@ class Decay(Roles):
                     "apart, the exponential of the gate may overflow where the stabilised one does not",
                 )
 
+    def check_decays(self) -> None:
+        """What is known to grow is no decay: the operator's exponents are at most 0, and may be skipped where small."""
+        low = high = 0.0
+        known = True
+        for mono, c in (*self.proof.fixed, *self.proof.tokens):
+            ends = (c, c)
+            for leaf, _ in mono:
+                ends = product(ends, self.engine.leaves[leaf].interval)
+                known &= isinstance(self.engine.leaves[leaf].kind, Table)
+            low, high = low + ends[0], high + ends[1]
+        if high > GROWTH and (known or low >= 0):
+            raise Refused("decay", "a decay, which is at most 1", "a factor that grows from token to token", 5)
+
     def _feature_weight(self, mono: Mono, f: Aff, holders: set[int] | frozenset[int]) -> None:
         """exp of plain data (a feature map) is a factor of its side; a decay that differs by feature is refused."""
         if not f.is_const or (self.n in holders and self.j in holders):
@@ -114,6 +131,8 @@ class Decay(Roles):
             raise Refused("decay", "a weight of i - j", f"exp({f})", 5)
         if step:
             self.proof.fixed.append(((), float(step)))
+        if abs(f.const) > LARGEST_EXPONENT:
+            raise Refused("bounded-weights", "weights that are finite", f"exp({f.const:g}) times each of them", 5)
         self.proof.scale *= math.exp(f.const)
 
     def _fixed_decay(self, mono: Mono, f: Aff) -> None:
@@ -123,6 +142,8 @@ class Decay(Roles):
             raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
         if any(self.space.vars(x) & {self.n, self.j} for _, idx in mono for x in idx):
             raise Refused("decay", "one decay per head", "a slope that differs by position", 5)
+        if abs(f.const) > MOST_STEPS * abs(step):
+            raise Refused("bounded-weights", "weights that are finite", f"{f.const / step:g} steps at once", 5)
         if f.const:  # so many steps at once, as where a row decays before it reads
             self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
         self.proof.fixed.append((self._renamed_mono(mono), float(step)))

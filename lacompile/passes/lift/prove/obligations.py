@@ -68,6 +68,7 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, quer
         return replace(inner, flattened=(*inner.flattened, split[1]))
     proving.sort_factors()
     proving.sort_weights()
+    proving.check_decays()
     if queries:
         proving.check_operands()
     proving.check_finite()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
@@ -20,6 +21,8 @@ from .arith import number, operand
 from .exponentials import weights
 
 aten = torch.ops.aten
+
+Terms = tuple[Term, ...]
 
 # --------------------------------------------------------------------------------------------------------- regions
 
@@ -169,6 +172,10 @@ def _index_difference(engine: Engine, a: Val, b: Val) -> Aff | None:
 # ----------------------------------------------------------------------------------------------------- comparisons
 
 ORDER = {aten.gt: (1, True), aten.lt: (-1, True), aten.ge: (1, False), aten.le: (-1, False)}  # sign, strict
+OF_NUMBERS = {
+    aten.gt: operator.gt, aten.lt: operator.lt, aten.ge: operator.ge, aten.le: operator.le,
+    aten.eq: operator.eq, aten.ne: operator.ne,
+}  # fmt: skip
 
 
 @rule(aten.ge, aten.gt, aten.le, aten.lt)
@@ -176,8 +183,30 @@ def compare(op: Op) -> Val:
     sign, strict = ORDER[op.func.overloadpacket]
     difference = decided(op, operand(op, 0), operand(op, 1))
     if difference is None:
-        return op.symbol()
+        return _of_numbers(op)
     return truth(op.engine, op.shape, [at_least_zero(difference * sign, strict)])
+
+
+def _of_numbers(op: Op) -> Val:
+    """A comparison of values that are one number in each of their cases, as a mask of 0 and minus infinity is."""
+    a, b = operand(op, 0), operand(op, 1)
+    if any(case_number(c) is None for v in (a, b) for c in v.cases) or not decidable(op, a, b):
+        return op.symbol()
+    holds = OF_NUMBERS[op.func.overloadpacket]
+
+    def compared(groups: list[Terms]) -> Terms:
+        x, y = (case_number(Case(NO_GUARDS, terms)) for terms in groups)
+        return (Term(1.0),) if holds(x, y) else ()
+
+    return op.engine.zip_cases([a, b], compared)
+
+
+def case_number(c: Case) -> float | None:
+    """The number, perhaps infinite, that a value is wherever a case holds."""
+    if len(c.terms) > 1:
+        return None
+    t = c.terms[0] if c.terms else Term(0.0)
+    return t.coef if not t.accs and not t.exp and not t.guards and t.poly == ONE else None
 
 
 @rule(aten.eq, aten.ne)
@@ -189,7 +218,7 @@ def equal(op: Op) -> Val:
     if difference is None:
         if op.dtypes[0] is torch.bool and a.alt is None and number(b) in (0.0, 1.0):
             return a if (number(b) == 1) == (op.func.overloadpacket is aten.eq) else complement(op, a)
-        return op.symbol()
+        return _of_numbers(op)
     inside = truth(op.engine, op.shape, [at_least_zero(difference), at_least_zero(-difference)])
     return inside if op.func.overloadpacket is aten.eq else opposite(op.engine, inside)
 
@@ -223,9 +252,6 @@ def either(op: Op) -> Val:
         neither = op.engine.multiply(complement(op, operand(op, 0)), complement(op, operand(op, 1)))
         found = complement(op, neither)
     return op.symbol() if found is None else found
-
-
-Terms = tuple[Term, ...]
 
 
 def _truths_of_tokens(op: Op) -> bool:

@@ -17,6 +17,8 @@ aten = torch.ops.aten
 
 UNDERFLOW = -800.0  # exp of it is less than half of the smallest number of fp64
 LEAST = 1e-6  # factor of data in an exponent: forms drop what is below 1e-12 as left of a cancellation
+LARGEST_DATA = 2.0**24  # beyond it an exponent in fp32 is rounded to whole numbers: its weight is of any size
+HIDES = 2 * (UNDERFLOW - LARGEST_DATA)  # a summand below it leaves nothing of any data, however coarse its format
 COARSEST = 2.0**-7  # how far off a sum of numbers may be, as a share of them, in any format
 
 
@@ -92,12 +94,16 @@ def weights(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> l
 
 
 def _is_nothing(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> bool:
-    """Whether exp(factor * x) is 0 in every format wherever the case holds, as of the -1e9 that stands for -inf."""
-    if not c.terms or any(t.exp or t.guards or t.bound(engine.space) for t in c.terms):
+    """Whether exp(factor * x) is 0 in every format wherever the case holds, as of the -1e9 that stands for -inf.
+
+    Data beside it may be as large as an exponent can be that still says something.
+    """
+    known = tuple(t for t in c.terms if not t.exp and engine.index_only(value(shape, [t])))
+    if not known or any(t.guards or t.bound(engine.space) for t in known):
         return False
-    most = largest = 0.0
-    for t in c.terms:
-        both = [t.coef * factor * x for x in ends(engine, value(shape, c.terms), c, t)]
+    most = largest = 0.0 if len(known) == len(c.terms) else LARGEST_DATA
+    for t in known:
+        both = [t.coef * factor * x for x in ends(engine, value(shape, known), c, t)]
         most, largest = most + max(both), largest + max(map(abs, both))
     return most + largest * COARSEST < UNDERFLOW
 

@@ -12,7 +12,7 @@ from ..domain.term import Case, Term, Val, constant, value
 from ..engine import GiveUp
 from . import Op, rule
 from .arith import number, operand
-from .conditions import at_least_zero, decided, truth, weakly_decided
+from .conditions import at_least_zero, case_number, decided, truth, weakly_decided
 
 aten = torch.ops.aten
 
@@ -105,5 +105,9 @@ def isnan(op: Op) -> Val:
 @rule(aten.isinf)
 def isinf(op: Op) -> Val:
     """Of a weight it is asked whether it has overflowed, which the normal form does not know."""
+    numbers = [case_number(c) for c in op.args[0].cases]
+    if all(x is not None for x in numbers):
+        infinite = (Term(1.0),)
+        return op.engine.zip_cases([op.args[0]], lambda g: infinite if g[0] and math.isinf(g[0][0].coef) else ())
     weight = any(t.exp for c in op.args[0].cases for t in c.terms)
     return constant(op.shape, 0.0) if op.engine.never_nan(op.args[0]) and not weight else op.symbol()

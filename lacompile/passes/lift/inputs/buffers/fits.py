@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from ...domain.affine import ONE, Aff
+from ...transfer.exponentials import HIDES
 from .entries import intervals
 from .slopes import EXPONENT_ERROR, Slopes
 
@@ -31,6 +33,8 @@ class Fit:
     slopes: Slopes
     log_space: bool
     constant: bool = False
+    outside: float = -math.inf
+    """Of logarithms: what every entry outside the band is, a number so low that no weight is left."""
 
     @property
     def selects(self) -> bool:
@@ -55,14 +59,16 @@ def fit(tensor: torch.Tensor, error: float = EXPONENT_ERROR, *, square: bool = F
         pairs = [p for p in pairs if len(p) == 2 and tensor.shape[p[0]] == tensor.shape[p[1]]]
     if not pairs or (kind := _kind(tensor)) is None:
         return None
-    log_space = kind == "log"
+    log_space, outside = kind == "log", -math.inf
+    if log_space and HIDES > (lowest := float(tensor.min())) > -math.inf:
+        tensor, outside = tensor.masked_fill(tensor == lowest, -math.inf), lowest
     for moving in pairs:
         heads = tuple(d for d in dims if d not in moving)
         if max((tensor.shape[d] for d in heads), default=1) > 4096:
             continue
         found = _fit_moving(tensor, heads, moving, log_space, error)
         if found is not None and (found.guards or not square):
-            return found
+            return replace(found, outside=outside)
     return None
 
 
@@ -76,7 +82,7 @@ def selected(fit: Fit, like: torch.Tensor) -> torch.Tensor:
             at = at + steps.reshape([-1 if n == d else 1 for n in range(like.dim())])
         inside = inside & (at >= 0)
     made = torch.zeros(inside.shape, dtype=like.dtype, device=like.device)
-    made = made.masked_fill(~inside, float("-inf")) if fit.log_space else made.masked_fill(inside, 1)
+    made = made.masked_fill(~inside, fit.outside) if fit.log_space else made.masked_fill(inside, 1)
     return made.expand(like.shape)
 
 

@@ -135,9 +135,9 @@ def test_a_diagonal_of_its_own():
 
 
 def test_too_little_is_added_to_hide():
-    """What is above the diagonal is small, and counts."""
+    """What is above the diagonal is small, and counts; it grows with the distance, which no decay does."""
     run = added(lambda d, s, kept: torch.exp(-s * d + (1 - kept) * -90.0), False)
-    assert_rewritten(run, *arguments(), count=2, compiled=False)
+    assert_refused(run, *arguments())
 
 
 def test_a_choice_by_the_opposite_of_two_truths():

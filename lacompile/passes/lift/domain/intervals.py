@@ -77,6 +77,8 @@ def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
         return (math.log(low) if low > 0 else -math.inf, math.log(high) if 0 < high < math.inf else math.inf)
     if packet == aten.pow and len(args) == 2 and args[0][0] > 0:
         return (5e-324, math.inf)
+    if packet == aten.pow and len(args) == 2 and args[1][0] == args[1][1] and args[1][0] % 2 == 0:
+        return (0.0, math.inf)
     if packet == aten.reciprocal and args and args[0][0] > 0:
         return (5e-324 if math.isinf(args[0][1]) else 1 / args[0][1], 1 / max(args[0][0], 1e-300))
     return ANY

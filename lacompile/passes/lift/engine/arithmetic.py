@@ -157,6 +157,8 @@ class Arithmetic(Symbols):
         if len(v.terms) > 1:
             return any(t.exp for t in v.terms) and all(t.poly.is_const for t in v.terms)
         (t,) = v.terms
+        if t.accs:  # -expm1(-x), which is a positive table
+            return t.coef < 0 and not t.exp and t.poly == ONE and all(self.interval(leaf)[1] < 0 for leaf, _ in t.accs)
         numbers = (t.poly.const, *(c for _, c in t.poly.terms))
         return not t.exp and not any(float(t.coef * c).is_integer() for c in numbers)
 

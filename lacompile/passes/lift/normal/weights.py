@@ -93,7 +93,7 @@ def _weigh(space: Space, leaves: Leaves, t: Term, targets: Sequence[Term]) -> Te
             moved: list[Access] = []
             ok = True
             for leaf in extra:
-                acc = next(a for a in accs if a[0] == leaf)
+                acc = _least_of_token(leaves, accs, leaf)
                 if any(v < 0 for i in acc[1] for v, _ in i.terms) or _masks_its_token(space, leaves, t, acc):
                     ok = False
                     break
@@ -102,6 +102,12 @@ def _weigh(space: Space, leaves: Leaves, t: Term, targets: Sequence[Term]) -> Te
             if ok:
                 return t.but(accs=tuple(accs), exp=t.exp + logarithm(leaves, moved))
     return t
+
+
+def _least_of_token(leaves: Leaves, accs: Sequence[Access], leaf: int) -> Access:
+    """The access of a leaf that is read where others are least, as the first half of gates is by a later token."""
+    places = leaves.places(a for a in accs if a[0] != leaf)
+    return min((a for a in accs if a[0] == leaf), key=lambda a: len(leaves.places([a]) & places))
 
 
 def _masks_its_token(space: Space, leaves: Leaves, t: Term, mask: Access) -> bool:

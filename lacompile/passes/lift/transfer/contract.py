@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from ..domain.affine import ONE, Aff
+from ..domain.affine import ONE, ZERO, Aff
 from ..domain.leaves import Opaque
 from ..domain.term import Case, Term, Val
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
@@ -109,7 +109,18 @@ def _operand(engine: Engine, v: Val, summed: int, other: Val) -> Val:
         return held
     if v.alt is not None and other.alt is not None and engine.structured(v) and engine.structured(other):
         return engine.whole(v)  # no state is a product of two sums: these are projections of a part of their features
-    return engine.flat(engine.pick_beside(v, other))
+    return engine.flat(v if _scores_of_the_last(engine, v, summed) else engine.pick_beside(v, other))
+
+
+def _scores_of_the_last(engine: Engine, v: Val, summed: int) -> bool:
+    """Whether it is the product of one token with all up to it, as a step that keeps its keys holds it."""
+    t = v.one
+    if v.alt is None or t is None or not t.bound(engine.space):
+        return False
+    places = [{(i, engine.seen(n)) for i, n in zip(idx, engine.leaf_shapes[leaf], strict=True)} for leaf, idx in t.accs]
+    rows = {(i, n) for read in places for i, n in read if i.is_const}
+    lengths = {n for read in places for i, n in read if i == Aff.var(summed)}
+    return any(n in lengths and v.shape[summed] - i in (ONE, ZERO) for i, n in rows)
 
 
 def _kept(engine: Engine, v: Val, keep: dict[int, int], shape: tuple[Aff, ...]) -> Val:

@@ -66,6 +66,8 @@ def power(op: Op) -> Val:
     engine = op.engine
     a, b = operand(op, 0), operand(op, 1)
     exponent = number(b)
+    if not op.out.dtype.is_floating_point and engine.index_only(a) and engine.index_only(b):
+        return op.symbol()  # whole numbers, and no weight
     if exponent in SMALL_POWERS and engine.scores(a):
         return multiplied_out(op, a, int(exponent))
     if exponent is not None and engine.contracts(a):

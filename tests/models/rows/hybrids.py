@@ -161,10 +161,11 @@ ROWS = [
         experts_implementation="batched_mm",
     ),
     row("OlmoHybrid", 0, "recurrence", formulation="delta rule", **ATTENTION, **GATED_DELTA),
-    row("Mamba", 0, formulation="decay per feature", length=8, state_size=8, num_hidden_layers=1),
+    row("Mamba", 0, "decay", formulation="decay per feature", length=8, state_size=8, num_hidden_layers=1),
     row(
         "Jamba",
         0,
+        "decay",
         formulation="decay per feature",
         length=8,
         num_hidden_layers=2,

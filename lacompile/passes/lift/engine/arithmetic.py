@@ -154,9 +154,9 @@ class Arithmetic(Symbols):
             return False
         if len({x for t in v.terms for a in t.factors() for x in self.space.vars(a)}) != 1:
             return False
-        if len(v.terms) > 1:
+        t = v.one
+        if t is None:
             return any(t.exp for t in v.terms) and all(t.poly.is_const for t in v.terms)
-        (t,) = v.terms
         if t.accs:  # -expm1(-x), which is a positive table
             return t.coef < 0 and not t.exp and t.poly == ONE and all(self.interval(leaf)[1] < 0 for leaf, _ in t.accs)
         numbers = (t.poly.const, *(c for _, c in t.poly.terms))

@@ -18,35 +18,29 @@ from ...._compat import is_fake, outside_modes
 from ...facts import Assumption, unchanged
 from ...names import from_a_closure, source_name, spoken
 from ..domain.affine import ONE, Aff
-from ..domain.exponent import Access, Exponent, Mono
+from ..domain.exponent import Access
 from ..domain.leaves import Opaque
 from ..domain.precision import EXACT_UP_TO
-from ..domain.term import Case, Precision, Term, Val, value
+from ..domain.term import Precision, Term, Val, value
 from ..engine import Engine, GiveUp
-from ..transfer.conditions import truth
 from .buffers import (
-    EXPONENT_ERROR,
-    EXPONENT_ERROR_FP64,
     Family,
     Fit,
     aligned,
     block_decays,
     families,
     fit,
-    head_index,
     lines,
     may_be_lines,
     rounding,
     selected,
     written_slopes,
 )
+from .fitted import Slope, as_value, in_known_steps
 
 MAX_VECTOR = 4096
 MAX_POSITIONS = 2**24
 MAX_FACTORS = 2**22
-
-Slope = tuple[Mono, int]
-"""A rate, and its sign as the logarithm of a decay."""
 
 
 class Statics:
@@ -237,52 +231,6 @@ class Statics:
         self._used.add(node)
         if slope is not None:
             self._sloped.add(node)
-
-
-def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, slope: Slope | None) -> Val:
-    """What was fitted, with this slope in steps of this distance; without one where it only selects."""
-    mask = truth(engine, shape, found.guards)
-    inside = _weight(found, distance, slope)
-    outside = (Term(found.outside),) if found.log_space else ()
-    cases = tuple(Case(c.guards, inside if c.terms else outside) for c in mask.cases)
-    made = engine.join_cases(Val(shape, cases))
-    # Zeros and ones are what they are; of a weight only what its format leaves of it is known.
-    return replace(made, precision=Precision.EXACT) if slope is None else made
-
-
-def _weight(found: Fit, distance: Aff, slope: Slope | None) -> tuple[Term, ...]:
-    if slope is None:
-        return () if found.log_space else (Term(1.0),)
-    mono, sign = slope
-    if found.log_space:
-        return (Term(float(sign), distance, mono),)
-    return (Term(1.0, exp=Exponent.of([(mono, distance * sign)], ())),)
-
-
-def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tensor) -> Val | None:
-    """Numbers that the program writes down, read as those of a buffer are.
-
-    In fp64 those of one dimension, or without a zero, too: there they are no weights by accident.
-    """
-    if numbers.dtype not in (torch.float32, torch.float64):
-        return None  # of a shorter format too little is left to call it the same weight
-    exact = numbers.dtype is torch.float64
-    found = fit(numbers, EXPONENT_ERROR_FP64 if exact else EXPONENT_ERROR, line=exact)
-    if found is None:
-        return None
-    if found.selects:
-        return as_value(engine, shape, found, ONE, None)
-    if found.constant or not (found.guards or exact):
-        return None
-    return as_value(engine, shape, found, *in_known_steps(engine, found, found.distances[0], found.slopes.middle))
-
-
-def in_known_steps(engine: Engine, found: Fit, distance: Aff, slopes: np.ndarray) -> tuple[Aff, Slope]:
-    """A distance in steps of known slopes, and what these are: a table, or 1 for a distance times the only slope."""
-    if not slopes.shape:
-        return distance * float(slopes), ((), -1)
-    table = engine.numbered(slopes, tuple(map(Aff.lit, slopes.shape)))
-    return distance, (((table, head_index(found)),), -1)
 
 
 def is_vector(real: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from ..domain.affine import ONE
 from ..domain.leaves import Opaque
 from ..domain.term import Precision, Val, constant
 from ..engine import Engine, GiveUp
-from ..inputs.statics import fitted_constant
+from ..inputs.fitted import fitted_constant
 from ..transfer import Op
 
 MAX_BAKED = 65_536

@@ -151,13 +151,14 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                     continue
                 explained.add(leaf)
                 rows = {x for n in square for x, _ in idx[n].terms}
-                label = _label(engine, leaf, [a for a, theirs in holders if rows <= theirs])
+                label = _label(engine, leaf, [a for a, theirs in holders if rows <= theirs]).lstrip("_")
+                of_scores = "softmax and other functions of the scores are not decayed linear attention"
                 raise Refused(
                     "separable",
                     "weights exp(G_i - G_j) that are visible in the graph",
-                    f"a tensor that holds both positions ({label.lstrip('_')})",
+                    f"a tensor that holds both positions ({label})",
                     1,
-                    "softmax and other functions of the scores are not decayed linear attention",
+                    of_scores if "softmax" in label else "of what computes it no more is known",
                 )
 
 

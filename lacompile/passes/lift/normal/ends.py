@@ -49,7 +49,22 @@ def extend(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) 
             out = _with_range(algebra, ranged, point, var, (low, high), longer, high - low + 1, shape)
             if out is not None:
                 return out
+        if var >= 0 and (clipped := _clipped(algebra, ranged, var, shape)) is not None:
+            return extend(algebra, clipped, point, shape)
     return None
+
+
+def _clipped(algebra: Algebra, ranged: Term, var: int, shape: tuple[Aff, ...]) -> Term | None:
+    """The same sum, of a window before each place, with what it says of places before which there is less.
+
+    ``i - 3 <= j`` wherever ``i >= 3`` is ``0 <= j`` there, too: only where the sum is continued to ``i < 3`` it counts.
+    """
+    ends = {v for g in ranged.guards if g.coef(var) for v, _ in g.terms if v < 0}
+    read = {i for _, idx in ranged.accs for i in idx}
+    new = {Aff.var(v) for v in ends if Aff.var(v) in read} - ranged.guards
+    ranges = algebra.ranges(shape, ranged.guards)
+    new = {g for g in new if algebra.implied(g, ranged.guards, ranges)}
+    return ranged.but(guards=ranged.guards | new) if new else None
 
 
 def shorten(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) -> Term | None:

@@ -207,6 +207,8 @@ def _join(
     guards = (rest1.guards | rest2.guards | {low, high}) - {end1, start2}
     elsewhere = {g for g in guards if var not in algebra.space.vars(g)}
     ranges = algebra.ranges(shape, elsewhere)
-    if not all(algebra.implied(hi - lo + 1, elsewhere, ranges) for lo, hi in (r1, r2)):
+    # Where one range ends before it begins, the other must end there by itself, as a window does at the first token.
+    loose = [r for r, ends_there in ((r1, low in second.guards), (r2, high in first.guards)) if not ends_there]
+    if not all(algebra.implied(hi - lo + 1, elsewhere, ranges) for lo, hi in loose):
         return None
     return first.but(guards=guards)

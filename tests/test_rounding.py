@@ -155,6 +155,52 @@ def what_a_mask_swallowed(i):
     return torch.exp((rows - columns) * -0.1 - 1e9 + causal(i) * 1e9)
 
 
+def nothing_in_half_the_bits(i):
+    return (torch.ones(len(i), len(i)).triu(1).half() < 1e-8).float()
+
+
+def one_in_half_the_bits(i):
+    return (causal(i).half() > 0.9999).float()
+
+
+def one_in_bfloat16(i):
+    return (causal(i).bfloat16() > 0.999).float()
+
+
+def one_in_float32(i):
+    return (torch.where(causal(i) > 0, 1.0, 2.0) < 1.00000001).float()
+
+
+def beyond_one_in_float32(i):
+    rows, columns = pairs(i, i)
+    return ((rows - columns).float() > 0.99999999).float()
+
+
+def not_below_nothing(i):
+    rows, columns = pairs(i, i)
+    return ((rows - columns).half() > -1e-9).float()
+
+
+def a_threshold_that_is_one(i):
+    return (torch.nn.functional.threshold(causal(i), 0.99999999, 0.0) != 0).float()
+
+
+def a_divisor_that_is_one(i):
+    return (torch.fmod(causal(i), 1.00000001) == 0).float()
+
+
+def a_number_that_is_nothing(i):
+    return (torch.where(causal(i) > 0, 1e-50, 0.0) > 0).float()
+
+
+def a_product_that_is_nothing(i):
+    return (causal(i) * 1e-30 * 1e-30 > 0).float()
+
+
+def less_than_nothing(i):
+    return (torch.where(causal(i) > 0, 0.0, 1.0) < 1e-50).float()
+
+
 ATTACKS = [
     what_a_large_number_swallowed,
     what_a_mask_swallowed,
@@ -185,6 +231,17 @@ ATTACKS = [
     a_weight_that_overflows,
     a_difference_that_is_amplified,
     a_zero_that_is_amplified,
+    nothing_in_half_the_bits,
+    one_in_half_the_bits,
+    one_in_bfloat16,
+    one_in_float32,
+    beyond_one_in_float32,
+    not_below_nothing,
+    a_threshold_that_is_one,
+    a_divisor_that_is_one,
+    a_number_that_is_nothing,
+    a_product_that_is_nothing,
+    less_than_nothing,
 ]
 
 
@@ -247,6 +304,14 @@ def beyond_a_fraction(i):
     return (rows - columns > -0.3).float()
 
 
+def above_a_half(i):
+    return (causal(i).half() > 0.5).float()
+
+
+def minus_infinity_is_below_zero(i):
+    return (torch.where(causal(i) > 0, 0.0, float("-inf")) >= 0).float()
+
+
 EXACT = [
     in_halves,
     in_float32,
@@ -255,10 +320,13 @@ EXACT = [
     counted,
     a_fraction_of_the_difference,
     beyond_a_fraction,
+    above_a_half,
+    minus_infinity_is_below_zero,
 ]
 
 
 @pytest.mark.parametrize("mask", EXACT, ids=lambda f: f.__name__)
 def test_what_is_exact_in_its_format_is_read(mask):
+    torch._dynamo.reset()
     report = lacompile.explain(attention(mask), validate="off")(*inputs())
     assert len(report.rewrites) == 1, str(report)

@@ -64,12 +64,28 @@ def _of_tables(leaves: Leaves, t: Term) -> bool:
     return all(isinstance(leaves[leaf].kind, Table) for m in rates for leaf, _ in m)
 
 
-def jumps(leaves: Leaves, op: Any, vals: Iterable[Any], out: torch.dtype) -> bool:
-    """Whether rounding inside ``vals`` may change what ``op`` makes of them by more than rounding."""
+def jumps(
+    leaves: Leaves, op: Any, vals: Iterable[Any], formats: Iterable[torch.dtype | None], out: torch.dtype
+) -> bool:
+    """Whether rounding inside ``vals`` may change what ``op`` makes of them by more than rounding.
+
+    A number beside a tensor is rounded to the tensor's format before anything is made of it.
+    """
     packet = getattr(op, "overloadpacket", op)
     if packet in SMOOTH or (packet is aten._to_copy and out.is_floating_point):
         return False
-    return any(isinstance(v, Val) and v.precision is not Precision.EXACT and positional(leaves, v) for v in vals)
+    vals = list(vals)
+    known = [v for v in vals if isinstance(v, Val) and positional(leaves, v)]
+    if any(v.precision is not Precision.EXACT for v in known):
+        return True
+    used = {d if d.is_floating_point else torch.get_default_dtype() for d in formats if d is not None}
+    numbers = [x for x in vals if isinstance(x, float)]
+    return bool(known) and any(_rounded(x, d) != x for x in numbers for d in used)
+
+
+def _rounded(x: float, dtype: torch.dtype) -> float:
+    with outside_modes():
+        return float(torch.tensor(x, dtype=dtype))
 
 
 def decidable(op: Op, a: Val, b: Val) -> bool:
@@ -78,16 +94,16 @@ def decidable(op: Op, a: Val, b: Val) -> bool:
     It compares in one format: both must be exact in it, or one is 0 and the other has the right sign.
     """
     engine = op.engine
+    formats = [d for d in op.dtypes if isinstance(d, torch.dtype)]
+    if any(isinstance(x, float) for x in op.args) and not any(d.is_floating_point for d in formats):
+        formats.append(torch.get_default_dtype())
     for x, y in ((a, b), (b, a)):
         if x.precision >= Precision.SIGN and y.precision is Precision.EXACT and y.single and not y.terms:
-            return True
+            return not any(_vanishes(x, d) for d in formats)
     if not a.precision is b.precision is Precision.EXACT:
         return False
     if not (engine.index_only(a) and engine.index_only(b)):
         return True
-    formats = [d for d in op.dtypes if isinstance(d, torch.dtype)]
-    if any(isinstance(x, float) for x in op.args) and not any(d.is_floating_point for d in formats):
-        formats.append(torch.get_default_dtype())
     return all(
         (held(engine, x, d) and (d not in NARROW or _never_long(engine, x))) or _between_whole_numbers(engine, x, y, d)
         for x, y in ((a, b), (b, a))
@@ -100,8 +116,7 @@ def _between_whole_numbers(engine: Engine, x: Val, other: Val, dtype: torch.dtyp
     t = x.one
     if t is None or t.accs or t.exp or t.guards or not t.poly.is_const or _unit(engine, other) != 1:
         return False
-    with outside_modes():
-        rounded = float(torch.tensor(t.coef, dtype=dtype))
+    rounded = _rounded(t.coef, dtype)
     return not rounded.is_integer() and not t.coef.is_integer() and math.floor(rounded) == math.floor(t.coef)
 
 
@@ -226,8 +241,23 @@ def _size(engine: Engine, terms: tuple[Term, ...], steps_only: bool = False) -> 
 def result_precision(op: Op, out: Val, dtype: torch.dtype) -> Precision:
     """What the result of an operation that did not give up is, from what its arguments are.
 
-    One operation of IEEE 754 rounds once: it is exact where its result is in the format, and never loses a sign.
+    A number that is nothing in the format has lost its sign.
     """
+    found = _after_one_rounding(op, out, dtype)
+    return Precision.ROUNDED if found is not Precision.ROUNDED and _vanishes(out, dtype) else found
+
+
+def _vanishes(v: Val, dtype: torch.dtype) -> bool:
+    """Whether some number of the program's is so small that the format may have 0 for it."""
+    if not dtype.is_floating_point:
+        return False
+    least = torch.finfo(dtype).tiny
+    sizes = (abs(t.coef * x) for c in v.cases for t in c.terms for x in (t.poly.const, *(k for _, k in t.poly.terms)))
+    return any(0 < size < least for size in sizes)
+
+
+def _after_one_rounding(op: Op, out: Val, dtype: torch.dtype) -> Precision:
+    """One operation of IEEE 754 rounds once: it is exact where its result is in the format, and never loses a sign."""
     engine, packet = op.engine, op.func.overloadpacket
     if not positional(engine.leaves, out):
         return Precision.EXACT

@@ -59,6 +59,8 @@ class Structure(Program):
             return True
         if any(m for m, _ in t.exp.lin) and any(v < 0 for _, idx in t.accs for a in idx for v, _ in a.terms):
             return True
+        if self._projects_a_part(t):
+            return False
         bound: dict[int, Aff] = {}
         fixed = 0  # factors that are read at one place, as those of one token are
         for leaf, idx in t.accs:
@@ -80,6 +82,27 @@ class Structure(Program):
             if g not in (Aff.var(v), bound[v] - 1 - Aff.var(v)):
                 return True
         return False
+
+    def _projects_a_part(self, t: Term) -> bool:
+        """Whether a part of the features, such as those of a head, is multiplied by a matrix, all of which is read."""
+        if not self._projection(t):
+            return False
+        return any(self.projects_by(m, of) and self._summed_whole(t, m) for m, of in (t.accs, t.accs[::-1]))
+
+    def _summed_whole(self, t: Term, a: Access) -> bool:
+        """Whether each summed index runs over a whole dimension of this factor, and nothing else is asked of any."""
+        leaf, idx = a
+        left = set(t.guards)
+        for v in t.bound(self.space):
+            ends = self.bounds(v, t.guards).ends
+            held = [(i, n) for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if i.coef(v)]
+            if ends is None or len(held) != 1:
+                return False
+            (i, n), x = held[0], Aff.var(v)
+            if i - x != -ends[0] or ends[1] - ends[0] + 1 != n:
+                return False
+            left -= {self.space.guard(x - ends[0]), self.space.guard(ends[1] - x)}
+        return not left
 
     def structured(self, v: Val) -> bool:
         if v.alt is not None and v.single and len(v.terms) > 1:

@@ -145,7 +145,7 @@ class Symbols(Tables):
         args = [self.held(a) if isinstance(a, Val) else a for a in args]
         used = [d if d is not None and d.is_floating_point else None for d in dtypes] or [None] * len(args)
         vals = [self.broadcast(a, shape) if isinstance(a, Val) else a for a in args]
-        if jumps(self.leaves, op, vals, out.dtype):
+        if jumps(self.leaves, op, vals, dtypes or [out.dtype], out.dtype):
             raise GiveUp("a decision by numbers that rounding may have changed")
         if all(self.index_only(v) and v.alt is None for v in vals if isinstance(v, Val)):
             return self.folded(op, vals, kwargs, shape)

@@ -8,7 +8,7 @@ what is found: those of one call, whose arguments are one but for the place that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,14 +113,11 @@ class SeriesTable:
 
     def _named(self, node: fx.Node, value_of: Callable[[fx.Node], Val | None]) -> tuple[Any, Place]:
         """The call without the place that its arguments are at, and that place."""
-        places: set[Place] = set()
+        place = _of_token(p for arg in node.all_input_nodes for p in self._places(_known(value_of, arg)))
 
         def named(arg: Any) -> Any:
             if isinstance(arg, fx.Node):
-                value = value_of(arg)
-                if value is None:
-                    raise NoPlace
-                return self._argument(value, arg.meta["example_value"].dtype, places)
+                return self._argument(_known(value_of, arg), arg.meta["example_value"].dtype, place)
             if isinstance(arg, list | tuple):
                 return tuple(map(named, arg))
             if isinstance(arg, dict):
@@ -129,36 +126,55 @@ class SeriesTable:
                 return "slice", named(arg.start), named(arg.stop), named(arg.step)
             return type(arg), arg
 
-        key = node.op, node.target, named(node.args), named(node.kwargs)
-        if len(places) != 1:
-            raise NoPlace
-        return key, places.pop()
+        return (node.op, node.target, named(node.args), named(node.kwargs)), place
 
-    def _argument(self, v: Val, dtype: torch.dtype, places: set[Place]) -> Argument:
-        t = v.taken
-        if t is None or t.exp or t.guards or not t.poly.is_const:
-            raise NoPlace
-        mine: set[Place] = set()
-        accs = tuple((leaf, self._without_place(leaf, idx, v.shape, mine)) for leaf, idx in t.accs)
-        places |= mine
-        lengths = {(p.dim, Aff.lit(p.length)) for p in mine}
-        return Argument(t.but(accs=accs), tuple(HERE if (d, n) in lengths else n for d, n in enumerate(v.shape)), dtype)
+    def _argument(self, v: Val, dtype: torch.dtype, place: Place) -> Argument:
+        t = _one_product(v)
+        accs = tuple(
+            (leaf, tuple(HERE if p == place else i for i, p in self._indices(leaf, idx, v.shape)))
+            for leaf, idx in t.accs
+        )
+        at_place = any(HERE in idx for _, idx in accs)
+        here = (place.dim, Aff.lit(place.length)) if at_place else None
+        return Argument(t.but(accs=accs), tuple(HERE if (d, n) == here else n for d, n in enumerate(v.shape)), dtype)
 
-    def _without_place(
-        self, leaf: int, idx: Sequence[Aff], shape: tuple[Aff, ...], places: set[Place]
-    ) -> tuple[Aff, ...]:
+    def _places(self, v: Val) -> Iterator[Place]:
+        for leaf, idx in _one_product(v).accs:
+            yield from (p for _, p in self._indices(leaf, idx, v.shape) if p is not None)
+
+    def _indices(self, leaf: int, idx: Sequence[Aff], shape: tuple[Aff, ...]) -> Iterator[tuple[Aff, Place | None]]:
+        """Each index with the place that it is at, unless the leaf is a parameter."""
         found = self._leaves[leaf]
-        if found.parameter:
-            return tuple(idx)
-        out: list[Aff] = []
         behind = 0  # the dimension behind those of the value that were met
         for a, size in zip(idx, found.shape, strict=True):
-            place = _place(a, size, shape, behind)
-            if place is not None:
-                places.add(place)
-            out.append(a if place is None else HERE)
+            yield a, None if found.parameter else _place(a, size, shape, behind)
             behind = max([behind, *(v + 1 for v, _ in a.terms if 0 <= v < len(shape))])
-        return tuple(out)
+
+
+def _known(value_of: Callable[[fx.Node], Val | None], arg: fx.Node) -> Val:
+    value = value_of(arg)
+    if value is None:
+        raise NoPlace
+    return value
+
+
+def _one_product(v: Val) -> Term:
+    t = v.taken
+    if t is None or t.exp or t.guards or not t.poly.is_const:
+        raise NoPlace
+    return t
+
+
+def _of_token(found: Iterable[Place]) -> Place:
+    """The place that moves from call to call: of several that of one token, or the first; the rest name the call.
+
+    A head is a part of the features of a token, or a place of its own among fewer.
+    """
+    places = set(found)
+    along = {(p.length, p.of, p.dim) for p in places}
+    if not places or len(along) < len(places):  # none, or two tokens
+        raise NoPlace
+    return min(places, key=lambda p: (p.length != 1, p.dim, -p.of.const if p.of.is_const else 0, p.start))
 
 
 def _access(args: tuple[Any, ...]) -> Access | None:

@@ -115,7 +115,7 @@ def _operand(engine: Engine, v: Val, summed: int, other: Val) -> Val:
 def _scores_of_the_last(engine: Engine, v: Val, summed: int) -> bool:
     """Whether it is the product of one token with all up to it, as a step that keeps its keys holds it."""
     t = v.one
-    if v.alt is None or t is None or not t.bound(engine.space):
+    if v.alt is None or t is None or not t.bound(engine.space) or engine.projects(v):
         return False
     places = [{(i, engine.seen(n)) for i, n in zip(idx, engine.leaf_shapes[leaf], strict=True)} for leaf, idx in t.accs]
     rows = {(i, n) for read in places for i, n in read if i.is_const}

@@ -1,4 +1,4 @@
-"""Heads that are parts of a token's features, each with projections of its own, as a list of modules; and near twins."""
+"""Heads that are parts of the features, each with projections of its own, as a list of modules; and near twins."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Arithmetic(Symbols):
 
     def multiply(self, a: Val, b: Val) -> Val:
         """The product of two values of one shape."""
-        a, b = self._numbers_of_heads(a), self._numbers_of_heads(b)
+        a, b = (v if self.index_only(w) else self._numbers_of_heads(v) for v, w in ((a, b), (b, a)))
         for x, y in ((a, b), (b, a)):
             t = x.one
             if t is not None and not t.accs and not t.exp and not t.guards and t.poly.is_const:
@@ -135,9 +135,9 @@ class Arithmetic(Symbols):
         return t
 
     def _numbers_of_heads(self, v: Val) -> Val:
-        """``1 - 2 ** (-5 - h)``, and other sums of known numbers or of whole multiples of none, as the numbers it is.
+        """``1 - 2 ** (-5 - h)``, and other sums of known numbers or of multiples of no whole ones, as the numbers it is.
 
-        It is one factor, whose powers are powers of one rate.
+        Of data it is one factor, whose powers are powers of one rate; beside a number it may still be a position.
         """
         if not v.single or v.alt is not None or not self.index_only(v) or not self._differs_alone(v):
             return v

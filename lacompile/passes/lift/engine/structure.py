@@ -92,6 +92,8 @@ class Structure(Program):
     def _summed_whole(self, t: Term, a: Access) -> bool:
         """Whether each summed index runs over a whole dimension of this factor, and nothing else is asked of any."""
         leaf, idx = a
+        if any(i.is_const and n != ONE for i, n in zip(idx, self.leaf_shapes[leaf], strict=True)):
+            return False  # one token of several
         left = set(t.guards)
         for v in t.bound(self.space):
             ends = self.bounds(v, t.guards).ends

@@ -135,7 +135,7 @@ class Arithmetic(Symbols):
         return t
 
     def _numbers_of_heads(self, v: Val) -> Val:
-        """``1 - 2 ** (-5 - h)``, and other sums of known numbers or of multiples of no whole ones, as the numbers it is.
+        """``1 - 2 ** (-5 - h)``, and other sums of known numbers, or of multiples of fractions, as a table.
 
         Of data it is one factor, whose powers are powers of one rate; beside a number it may still be a position.
         """

@@ -20,6 +20,10 @@ MOST_STEPS = 4096  # of a decay at once: a chunk and more
 GROWTH = 1e-9
 
 
+def _times(f: Aff) -> str:
+    return "an exponent that is not linear in positions" if f.divides else f"an exponent times {f}"
+
+
 class Decay(Roles):
     """The exponents of the main term, each of them put where it belongs."""
 
@@ -34,7 +38,7 @@ class Decay(Roles):
                 self._constant_weight(f)
             elif i not in holders and j not in holders:
                 if not f.is_const:
-                    raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
+                    raise Refused("decay", "a weight of i - j", _times(f), 5)
                 self.proof.k_weights.append((self._renamed_mono(mono), float(f.const)))
             elif f.is_const:
                 if i in holders and j in holders:
@@ -139,7 +143,7 @@ class Decay(Roles):
         step = f.coef(self.n)
         shape = Aff.var(self.n) * step - Aff.var(self.j) * step
         if f.without(self.n).without(self.j).terms or f - f.const != shape or not step:
-            raise Refused("decay", "a weight of i - j", f"an exponent times {f}", 5)
+            raise Refused("decay", "a weight of i - j", _times(f), 5)
         if any(self.space.vars(x) & {self.n, self.j} for _, idx in mono for x in idx):
             raise Refused("decay", "one decay per head", "a slope that differs by position", 5)
         if abs(f.const) > MOST_STEPS * abs(step):

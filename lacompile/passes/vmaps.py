@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from .. import _compat
 from .capture import fake_mode_of
-from .capture.modes import AUTOCAST, GRAD_MODE
+from .capture.modes import GRAD_MODE, switches_autocast
 
 aten = torch.ops.aten
 
@@ -31,8 +31,13 @@ class Unmappable(Exception):
 
 
 def without_vmaps(gm: fx.GraphModule) -> fx.GraphModule | None:
-    """The same graph, each outermost ``vmap`` in it as operations on whole tensors; None if that cannot be had."""
+    """The same graph, each outermost ``vmap`` in it as operations on whole tensors; None if that cannot be had.
+
+    Nor under autocast, which casts what a program calls, and not what that is made of.
+    """
     mode = fake_mode_of(gm)
+    if _compat.in_autocast() or switches_autocast(gm.graph):
+        return None
     if mode is None or any(_name(n) not in PARTS for n in gm.graph.nodes if _compat.is_functorch(n.target)):
         return None
     out = fx.GraphModule(gm, fx.Graph())
@@ -78,7 +83,7 @@ def _traced(gm: fx.GraphModule, span: Sequence[fx.Node], mode: Any) -> Traced:
     inside = set(span)
     if any(n.op != "call_function" and n.op != "call_method" for n in span):
         raise Unmappable("a call of a module")
-    if any(n.target in (*GRAD_MODE, *AUTOCAST) or isinstance(n.target, torch._ops.HigherOrderOperator) for n in span):
+    if any(n.target in GRAD_MODE or isinstance(n.target, torch._ops.HigherOrderOperator) for n in span):
         raise Unmappable("a mode that is switched, or a graph of its own")
     if any(map(_overwrites, span)):
         raise Unmappable("what is overwritten")

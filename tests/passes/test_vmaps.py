@@ -86,3 +86,19 @@ def test_other_transforms_leave_the_program_alone():
     report = lacompile.explain(f)(q, k, v, slopes().detach())
     assert not report.rewrites
     assert "left alone" in report.notes[0]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_leaves_the_program_alone(inside):
+    def cast(f, *args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return f(*args)
+
+    per_head = of_heads(square, heads=0)
+    args = [x.detach() for x in (*qkv(B, H, N, D, E), slopes())]
+    whole = torch.compile(lambda *xs: cast(per_head, *xs), backend="lightning")
+    got = whole(*args) if inside else cast(torch.compile(per_head, backend="lightning"), *args)
+    want = cast(per_head, *args)
+    assert got.dtype is want.dtype
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert not lacompile.last_report().rewrites

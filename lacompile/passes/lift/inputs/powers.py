@@ -7,15 +7,13 @@ import numpy as np
 from ..domain.affine import Aff
 from ..domain.exponent import Exponent
 from ..domain.term import Term
-from .buffers import EXPONENT_ERROR_FP64
-
-SHORTEST = 4  # of two numbers any two are powers, and of three many
+from .buffers import EXPONENT_ERROR_FP64, SHORTEST_LINE
 
 
 def powers(numbers: np.ndarray) -> Term | None:
     """The weight that numbers in fp64 are, if their logarithms are linear along each dimension to the last digits."""
     dims = [d for d, n in enumerate(numbers.shape) if n > 1]
-    if not dims or any(numbers.shape[d] < SHORTEST for d in dims) or not (numbers > 0).all():
+    if not dims or any(numbers.shape[d] < SHORTEST_LINE for d in dims) or not (numbers > 0).all():
         return None
     logs = np.log(numbers)
     first = float(logs.flat[0])

@@ -31,7 +31,6 @@ from .buffers import (
     families,
     fit,
     lines,
-    may_be_lines,
     rounding,
     selected,
     written_slopes,
@@ -86,8 +85,9 @@ class Statics:
                 fits[n] = found
         self._read_passed(passed, nodes, fits, vectors)
         groups = families(fits, vectors)
-        fits |= lines(groups, vectors, alone=bool(reading))
-        self.lines = {self._leaf(nodes[n]) for n in may_be_lines(groups, vectors)}
+        joined, left = lines(groups, vectors, alone=bool(reading))
+        self.lines = {self._leaf(nodes[n]) for n in left}
+        fits |= joined
         fits |= block_decays(groups, vectors)
         for family in groups:
             self._family(family, nodes, fits)

@@ -51,9 +51,9 @@ class Numbers:
         """A tensor that PyTorch has made of numbers of the program."""
         if node is None or tensor.dtype not in (torch.float32, torch.float64):
             return self.of(tensor, tensor)
-        numbers = [x for x in tree_leaves(node.args) if isinstance(x, int | float)]
         with outside_modes():
             if tensor.shape:
+                numbers = [x for x in tree_leaves(node.args) if isinstance(x, int | float)]
                 written = torch.tensor(numbers, dtype=torch.float64)
                 if written.numel() != tensor.numel():
                     return self.of(tensor, tensor)
@@ -62,6 +62,7 @@ class Numbers:
             if not node.all_input_nodes:  # a tensor that the program makes is what it makes
                 return self.of(tensor, tensor)
             held = float(tensor)
+            numbers = [x for x in tree_leaves((node.args, node.kwargs)) if isinstance(x, float)]
             found = {x for x in numbers if float(torch.tensor(x, dtype=tensor.dtype)) == held}
         if len(found) != 1 or held in found:
             return self.of(tensor, tensor)

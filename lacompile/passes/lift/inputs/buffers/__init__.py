@@ -17,7 +17,7 @@ written      the slope among the numbers that the program writes down
 
 from __future__ import annotations
 
-from .families import Family, block_decays, families, lines, may_be_lines
+from .families import SHORTEST_LINE, Family, block_decays, families, lines
 from .fits import Fit, aligned, fit, head_index, selected
 from .slopes import EXPONENT_ERROR, EXPONENT_ERROR_FP64, rounding
 from .written import written_slopes
@@ -25,6 +25,7 @@ from .written import written_slopes
 __all__ = [
     "EXPONENT_ERROR",
     "EXPONENT_ERROR_FP64",
+    "SHORTEST_LINE",
     "Family",
     "Fit",
     "aligned",
@@ -33,7 +34,6 @@ __all__ = [
     "fit",
     "head_index",
     "lines",
-    "may_be_lines",
     "rounding",
     "selected",
     "written_slopes",

@@ -72,12 +72,13 @@ def block_decays(groups: Sequence[Family], vectors: dict[int, torch.Tensor]) -> 
     return out
 
 
-def lines(groups: list[Family], vectors: dict[int, torch.Tensor], *, alone: bool) -> dict[int, Fit]:
-    """Vectors that decay from entry to entry by the one slope of a family, which they join.
+def lines(groups: list[Family], vectors: dict[int, torch.Tensor], *, alone: bool) -> tuple[dict[int, Fit], list[int]]:
+    """Vectors that decay from entry to entry, by the one slope of a family, which they join, or of none.
 
-    ``alone``: also by a slope that no other buffer has. Such a vector may as well hold the slopes of heads.
+    ``alone``: each of these is a family. Such a vector may as well hold the slopes of heads.
     """
     out: dict[int, Fit] = {}
+    left: list[int] = []
     known = {n for g in groups for n, _, _ in g.direct}
     for n, vector in vectors.items():
         found = fit(vector, line=True) if n not in known and vector.numel() >= SHORTEST_LINE else None
@@ -85,17 +86,11 @@ def lines(groups: list[Family], vectors: dict[int, torch.Tensor], *, alone: bool
             continue
         if not _joined(groups, n, found):
             if not alone:
+                left.append(n)
                 continue
             groups.append(Family(found.slopes, n, [n], []))
         out[n] = found
-    return out
-
-
-def may_be_lines(groups: Sequence[Family], vectors: dict[int, torch.Tensor]) -> list[int]:
-    """The vectors that no family has, and that decay from entry to entry."""
-    known = {n for g in groups for n in (*g.members, *(m for m, _, _ in g.direct))}
-    rest = {n: v for n, v in vectors.items() if n not in known and v.numel() >= SHORTEST_LINE}
-    return [n for n, v in rest.items() if (found := fit(v, line=True)) is not None and not found.constant]
+    return out, left
 
 
 def _joined(groups: list[Family], n: int, f: Fit) -> bool:

@@ -177,13 +177,24 @@ class _Writer:
 
     def _emit(self, expr: Expr) -> fx.Node:
         if isinstance(expr, Value):
-            new, behind = self.stand_ins.get(expr.node, (None, 0))
-            return new if new is not None and self.at > behind else self.mapping[expr.node]
+            return self._sent(self._held(expr))
         found = self.made.get(id(expr))
         if found is None:
             self.kept.append(expr)
             found = self.made[id(expr)] = self._make(expr)
         return found
+
+    def _held(self, value: Value) -> fx.Node:
+        new, behind = self.stand_ins.get(value.node, (None, 0))
+        return new if new is not None and self.at > behind else self.mapping[value.node]
+
+    def _sent(self, node: fx.Node) -> fx.Node:
+        """To the target's device: the proof does not tell a value from itself on another one."""
+        assert self.origin is not None
+        example, there = node.meta.get("example_value"), self.origin.meta["example_value"].device
+        if not isinstance(example, torch.Tensor) or example.device == there:
+            return node
+        return self._call(torch.Tensor.to, (node, there), {})
 
     def _make(self, expr: Expr) -> fx.Node:
         if isinstance(expr, Const):
@@ -191,7 +202,7 @@ class _Writer:
             kwargs = {"dtype": expr.dtype, "device": like.device}
             return self._call(torch.tensor, (_as_list(expr.values),), kwargs)
         if isinstance(expr, Size):
-            return self._call(torch.ops.aten.sym_size.int, (self._emit(expr.of), expr.dim), {})
+            return self._call(torch.ops.aten.sym_size.int, (self._held(expr.of), expr.dim), {})
         if isinstance(expr, Attend):
             return self._call(operator.getitem, (self._attention(expr.fact), expr.index), {})
         assert isinstance(expr, Call)

@@ -91,6 +91,22 @@ def products(x, y, n):
 PROGRAMS = {f.__name__: f for f in (layers, views, writes, formats, made, sent, products)}
 
 
+def to_another_device(x, y, n):
+    """A copy, which what is written into it does not change the first of; ``META`` stands for a GPU."""
+    state = torch.zeros(4, 6)
+    there = state.to(x)
+    there += x[0]
+    mask = torch.ones(4, 4, dtype=torch.bool).tril()
+    here, elsewhere = mask.to("cpu"), mask.to(x.device)
+    here[0].fill_(False)
+    by_index = x[:, torch.arange(2)]
+    part = state[:2].to(x.device, torch.float64)
+    x.copy_(state)
+    same = x.to(x.device)
+    same.mul_(2)
+    return state, there, mask, elsewhere, by_index, part, x * torch.tensor(2.0), there.to(y.dtype), same
+
+
 class Recorder(Ignorant):
     """What an observer is shown."""
 
@@ -144,6 +160,18 @@ def test_metas_show_what_fakes_show(name):
     assert len(metas["operations"]) > 5
     for what in fakes:
         assert metas[what] == fakes[what]
+
+
+def test_metas_show_what_fakes_show_on_two_devices():
+    gm, example_inputs, chosen = graph_of(to_another_device, X.to("meta"), Y.to("meta"), N)
+    assert isinstance(chosen, Metas)
+    fakes, metas = run(gm, example_inputs, Fakes(fake_mode_of(gm))), run(gm, example_inputs, chosen)
+    assert not metas["impure"]
+    assert metas == fakes
+    state, there, mask, here, elsewhere = ("state", "there", "mask", "here", "elsewhere")
+    assert (mask, here) in metas["shared"]
+    assert (mask, elsewhere) not in metas["shared"]
+    assert (state, there) not in metas["shared"]
 
 
 def in_autocast(x, y, n):

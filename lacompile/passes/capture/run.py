@@ -105,7 +105,7 @@ class Capture:
             return self._called(node, args[1:], does)
         try:
             with self._dispatch:
-                result = self._run(node, *self._standins.given(args, kwargs))
+                result = self._standins.arrived(node, env, self._run(node, *self._standins.given(args, kwargs)))
             if not self._standins.are_right(node, result):
                 raise TypeError("not what Dynamo saw")
         except Exception as error:  # whatever cannot run without numbers is unknown, and the analysis goes on

@@ -8,7 +8,7 @@ same to each of its tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ... import _compat
+from ..effects import storages
 from .modes import switches_autocast
 from .schemas import aliases
 
@@ -55,6 +56,10 @@ class Standins(Protocol):
         """The results of an ATen operation."""
         ...
 
+    def arrived(self, node: fx.Node, env: Mapping[fx.Node, Any], result: Any) -> Any:
+        """What a node yields, given the values before it: what was sent to another device is in memory of its own."""
+        ...
+
     def are_right(self, node: fx.Node, result: Any) -> bool:
         """Whether a node's result has the shapes and formats that Dynamo saw; True where nothing is known of that."""
         ...
@@ -63,7 +68,9 @@ class Standins(Protocol):
 def standins(gm: fx.GraphModule) -> Standins:
     """The cheapest ones that are right for this graph."""
     mode = fake_mode_of(gm)
-    return Fakes(mode) if mode is None or _needs_fakes(gm, mode) else Metas(mode)
+    if mode is None or _needs_fakes(gm, mode):
+        return Fakes(mode)
+    return Metas(mode, several_devices=len(set().union(*map(_devices, gm.graph.nodes))) > 1)
 
 
 class Fakes:
@@ -92,6 +99,9 @@ class Fakes:
     def call(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return _as_view(func)(*args, **kwargs)
 
+    def arrived(self, node: fx.Node, env: Mapping[fx.Node, Any], result: Any) -> Any:
+        return result  # they know where they are
+
     def are_right(self, node: fx.Node, result: Any) -> bool:
         return True  # they are Dynamo's own
 
@@ -100,10 +110,11 @@ Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]
 
 
 class Metas:
-    """Meta tensors for a graph on one device; what an operation makes of a shape is remembered."""
+    """Meta tensors, wherever Dynamo's are; what an operation makes of a shape is remembered."""
 
-    def __init__(self, mode: Any):
+    def __init__(self, mode: Any, several_devices: bool):
         self._mode = mode
+        self._several_devices = several_devices
         self._made: dict[Any, list[Layout]] = {}
 
     def modes(self) -> contextlib.AbstractContextManager[None]:
@@ -139,6 +150,19 @@ class Metas:
         if all(map(_is_strided, outs := out if isinstance(out, tuple) else (out,))):
             self._made[key] = [(x.shape, x.stride(), x.dtype) for x in outs]
         return out
+
+    def arrived(self, node: fx.Node, env: Mapping[fx.Node, Any], result: Any) -> Any:
+        if not self._several_devices:
+            return result
+        there = _devices(node)
+        sent = [n for n in node.all_input_nodes if _devices(n) - there]
+        if not sent:
+            return result
+        if len(there) > 1:
+            raise TypeError("results on several devices")
+        memory = storages(t for n in sent for t in tensors_in(env[n]))
+        copy: Any = aten._to_copy.default
+        return tree_map_only(torch.Tensor, lambda t: copy(t, dtype=t.dtype) if storages([t]) & memory else t, result)
 
     def are_right(self, node: fx.Node, result: Any) -> bool:
         got, seen = tensors_in(result), _examples(node)
@@ -205,8 +229,8 @@ def _spells_device(text: str) -> bool:
 def _needs_fakes(gm: fx.GraphModule, mode: Any) -> bool:
     """Whether something in the graph may depend on what a meta tensor does not know.
 
-    That is a size that is a symbol, an autocast, which asks for the device, a second device, an input that is no plain
-    tensor, and a shape that changes.
+    That is a size that is a symbol, an autocast, which asks for the device, a method that names one, an input that is
+    no plain tensor, and a shape that changes.
     """
     if _compat.has_symbols(mode) or _compat.in_autocast():
         return True
@@ -214,7 +238,6 @@ def _needs_fakes(gm: fx.GraphModule, mode: Any) -> bool:
     nodes = [n for graph in graphs for n in graph.nodes]
     return (
         any(map(switches_autocast, graphs))
-        or len({_compat.fake_device(t) for n in nodes for t in _examples(n)}) > 1
         or any(n.op == "call_method" and (n.target in TO_DEVICE or n.target in RESHAPING) for n in nodes)
         or not all(_is_plain(n) for n in nodes if n.op in ("placeholder", "get_attr"))
     )
@@ -225,6 +248,10 @@ def _is_plain(node: fx.Node) -> bool:
         _compat.is_fake(t) and t.layout is torch.strided and not (t.is_complex() or t.is_quantized)
         for t in _examples(node)
     )
+
+
+def _devices(node: fx.Node) -> set[torch.device | None]:
+    return {_compat.fake_device(t) for t in _examples(node)}
 
 
 def _examples(node: fx.Node) -> list[torch.Tensor]:

@@ -34,7 +34,7 @@ def as_log_decay(log_decay: Any, q: Tensor) -> Tensor:
     if isinstance(log_decay, Tensor):
         return log_decay
     try:
-        numbers = torch.as_tensor(log_decay, dtype=torch.float64)
+        numbers = torch.as_tensor(log_decay, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise BadArgument("log_decay", "a tensor, or numbers in a list", type(log_decay).__name__) from None
     if not bool((numbers <= 0).all()):

@@ -129,10 +129,15 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
                 held[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 held[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            if not node.all_input_nodes:
+            if is_constant(node):
                 held[node] = _in_own_precision(node, held[node])
             held[node] = _in_fp64(held[node])
     return held
+
+
+def is_constant(node: fx.Node) -> bool:
+    """Whether the program makes the value from nothing but numbers and sizes."""
+    return not any(isinstance(n.meta.get("example_value"), Tensor) for n in node.all_input_nodes)
 
 
 def _in_own_precision(node: fx.Node, x: Any) -> Any:

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
-from .region import Region, cuts, in_fp64_on_cpu, plain_int, region_of, run
+from .region import Region, cuts, in_fp64_on_cpu, is_constant, plain_int, region_of, run
 from .schedule import Schedule
 
 Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
@@ -199,18 +200,22 @@ def _compare(
         ),
         default=0.0,
     )
-    tolerance = max(
-        [EXACT]
-        + [
-            LOW_PRECISION[n.meta["example_value"].dtype]
-            for n in by_value
-            if n.meta["example_value"].dtype in LOW_PRECISION
-        ]
-    )
+    read = [n.meta["example_value"].dtype for n in by_value]
+    tolerance = max([EXACT, *(LOW_PRECISION[dtype] for dtype in read if dtype in LOW_PRECISION)])
+    if any(map(_writes_fractions, region.nodes)):  # the rate of each step may be off by as much as its format rounds
+        steps = max(plain_int(f.length) for f in match.facts)
+        tolerance = max(tolerance, LOW_PRECISION[torch.float32], torch.finfo(torch.float32).eps * steps)
     says_something = not near or bool(want.any())
     if not (says_something and forward <= tolerance and gradient <= 10 * tolerance):
         return _Disagreement(forward, gradient, tolerance, env)
     return Validation(forward, gradient, time.perf_counter() - start)
+
+
+def _writes_fractions(node: fx.Node) -> bool:
+    """Whether a tensor is made of fractions, which the analysis takes as they are written and the region rounded."""
+    return is_constant(node) and any(
+        isinstance(x, float) and not x.is_integer() for x in tree_leaves((node.args, node.kwargs))
+    )
 
 
 def _operands(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mapping[fx.Node, Any]) -> Any:

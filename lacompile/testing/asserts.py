@@ -196,7 +196,7 @@ def _loss(outputs: dict[str, Tensor]) -> Tensor:
     for x in outputs.values():
         if not x.is_floating_point():
             continue
-        weight = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16)
+        weight = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(torch.bfloat16)
         if x.requires_grad:
             terms.append((x * weight.to(x.device, x.dtype)).sum(dtype=torch.float64))
     if not terms:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ def qkv(
     made = []
     for own, size, factor in shapes:
         x = factor * torch.randn(
-            batch, heads if own is None else own, length, size, generator=generator, dtype=torch.float64
+            batch, heads if own is None else own, length, size, generator=generator, dtype=torch.float64, device="cpu"
         )
         x = x.to(device=device, dtype=dtype)
         if tokens_first:
@@ -59,8 +61,7 @@ def head_log_decay(
     requires_grad: bool = False,
 ) -> Tensor:
     """One log-decay per head ``[H]``: natural logarithms from ``-fastest`` to ``-slowest``, geometrically spaced."""
-    ends = torch.tensor([fastest, slowest], dtype=torch.float64).log()
-    steps = torch.linspace(float(ends[0]), float(ends[1]), heads, dtype=torch.float64)
+    steps = torch.linspace(math.log(fastest), math.log(slowest), heads, dtype=torch.float64, device="cpu")
     return (-steps.exp()).to(device=device, dtype=dtype).requires_grad_(requires_grad)
 
 
@@ -77,7 +78,7 @@ def token_log_decay(
 ) -> Tensor:
     """One log-decay per token ``[B,H,N]``: natural logarithms, uniform in ``(-2 mean, 0]``."""
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(batch, heads, length, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(batch, heads, length, generator=generator, dtype=torch.float64, device="cpu")
     return (-2 * mean * uniform).to(device=device, dtype=dtype).requires_grad_(requires_grad)
 
 
@@ -94,5 +95,6 @@ def state(
 ) -> Tensor:
     """A state before the first token, ``[B,H,Dk,Dv]``, normally distributed."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, heads, dk, dk if dv is None else dv, generator=generator, dtype=torch.float64)
+    shape = (batch, heads, dk, dk if dv is None else dv)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return x.to(device=device, dtype=dtype).requires_grad_(requires_grad)

@@ -126,3 +126,28 @@ def no_power(q, k, v):
 @pytest.mark.parametrize("twin", [decay_of_each_feature, one_chunk_decays_more, no_power])
 def test_near_twins(twin):
     assert_refused(twin, *qkv(B, H, N, D, E))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: torch.tensor([0.999, 0.9999]),
+        lambda: torch.tensor([0.9999, 0.9999]),
+        lambda: torch.tensor([0.999, 0.9999], dtype=torch.float32).log().exp(),
+        lambda: torch.full((2,), 0.9999),
+        lambda: torch.tensor([0.75, 0.99], dtype=torch.bfloat16),
+        lambda: torch.full((2,), 0.99, dtype=torch.bfloat16),
+    ],
+    ids=["list", "one number", "function", "filled", "list in bf16", "filled in bf16"],
+)
+def test_slow_rates_over_a_thousand_tokens(made):
+    """What fp32 leaves of 0.9999 decays by another rate: the program's own, which validation runs, is taken."""
+
+    def f(q, k, v):
+        rates = made()[:, None, None].to(q.dtype)
+        d = distance(q.shape[2])
+        return (q @ k.mT * torch.where(d >= 0, rates ** d.clamp(min=0), 0.0)) @ v
+
+    q, k, v = qkv(1, 2, 1024, 8)
+    report = assert_rewritten(f, q, k, v, compiled=False)
+    assert "fp64" in str(report)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +39,12 @@ class Integers:
     """q, k, v, do ``[1,HEADS,LENGTH,D]``, a state and the last state's gradient of a few small integers; no decay."""
 
     def __init__(self, dk: int, dv: int, like: Tensor, per_token: bool, aligned: bool):
-        generator = torch.Generator().manual_seed(0)
+        drawn: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
 
         def sparse(rows: int, columns: int, some: float) -> Tensor:
             shape = (1, HEADS, rows, columns)
-            signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
-            return (signs * (torch.rand(shape, generator=generator) < some)).to(like.device)
+            signs = torch.randint(0, 2, shape, **drawn) * 2 - 1
+            return (signs * (torch.rand(shape, **drawn) < some)).to(like.device)
 
         def tokens(columns: int) -> Tensor:
             made = sparse(LENGTH, columns, 4 / columns).to(like.dtype)

@@ -84,7 +84,8 @@ class Fakes:
         if self._mode is None:
             yield
             return
-        with self._mode, _compat.suppressed_guards(self._mode), _compat.symbolic_kernels(self._mode):
+        quiet, symbolic = _compat.suppressed_guards(self._mode), _compat.symbolic_kernels(self._mode)
+        with self._mode, quiet, symbolic, _compat.numbers_on_the_cpu():
             yield
 
     def of_example(self, example: torch.Tensor) -> torch.Tensor:

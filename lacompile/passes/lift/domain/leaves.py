@@ -160,6 +160,7 @@ class Leaves:
         self._interned: dict[Any, int] = {}
         self._shapes = shapes
         self._bases: list[int] = []
+        self._made: dict[int, np.ndarray] = {}
         self._multiples: dict[int, tuple[int, float]] = {}
 
     def __getitem__(self, leaf: int) -> Leaf:
@@ -178,11 +179,20 @@ class Leaves:
             self._interned[key] = self.add(leaf)
         return self._interned[key]
 
-    def table(self, values: np.ndarray, shape: tuple[Aff, ...]) -> int:
+    def table(self, values: np.ndarray, shape: tuple[Aff, ...], made: np.ndarray | None = None) -> int:
+        """Known numbers; ``made`` are what the program has made of them, where its format has rounded them."""
         array = np.array(values, dtype=np.float64, order="C")
         kind = Table(array.tobytes(), array.shape)
         interval = (float(array.min()), float(array.max())) if array.size else ANY
-        return self.intern(kind, Leaf(kind, shape, torch.float32, interval))
+        leaf = self.intern(kind, Leaf(kind, shape, torch.float32, interval))
+        before = self._made.setdefault(leaf, array if made is None else made)
+        if made is not None and not np.array_equal(before, made):
+            self._made[leaf] = array  # of several formats
+        return leaf
+
+    def made(self, leaf: int) -> np.ndarray:
+        """The numbers of a table as the program computes with them; no rule that compares rates reads these."""
+        return self._made[leaf]
 
     def multiple(self, leaf: int) -> tuple[int, float]:
         """``(base, c)``: the numbers of a table are ``c`` times those of the base, to nine significant digits.

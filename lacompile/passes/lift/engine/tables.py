@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,11 +43,14 @@ class Tables(Cases):
 
         if tensors and all(number(c.terms) is not None for v in tensors for c in v.cases):
             return self.zip_cases(tensors, fold)
-        tables = [self.array(self.broadcast(v, shape)) if isinstance(v, Val) else v for v in vals]
-        with outside_modes():
-            args = [torch.tensor(v) if isinstance(v, np.ndarray) else v for v in tables]
-            result = op(*args, **kwargs).to(torch.float64).numpy()
-        return self.table_value(result, shape)
+        vals = [self.broadcast(v, shape) if isinstance(v, Val) else v for v in vals]
+
+        def computed(numbers: Callable[[Val], np.ndarray]) -> np.ndarray:
+            with outside_modes():
+                args = [torch.tensor(numbers(v)) if isinstance(v, Val) else v for v in vals]
+                return op(*args, **kwargs).to(torch.float64).numpy()
+
+        return self.table_value(computed(self.array), shape, computed(self._made))
 
     def finite_numbers(self, v: Val) -> bool:
         """Whether a value is made of indices and known numbers alone, none of which is infinite."""
@@ -59,6 +62,15 @@ class Tables(Cases):
 
     def array_of_table(self, v: Val) -> np.ndarray | None:
         """The same of a value that is a table, or a place of one, as it stands; None of any other."""
+        access = self._table(v)
+        return None if access is None else self._laid_out(access, v.shape)
+
+    def _made(self, v: Val) -> np.ndarray:
+        """The same as the program computes with them, where that is known of a table."""
+        access = self._table(v)
+        return self.array(v) if access is None else self._laid_out(access, v.shape, self.leaves.made(access[0]))
+
+    def _table(self, v: Val) -> Access | None:
         t = v.one
         if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or t.poly != ONE:
             return None
@@ -67,34 +79,38 @@ class Tables(Cases):
         dims = {a.terms[0][0] for a in moving if len(a.terms) == 1 and a.terms[0][1] == 1}
         if not isinstance(self.leaves[leaf].kind, Table) or len(dims) != len(moving):
             return None
-        return self._laid_out((leaf, idx), v.shape) if all(v.shape[d].is_const for d in dims) else None
+        return (leaf, idx) if all(v.shape[d].is_const for d in dims) else None
 
-    def _laid_out(self, access: Access, shape: tuple[Aff, ...]) -> np.ndarray:
+    def _laid_out(self, access: Access, shape: tuple[Aff, ...], numbers: np.ndarray | None = None) -> np.ndarray:
         leaf, idx = access
         kind = self.leaves[leaf].kind
         assert isinstance(kind, Table)
+        numbers = kind.array if numbers is None else numbers
         sizes = {a.terms[0][0]: self.length(shape[a.terms[0][0]]) for a in idx if not a.is_const}
         places = (int(a.const) if a.is_const else (int(a.const), sizes[a.terms[0][0]]) for a in idx)
-        array = kind.array[tuple(p if isinstance(p, int) else slice(p[0], sum(p)) for p in places)]
+        array = numbers[tuple(p if isinstance(p, int) else slice(p[0], sum(p)) for p in places)]
         return array.transpose(np.argsort(list(sizes))).reshape([sizes.get(d, 1) for d in range(len(shape))])
 
-    def table_value(self, array: np.ndarray, shape: tuple[Aff, ...]) -> Val:
+    def table_value(self, array: np.ndarray, shape: tuple[Aff, ...], made: np.ndarray | None = None) -> Val:
         """Known numbers as a value; only the dimensions that matter are kept, and a line 0, 1, 2 ... is an index.
 
-        So is a plane of whole numbers, such as the distances of all pairs of positions.
+        So is a plane of whole numbers, such as the distances of all pairs of positions. ``made`` is what the program
+        has made of the numbers, where its format has rounded them.
         """
         if not array.size:
             raise GiveUp("an empty table")
         full = array.reshape((1,) * (len(shape) - array.ndim) + array.shape)
         dims = [d for d in range(full.ndim) if full.shape[d] > 1 and not (full == full.take([0], d)).all()]
-        core = full[tuple(slice(None) if d in dims else 0 for d in range(full.ndim))]
+        kept = tuple(slice(None) if d in dims else 0 for d in range(full.ndim))
+        core = full[kept]
         if not dims:
             return constant(shape, float(core))
         if (plane := _plane(core)) is not None:
             return value(shape, [Term(1.0, Aff.of(dict(zip(dims, plane[1:], strict=True)), plane[0]))])
         if core.size > MAX_TABLE or not np.isfinite(core).all():
             raise GiveUp("a large table of numbers")
-        leaf = self.leaves.table(core, tuple(shape[d] for d in dims))
+        made = None if made is None else made.reshape(full.shape)[kept]
+        leaf = self.leaves.table(core, tuple(shape[d] for d in dims), made)
         return value(shape, [Term(accs=((leaf, tuple(Aff.var(d) for d in dims)),))])
 
     def tabulate(self, v: Val) -> Access:

@@ -39,10 +39,10 @@ class Numbers:
             written = real if unrounded is None else unrounded
             if (weights := fitted_constant(engine, engine.shape(tensor), written.detach())) is not None:
                 return weights
-            exact = written is real or torch.equal(written, real.detach().to(written))
-            numbers = written.detach().to("cpu", torch.float64).numpy()
+            numbers, made = (x.detach().to("cpu", torch.float64).numpy() for x in (written, real))
+            exact = bool((numbers == made).all())
         try:
-            known = engine.table_value(numbers, engine.shape(tensor))
+            known = engine.table_value(numbers, engine.shape(tensor), made)
         except GiveUp:
             return engine.leaf(tensor, Opaque(None, "constant"))
         return replace(known, precision=Precision.EXACT if exact else Precision.ROUNDED)

@@ -29,7 +29,9 @@ def log_summands(leaves: Leaves, access: Access) -> list[Summand]:
     leaf, idx = access
     kind = leaves[leaf].kind
     if isinstance(kind, Table) and leaves[leaf].interval[0] > 0:
-        return [(1.0, (leaves.table(np.log(kind.array), leaves[leaf].shape), idx))]
+        made = leaves.made(leaf)
+        logs = leaves.table(np.log(kind.array), leaves[leaf].shape, np.log(made) if (made > 0).all() else None)
+        return [(1.0, (logs, idx))]
     if isinstance(kind, Symbol) and (found := _of_symbol(leaves, kind, idx, leaves[leaf].dtype)) is not None:
         if kind.op is aten.where.self or known_positive(leaves, found) or leaves[leaf].interval[0] <= 0:
             return found  # else the whole is known to be positive, and its factors are not

@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
+from ..domain.precision import rounded
 from ..domain.term import Term, Val, constant, value
 from ..engine import GiveUp
 from . import Op, rule
@@ -47,7 +48,8 @@ def full(op: Op) -> Val:
         "fill_value",
     )
     if isinstance(fill, bool | int | float) and not math.isnan(fill):
-        return constant(op.shape, float(fill))
+        from_nothing = op.func.overloadpacket is aten.full
+        return constant(op.shape, rounded(float(fill), op.out.dtype) if from_nothing else float(fill))
     raise GiveUp("a fill value that is not a number")
 
 

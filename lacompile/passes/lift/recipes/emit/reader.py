@@ -59,7 +59,7 @@ class Reader:
                 if found is not None:
                     return found
         if isinstance(kind, Table):
-            numbers = Const(_nested(kind.array), self.like, self.exact)
+            numbers = Const(_nested(self.leaves.made(leaf_id)), self.like, self.exact)
             return self.views.indexed(numbers, leaf.shape, idx, self.exact)
         if isinstance(kind, Extended):
             return self._extended(kind.of, idx)

@@ -137,7 +137,7 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
 
 def is_constant(node: fx.Node) -> bool:
     """Whether the program makes the value from nothing but numbers and sizes."""
-    return not any(isinstance(n.meta.get("example_value"), Tensor) for n in node.all_input_nodes)
+    return all(isinstance(n.meta.get("example_value"), int | torch.SymInt) for n in node.all_input_nodes)
 
 
 def _in_own_precision(node: fx.Node, x: Any) -> Any:

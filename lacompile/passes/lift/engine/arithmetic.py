@@ -193,6 +193,8 @@ class Arithmetic(Symbols):
                 return y
         if (self.index_only(a) and self.index_only(b)) or not a.single or not b.single:
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
+        if out.is_floating_point() and self._of_one_token(a, b):
+            return self.pointwise(aten.add.Tensor, [a, b], {}, out)
         for x, y in ((a, b), (b, a)):
             if out.is_floating_point() and (running := self._running_sum(x, y, out)) is not None:
                 return running
@@ -300,6 +302,26 @@ class Arithmetic(Symbols):
             return self.pointwise(aten.add.Tensor, [a, b], {}, out).one
         except GiveUp:
             return None
+
+    def _of_one_token(self, a: Val, b: Val) -> bool:
+        """Whether they are products of what is read at the same places, neither an outer product: no state has such a
+        sum, but a token that is turned by its position, ``x cos + rotated x sin``.
+        """
+        places = []
+        for v in (a, b):
+            t = v.one
+            if v.alt is not None or t is None or len(t.accs) < 2 or t.exp or not t.poly.is_const or t.bound(self.space):
+                return False
+            held = [self.space.vars_of(idx) for _, idx in t.accs]
+            if t.guards or frozenset().union(*held) not in held:
+                return False
+            places.append({i for leaf, idx in t.accs for i in self._places((leaf, idx))})
+        return bool(places[0]) and places[0] == places[1]
+
+    def _places(self, access: Access) -> list[Aff]:
+        """Where it is read along the dimensions of which it is read at one place."""
+        leaf, idx = access
+        return [i for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if i.is_const and n != ONE]
 
     def _updates(self, a: Val, b: Val) -> bool:
         """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""

@@ -106,15 +106,13 @@ class Interpreter:
         return self.engine.leaf(tensor, Opaque(None, why))
 
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
-        if not aliases(func):
-            args = [self.numbers.complete(a, dtypes[n]) if isinstance(a, Val) else a for n, a in enumerate(args)]
         op = Op(self.engine, func, args, kwargs, out, dtypes)
         self._repeatable &= func.namespace == "aten"
         self.engine.running = self._node
         try:
             # a kernel of PyTorch may ask whether a size is 1, which Dynamo did before; a rule has not been asked before
             with no_number_for_a_symbol(self._mode, no_answer=True):
-                return transfer(op)
+                return transfer(self._completed(op))
         except GiveUp as reason:
             return self._give_up(op, str(reason), isinstance(reason, Unmerged))
         except AnotherInEachCall as reason:
@@ -122,6 +120,13 @@ class Interpreter:
         except Exception as broken:  # a rule at fault costs this value, and nothing else of the program
             log.debug("%s could not be lifted", func, exc_info=True)
             return self._give_up(op, f"internal error: {type(broken).__name__}: {broken}")
+
+    def _completed(self, op: Op) -> Op:
+        """With tables that are read as the weights that they are."""
+        if aliases(op.func):
+            return op
+        args = [self.numbers.complete(a, op.dtypes[n]) if isinstance(a, Val) else a for n, a in enumerate(op.args)]
+        return replace(op, args=args)
 
     def _give_up(self, op: Op, reason: str, unmerged: bool = False) -> Any:
         vals = [v for v in tree_leaves((op.args, op.kwargs)) if isinstance(v, Val)]

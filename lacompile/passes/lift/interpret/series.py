@@ -168,13 +168,15 @@ def _one_product(v: Val) -> Term:
 def _of_token(found: Iterable[Place]) -> Place:
     """The place that moves from call to call: of several that of one token, or the first; the rest name the call.
 
-    A head is a part of the features of a token, or a place of its own among fewer.
+    A head is a part of the features of a token, or a place of its own among fewer; so are the halves that are turned.
     """
     places = set(found)
-    along = {(p.length, p.of, p.dim) for p in places}
-    if not places or len(along) < len(places):  # none, or two tokens
+    if not places:
         raise NoPlace
-    return min(places, key=lambda p: (p.length != 1, p.dim, -p.of.const if p.of.is_const else 0, p.start))
+    first = min(places, key=lambda p: (p.length != 1, p.dim, -p.of.const if p.of.is_const else 0, p.start))
+    if any(replace(p, start=first.start) == first for p in places - {first}):  # two tokens
+        raise NoPlace
+    return first
 
 
 def _access(args: tuple[Any, ...]) -> Access | None:

@@ -1,0 +1,121 @@
+"""Queries and keys turned by their position (RoPE), where the layer's own step does it to one token or chunk."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lacompile.backend import lightning
+from lacompile.testing import assert_refused, assert_rewritten
+
+from .drawn import qkv
+
+B, H, N, D = 2, 2, 12, 8
+ANGLES = torch.arange(float(N))[:, None] / 100 ** (torch.arange(0, D, 2) / D)
+PAIRS = ANGLES.repeat_interleave(2, -1)
+HALVES = torch.cat((ANGLES, ANGLES), -1)
+
+
+def of_pairs(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def of_halves(x):
+    return torch.cat((-x[..., D // 2 :], x[..., : D // 2]), -1)
+
+
+def turned(rotated, angles):
+    return lambda x, at: x * angles.cos()[at] + rotated(x) * angles.sin()[at]
+
+
+ROTATIONS = {
+    "pairs": turned(of_pairs, PAIRS),
+    "halves": turned(of_halves, HALVES),
+    "scaled by both": lambda x, at: x * PAIRS.cos()[at] + x * PAIRS.sin()[at],
+}
+
+
+def tokens(turn, at=lambda t: slice(t, t + 1)):
+    def run(q, k, v):
+        state, out = torch.zeros(B, H, D, D), []
+        for t in range(N):
+            q_t, k_t, v_t = turn(q[:, :, t : t + 1], at(t)), turn(k[:, :, t : t + 1], at(t)), v[:, :, t : t + 1]
+            state = 0.9 * state + k_t.mT @ v_t
+            out.append(q_t @ state)
+        return torch.cat(out, 2)
+
+    return run
+
+
+def chunks(turn):
+    def run(q, k, v):
+        state, out = torch.zeros(B, H, D, D), []
+        for a in range(0, N, 4):
+            at = slice(a, a + 4)
+            q_c, k_c, v_c = turn(q[:, :, at], at), turn(k[:, :, at], at), v[:, :, at]
+            out.append((q_c @ k_c.mT).tril() @ v_c + q_c @ state)
+            state = state + k_c.mT @ v_c
+        return torch.cat(out, 2)
+
+    return run
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("form", [tokens, chunks])
+def test_a_step_that_turns(form, name):
+    assert_rewritten(form(ROTATIONS[name]), *qkv(B, H, N, D), compiled=False)
+
+
+def whole(repeated):
+    """Tables that the program makes from the positions, and repeats behind the cosine."""
+
+    def run(q, k, v):
+        angles = torch.arange(float(q.shape[2]))[:, None] / 100 ** (torch.arange(0, D, 2) / D)
+        cos, sin = repeated(angles.cos()), repeated(angles.sin())
+        q, k = (x * cos + of_pairs(x) * sin for x in (q, k))
+        return (q @ k.mT).tril() @ v
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        lambda x: x.repeat_interleave(2, -1),
+        lambda x: torch.stack((x, x), -1).flatten(-2),
+        lambda x: torch.cat((x, x), -1),
+        lambda x: x[:, torch.arange(D) // 2],
+    ],
+    ids=["interleaved", "stacked", "joined", "indexed"],
+)
+def test_tables_that_are_repeated(repeated):
+    assert_rewritten(whole(repeated), *qkv(B, H, N, D), compiled=False)
+
+
+def test_what_was_turned_last():
+    """Each token is added twice, once turned as the one before it: no sum of one product."""
+
+    def run(q, k, v):
+        state, out, turn = torch.zeros(B, H, D, D), [], ROTATIONS["pairs"]
+        for t in range(N):
+            k_t = turn(k[:, :, t : t + 1], slice(t, t + 1)) + turn(k[:, :, max(t - 1, 0)][:, :, None], slice(t, t + 1))
+            state = 0.9 * state + k_t.mT @ v[:, :, t : t + 1]
+            out.append(q[:, :, t : t + 1] @ state)
+        return torch.cat(out, 2)
+
+    inputs = qkv(B, H, N, D)
+    exact = run(*(x.double() for x in inputs))
+    got = torch.compile(run, backend=lightning)(*inputs)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_a_state_that_is_turned_is_left_alone(name):
+    def run(q, k, v):
+        state, out = torch.zeros(B, H, D, D), []
+        for t in range(N):
+            state = 0.9 * ROTATIONS[name](state, slice(t, t + 1)) + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append(q[:, :, t : t + 1] @ state)
+        return torch.cat(out, 2)
+
+    assert_refused(run, *qkv(B, H, N, D))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from lacompile import explain
-from lacompile.testing import assert_rewritten
+from lacompile.testing import assert_refused, assert_rewritten
 
 from .drawn import qkv
 
@@ -159,3 +159,23 @@ def test_a_final_state_that_is_copied_without_gradients(copied):
 
     report = assert_rewritten(run, *arguments(), compiled=False)
     assert report.rewrites[0].final_state
+
+
+def products_of_all_chunks(q, k, v, s, read=lambda c: c):
+    """The states alone are walked through; what each chunk adds to them was computed for all chunks at once."""
+    q, k, v = (x.unflatten(2, (-1, 4)) for x in (q, k, v))
+    within, added, out = (q @ k.mT).tril() @ v, k.mT @ v, []
+    for c in range(N // 4):
+        out.append(within[:, :, c] + q[:, :, c] @ s)
+        s = s + added[:, :, read(c)]
+    return torch.stack(out, 2).flatten(2, 3)
+
+
+def test_products_of_all_chunks():
+    report = assert_rewritten(products_of_all_chunks, *arguments()[:4], compiled=False)
+    assert report.rewrites[0].initial_state
+
+
+def test_a_chunk_that_is_added_twice_is_left_alone():
+    """In place of the second one the first is added once more."""
+    assert_refused(lambda *args: products_of_all_chunks(*args, read=lambda c: max(c - 1, 0)), *arguments()[:4])

@@ -262,6 +262,8 @@ class Arithmetic(Symbols):
 
     def _running_sum(self, before: Val, new: Val, out: torch.Tensor) -> Val | None:
         """A sum over tokens and the next one, as it is and as the tensor that the program holds; None if it is none."""
+        if new.alt is not None and self.structured(new):
+            return None  # what a chunk adds is a sum over its tokens
         token = new.one if new.alt is None else new.alt
         if token is None or not self.plain_term(token):
             return None

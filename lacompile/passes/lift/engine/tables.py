@@ -77,11 +77,8 @@ class Tables(Cases):
         leaf, idx = t.accs[0]
         moving = [a for a in idx if not a.is_const]
         dims = {a.terms[0][0] for a in moving if len(a.terms) == 1 and a.terms[0][1] == 1}
-        if (
-            not isinstance(self.leaves[leaf].kind, Table)
-            or len(dims) != len(moving)
-            or not dims <= {*range(len(v.shape))}
-        ):
+        inside = dims <= {*range(len(v.shape))}  # not at half a dimension
+        if not isinstance(self.leaves[leaf].kind, Table) or len(dims) != len(moving) or not inside:
             return None
         return (leaf, idx) if all(v.shape[d].is_const for d in dims) else None
 

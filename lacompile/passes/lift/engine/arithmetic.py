@@ -314,11 +314,12 @@ class Arithmetic(Symbols):
             t = v.one
             if v.alt is not None or t is None or len(t.accs) < 2 or t.exp or not t.poly.is_const or t.bound(self.space):
                 return False
-            held = [self.space.vars_of(idx) for _, idx in t.accs]
-            if t.guards or frozenset().union(*held) not in held:
+            free = t.vars(self.space)
+            whole = [a for a in t.accs if self.space.vars_of(a[1]) == free and self._places(a)]
+            if t.guards or not whole:
                 return False
-            places.append({i for leaf, idx in t.accs for i in self._places((leaf, idx))})
-        return bool(places[0]) and places[0] == places[1]
+            places.append({i for a in t.accs for i in self._places(a)})
+        return places[0] == places[1]
 
     def _places(self, access: Access) -> list[Aff]:
         """Where it is read along the dimensions of which it is read at one place."""

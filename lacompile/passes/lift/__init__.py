@@ -75,7 +75,7 @@ def analyse(
 def _other_readings(
     first: Interpreter, gm: fx.GraphModule, example_inputs: Sequence[Any], may_be_equal: bool
 ) -> Iterator[dict[str, Any]]:
-    """Where rounding leaves another reading of a buffer, inputs are turned, or sizes of several of them may be one.
+    """Where rounding leaves another reading of a buffer, inputs are turned or weighed, or sizes of several may be one.
 
     Each is what an interpreter is told for it.
     """
@@ -83,6 +83,8 @@ def _other_readings(
         yield {"reading": 1}
     if first.engine.turned:
         yield {"turned_whole": True}
+    if first.engine.weighed:
+        yield {"weighed_whole": True}
     inputs = gm.graph.find_nodes(op="placeholder")
     if may_be_equal and (equal := alike(inputs, example_inputs)):
         yield {"equal": equal}
@@ -96,9 +98,10 @@ def _multiplied(interpreter: Interpreter, leaves: set[int]) -> bool:
 
 
 def _parts(gm: fx.GraphModule, matches: Sequence[Match]) -> int:
-    """How many attentions are as long as no input, and so may be parts of what a loop computes."""
+    """How many attentions are as long as no input, features aside, and so may be parts of what a loop computes."""
     examples = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
-    lengths = {str(size) for x in examples if isinstance(x, torch.Tensor) for size in x.shape}
+    tensors = [x for x in examples if isinstance(x, torch.Tensor)]
+    lengths = {str(size) for x in tensors for size in (x.shape[:-1] if x.is_floating_point() else x.shape)}
     return sum(str(f.length) not in lengths for m in matches for f in m.facts)
 
 

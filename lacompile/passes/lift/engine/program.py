@@ -33,6 +33,8 @@ class Program(Algebra):
         self.narrowed: set[int] = set()  # leaves of what was cast to a narrower format
         self.turned = False  # whether the program turned tensors of data from their end to their beginning
         self.turned_whole = False  # whether these are taken as they are
+        self.weighed = False  # whether the features of a token or chunk were multiplied by known numbers
+        self.weighed_whole = False  # whether these products are taken as they are
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
 

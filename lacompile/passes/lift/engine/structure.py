@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 from ..domain.affine import ONE, Aff
-from ..domain.exponent import Access
+from ..domain.exponent import NO_EXPONENT, Access
 from ..domain.leaves import Table
 from ..domain.term import Term, Val
 from .program import Program
@@ -40,6 +40,31 @@ class Structure(Program):
             for c in v.cases
             for t in c.terms
         )
+
+    def of_features(self, v: Val, w: Val) -> bool:
+        """Whether ``v`` has the features of ``w`` and less of its other dimensions, and moves along features alone."""
+        if not v.shape or len(v.shape) > len(w.shape) or not v.shape[-1] == w.shape[-1] != ONE:
+            return False
+        if len(v.shape) == len(w.shape) and v.shape == w.shape:
+            return False
+        last, terms = len(v.shape) - 1, [t for c in v.cases for t in c.terms]
+        moving = [m for t in terms for m, f in t.exp.lin if not f.is_const]
+        along = all(any(last in self.space.vars_of(idx) for _, idx in m) for m in moving)
+        unweighed = v.with_terms(lambda t: t.but(exp=NO_EXPONENT))
+        known = self.index_only(v) or self.plain(unweighed)
+        return along and known and not any(t.exp.sums for t in terms)
+
+    def in_part(self, v: Val) -> bool:
+        """Plain data that is read at one place of a longer tensor, or from a part of it that is no part of features."""
+        outer = range(len(v.shape) - 1)
+
+        def part(leaf: int, idx: Sequence[Aff]) -> bool:
+            sizes = zip(idx, self.leaf_shapes[leaf], strict=True)
+            return any(
+                n != ONE if i.is_const else any(x in outer and v.shape[x] != n for x, _ in i.terms) for i, n in sizes
+            )
+
+        return self.plain(v) and not self.index_only(v) and any(part(*a) for t in v.terms for a in t.accs)
 
     def never_nan(self, v: Val) -> bool:
         """Made of indices, known numbers and weights alone: over the reals no entry is nan or inf.

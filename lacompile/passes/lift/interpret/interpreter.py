@@ -59,6 +59,7 @@ class Interpreter:
     reading: int = 0
     equal: Sequence[Equal] = ()
     turned_whole: bool = False
+    weighed_whole: bool = False
     numbers: Numbers = field(init=False)
     series: SeriesTable = field(init=False)
     _mode: Any = None  # that Dynamo traced in
@@ -70,9 +71,9 @@ class Interpreter:
 
     def __post_init__(self) -> None:
         self.numbers = Numbers(self.engine)
-        self.series = SeriesTable(self.engine.leaves)
+        self.series = SeriesTable(self.engine.leaves, lambda v, w: self.weighed_whole and self.engine.of_features(v, w))
         self.engine.sizes.taken_for.update(self.equal)
-        self.engine.turned_whole = self.turned_whole
+        self.engine.turned_whole, self.engine.weighed_whole = self.turned_whole, self.weighed_whole
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -56,11 +57,18 @@ class NoPlace(Exception):
 
 
 class SeriesTable:
-    """The series of one analysis."""
+    """The series of one analysis.
 
-    def __init__(self, leaves: Leaves):
-        self._leaves = leaves
+    Args:
+        leaves: of the analysis.
+        unnamed: whether an argument beside another one weighs its features, with numbers that may be others in each
+            call, as those of a position are.
+    """
+
+    def __init__(self, leaves: Leaves, unnamed: Callable[[Val, Val], bool]):
+        self._leaves, self._unnamed = leaves, unnamed
         self._found: dict[Any, tuple[int, Series]] = {}
+        self._calls: dict[tuple[int, int], Any] = {}  # by series and place: the numbers that the call was given
 
     def piece(
         self,
@@ -82,7 +90,7 @@ class SeriesTable:
             call: what else tells it from others.
         """
         try:
-            key, place = self._named(node, value_of)
+            key, place, numbers = self._named(node, value_of)
         except NoPlace:
             return None
         dim = place.dim
@@ -92,7 +100,13 @@ class SeriesTable:
         if stacked and place.length != 1:
             return None
         rest = (*shape[:dim], *shape[dim if stacked else dim + 1 :])
-        leaf, series = self._series((key, dim, stacked, rest, place.of, dtype, call.records_gradients), kind)
+        named = (key, dim, stacked, rest, place.of, dtype, call.records_gradients)
+        leaf, series = next(
+            found
+            for nth in count()  # with other numbers the same call is another one
+            if self._calls.setdefault(((found := self._series((*named, nth), kind))[0], place.start), numbers)
+            == numbers
+        )
         again = call.repeatable and series.pieces.get(place.start, (None, 0))[1] == place.length
         if not again and not series.add(node, place.start, place.length):
             return None
@@ -103,7 +117,7 @@ class SeriesTable:
 
     def _series(self, key: Any, kind: Opaque) -> tuple[int, Series]:
         if key not in self._found:
-            (_, _, args, _), dim, stacked, rest, length, dtype, _ = key
+            (_, _, args, _), dim, stacked, rest, length, dtype, _, _ = key
             series = Series(dim, stacked, _access(args))
             leaf = Leaf(replace(kind, node=None, series=series), (*rest[:dim], length, *rest[dim:]), dtype)
             self._found[key] = self._leaves.add(leaf), series
@@ -111,11 +125,17 @@ class SeriesTable:
 
     # -------------------------------------------------------------------------------------------- what names a series
 
-    def _named(self, node: fx.Node, value_of: Callable[[fx.Node], Val | None]) -> tuple[Any, Place]:
-        """The call without the place that its arguments are at, and that place."""
-        place = _of_token(p for arg in node.all_input_nodes for p in self._places(_known(value_of, arg)))
+    def _named(self, node: fx.Node, value_of: Callable[[fx.Node], Val | None]) -> tuple[Any, Place, list[Any]]:
+        """The call without the place that its arguments are at, that place, and the numbers that do not name it."""
+        given = {arg: _known(value_of, arg) for arg in node.all_input_nodes}
+        numbers = {
+            arg: v for arg, v in given.items() if any(w is not v and self._unnamed(v, w) for w in given.values())
+        }
+        place = _of_token(p for arg, v in given.items() if arg not in numbers for p in self._places(v))
 
         def named(arg: Any) -> Any:
+            if isinstance(arg, fx.Node) and arg in numbers:
+                return "numbers", numbers[arg].shape, arg.meta["example_value"].dtype
             if isinstance(arg, fx.Node):
                 return self._argument(_known(value_of, arg), arg.meta["example_value"].dtype, place)
             if isinstance(arg, list | tuple):
@@ -126,7 +146,7 @@ class SeriesTable:
                 return "slice", named(arg.start), named(arg.stop), named(arg.step)
             return type(arg), arg
 
-        return (node.op, node.target, named(node.args), named(node.kwargs)), place
+        return (node.op, node.target, named(node.args), named(node.kwargs)), place, [v.cases for v in numbers.values()]
 
     def _argument(self, v: Val, dtype: torch.dtype, place: Place) -> Argument:
         t = _one_product(v)

@@ -235,7 +235,20 @@ def both(op: Op) -> Val:
 def mul(op: Op) -> Val:
     if any(d is torch.bool for d in op.dtypes if d) and op.out.dtype is torch.bool:
         return _both(op)
+    if _weighs_features(op):
+        op.engine.weighed = True
+        if op.engine.weighed_whole:
+            raise GiveUp("features times known numbers, which are taken as they are")
     return op.engine.multiply(operand(op, 0), operand(op, 1))
+
+
+def _weighs_features(op: Op) -> bool:
+    """Whether data of one token or chunk is multiplied by known numbers along its last dimension, and by no weight."""
+    if not all(isinstance(x, Val) for x in op.args):
+        return False
+    engine = op.engine
+    taken = [v if v.taken is None else value(v.shape, [v.taken]) for v in op.args]
+    return any(engine.in_part(w) and engine.of_features(v, w) for v, w in (taken, taken[::-1]))
 
 
 def _both(op: Op) -> Val:

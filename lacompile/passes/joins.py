@@ -32,6 +32,16 @@ class Join:
     needless: Sequence[fx.Node]
     into: Filled | None = None
 
+    @property
+    def in_front(self) -> bool:
+        """Whether the parts are stacked along a dimension in front of theirs."""
+        return self.stacks and self.dim == 0
+
+    @property
+    def turned(self) -> Join:
+        """The same with parts that are stacked along a dimension in front of theirs."""
+        return replace(self, dim=0, stacks=True)
+
     def leaves_alone(self, rank: int, last: int) -> bool:
         """Whether the dimension is none of the last ones of a part of this rank."""
         return self.dim <= rank - last - (not self.stacks)

@@ -50,8 +50,15 @@ def _along(n: int) -> Callable[[fx.Node], int | None]:
     return found
 
 
+def _times_a_matrix(node: fx.Node) -> int | None:
+    other = node.args[1] if len(node.args) == 2 else None
+    example = other.meta.get("example_value") if isinstance(other, fx.Node) else None
+    return 1 if isinstance(example, torch.Tensor) and example.dim() == 2 else None
+
+
 WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
     F.linear: lambda node: 1,
+    **dict.fromkeys((operator.matmul, torch.matmul, "matmul"), _times_a_matrix),
     F.layer_norm: _named,
     F.rms_norm: _named,
     torch.rms_norm: _named,
@@ -61,7 +68,14 @@ WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
     F.normalize: _along(2),
     **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), _kept),
 }
-OPAQUE = frozenset(f for f in WIDTHS if f not in (torch.sum, "sum"))
+ACTIVATIONS = tuple(
+    getattr(F, name) for name in ("silu", "gelu", "relu", "elu", "softplus", "sigmoid", "tanh", "logsigmoid")
+)
+OPAQUE = frozenset[Any](
+    {f for f in WIDTHS if f not in (torch.sum, "sum")}.union(
+        ACTIVATIONS, (torch.sigmoid, "sigmoid", torch.tanh, "tanh", torch.relu, "relu")
+    )
+)
 """Those that the analysis of sums does not look into, or not if what they are given is one."""
 BATCHED = frozenset[Any]({F.group_norm, torch.group_norm})
 """Functions of all dimensions behind the first one, of which there is one alone for all rows."""
@@ -69,7 +83,7 @@ ARITHMETIC = (
     "add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp", "sigmoid", "tanh", "relu",
 )  # fmt: skip
 POINTWISE = frozenset[Any]({
-    *(getattr(F, name) for name in ("silu", "gelu", "relu", "elu", "softplus", "sigmoid", "tanh", "logsigmoid")),
+    *ACTIVATIONS,
     *(getattr(torch, name) for name in ARITHMETIC),
     *ARITHMETIC,
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,

@@ -16,6 +16,7 @@ from .prove.obligations import explain_missing, prove
 from .prove.proof import Proof, Refused
 from .prove.roles import sequence_index
 from .prove.step import prove_step
+from .prove.unrolled import unrolled
 from .recipes.builder import Builder
 from .recipes.holders import Holders
 from .recipes.segments import prove_segments
@@ -114,6 +115,9 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
     for fact in elementwise:  # the normaliser's state of an attention that was found is no recurrence of its own
         if not rewritten & data(leaf for c in fact.value.cases for t in c.terms for leaf in t.signature):
             refusals += _told(causes, fact, None)
+    if not matches and not refusals:
+        told = unrolled(interpreter.engine, (interpreter.facts[n] for n in interpreter.demanded))
+        refusals += [_refusal(told[0].node, told[1])] if told is not None else []
     matches += final_states(builder, states, proofs)
     matches += [m for fact in row_sums if matches and (m := _row_sum(interpreter, builder, fact)) is not None]
     inside = _inside(schedule, matches)

@@ -4,6 +4,7 @@ interpreter  shown every operation of the graph, it keeps what each node's resul
 numbers      constants of the graph, and tables that are read
 writes       tensors that are written into through a view
 series       what a loop computes step by step, as the pieces of one tensor
+windows      of which of them each step reads several tokens
 own          the value of the graph that holds a result
 """
 

@@ -23,6 +23,7 @@ from ..transfer import Op, transfer
 from .numbers import MAX_BAKED, Numbers
 from .own import leaves_of, own_leaf, readable, rooted, whole_if_inside
 from .series import Circumstances, SeriesTable
+from .windows import window
 from .writes import written_through
 
 log = logging.getLogger("lacompile")
@@ -205,6 +206,7 @@ class Interpreter:
             val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.contracts(val)):
                 val = readable(self.engine, node, val, tensor, compute)
+            val = self._of_a_window(node, val, tensor) if single else val
             out.append(val)
             if not self.capture.records_gradients and not self.engine.index_only(val):
                 self.without_gradients.append((node, tensor))
@@ -263,18 +265,36 @@ class Interpreter:
         kind = self.engine.leaves[t.accs[0][0]].kind
         if not isinstance(kind, Opaque) or kind.node is not node or kind.unmerged or kind.series is not None:
             return val
-        assert self.capture is not None
-        given = map(self._tensor_of, node.all_input_nodes)
-        call = Circumstances(
-            self.capture.records_gradients,
-            repeatable and node not in self.capture.effects.impure and self._memory.record(tensor).root.node is node,
-            not any(t is not None and self._memory.record(t).root.writers for t in given),
-        )
+        call = self._circumstances(node, tensor, repeatable)
         found = self.series.piece(node, val.shape, tensor.dtype, self._given_to, kind, call)
         if found is None:
             return val
         piece = value(val.shape, [Term(accs=(found,))], precision=Precision.EXACT)
         return piece if val.alt is None else replace(val, alt=piece.one)
+
+    def _of_a_window(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
+        """What a loop computes for a token from a window of them, as a piece of one tensor for all."""
+        if node.op not in CALLS or node in self._memory.record(tensor).root.writers:
+            return val
+        found = window(self.engine, val, (self.facts[n].value for n in node.all_input_nodes if n in self.facts))
+        if found is None:
+            return val
+        kind = Opaque(None, node.name, leaves_of([val]))
+        call = self._circumstances(node, tensor, repeatable=False)
+        access = self.series.of_windows(node, val.shape, tensor.dtype, found, kind, call)
+        if access is None:
+            return val
+        piece = value(val.shape, [Term(accs=(access,))], precision=Precision.EXACT)
+        return piece if val.alt is None else replace(val, alt=piece.one, own=piece.one)
+
+    def _circumstances(self, node: fx.Node, tensor: torch.Tensor, repeatable: bool) -> Circumstances:
+        assert self.capture is not None
+        given = map(self._tensor_of, node.all_input_nodes)
+        return Circumstances(
+            self.capture.records_gradients,
+            repeatable and node not in self.capture.effects.impure and self._memory.record(tensor).root.node is node,
+            not any(t is not None and self._memory.record(t).root.writers for t in given),
+        )
 
     def _given_to(self, node: fx.Node) -> Val | None:
         """What a node's tensor holds now, whoever has written into it.

@@ -20,6 +20,7 @@ from ..domain.affine import ONE, ZERO, Aff
 from ..domain.exponent import Access
 from ..domain.leaves import HERE, Leaf, Leaves, Opaque, Series
 from ..domain.term import Term, Val
+from .windows import Window
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,36 @@ class SeriesTable:
         own = [ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape)]
         at = Aff.lit(place.start) if stacked else own[dim] + place.start
         return leaf, (*own[:dim], at, *own[dim if stacked else dim + 1 :])
+
+    def of_windows(
+        self,
+        node: fx.Node,
+        shape: tuple[Aff, ...],
+        dtype: torch.dtype,
+        found: Window,
+        kind: Opaque,
+        call: Circumstances,
+    ) -> Access | None:
+        """The value of a call that reads a window of tokens, at the place of the last one."""
+
+        def named(arg: Any) -> Any:
+            if isinstance(arg, fx.Node):
+                return fx.Node
+            return type(arg), tuple(map(named, arg)) if isinstance(arg, list | tuple) else repr(arg)
+
+        dim, size = min(found.dim, len(shape)), self._leaves[found.leaf].shape[found.dim]
+        how = node.op, node.target, named(node.args), repr(node.kwargs)
+        key = (how, found.leaf, found.weight, dim, shape, dtype, call.records_gradients)
+        if key not in self._found:
+            series = Series(dim, stacked=True, of=None)
+            leaf = Leaf(replace(kind, series=series), (*shape[:dim], size, *shape[dim:]), dtype)
+            self._found[key] = self._leaves.add(leaf), series
+        of, series = self._found[key]
+        if not series.add(node, found.last, 1):
+            return None
+        series.as_made &= call.as_made
+        own = [ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape)]
+        return of, (*own[:dim], Aff.lit(found.last), *own[dim:])
 
     def _series(self, key: Any, kind: Opaque) -> tuple[int, Series]:
         if key not in self._found:

@@ -1,0 +1,168 @@
+"""Calls of joined arguments, in the place of one call for each part of a join (see ``fission.py``)."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from .._compat import suppressed_guards
+from .joins import Join
+from .layouts import example_of
+from .rewrite import same_strides
+from .rows import BATCHED, OPAQUE
+from .schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Parts that are joined as they are."""
+
+    parts: tuple[fx.Node, ...]
+    dim: int
+    stacks: bool
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Parts that are one function each, which is called of joined arguments instead.
+
+    ``hides``: whether it, or one inside of it, is a function that the analysis does not look into. Else those of
+    several joined arguments stay where they are: the parts of a sum are one attention together, and none by themselves.
+    """
+
+    parts: Sequence[fx.Node]
+    op: str
+    target: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+
+    @cached_property
+    def joined(self) -> list[Kept | Moved | Turned]:
+        return [a for a in self.args if isinstance(a, Kept | Moved | Turned)]
+
+    @cached_property
+    def hides(self) -> bool:
+        return (
+            self.target in OPAQUE
+            or self.target in BATCHED
+            or any(isinstance(a, Moved | Turned) and a.hides for a in self.joined)
+        )
+
+    @property
+    def given(self) -> Iterator[fx.Node]:
+        """The values of the graph that it is called with where it is called then."""
+        for a in self.args:
+            yield from a.parts if isinstance(a, Kept) else (a,) if isinstance(a, fx.Node) else ()
+
+    @property
+    def moves(self) -> bool:
+        return self.hides or len(self.joined) == 1
+
+
+@dataclass(frozen=True)
+class Turned:
+    """Parts that are stacked along a dimension in front of all of theirs, and brought from there to where they belong.
+
+    A function or a reshape of one part may reach every dimension that the part has, and none in front of them.
+    """
+
+    of: Moved
+    join: Join
+
+    @property
+    def hides(self) -> bool:
+        return self.of.hides
+
+
+def functions(found: Moved | Turned | Kept | None) -> Iterator[Moved]:
+    """All that are moved with one."""
+    if isinstance(found, Turned):
+        yield from functions(found.of)
+    if isinstance(found, Moved):
+        yield found
+        for inner in found.joined:
+            yield from functions(inner)
+
+
+def move(
+    schedule: Schedule, join: Join, moved: Moved | Turned, graph: fx.Graph, mapping: dict[fx.Node, fx.Node]
+) -> None:
+    made: dict[Any, fx.Node] = {}  # several functions may be called with the same
+
+    def call(arg: Any, along: Join) -> Any:
+        if not isinstance(arg, Kept | Moved | Turned):
+            return map_arg(arg, mapping.__getitem__)
+        key = arg if isinstance(arg, Kept) else id(arg)
+        if key not in made:
+            made[key] = new_call(arg, along)
+        return made[key]
+
+    def new_call(arg: Kept | Moved | Turned, along: Join) -> fx.Node:
+        if isinstance(arg, Kept):
+            function = torch.stack if arg.stacks else torch.cat
+            parts = [mapping[n] for n in arg.parts]
+            return _made(graph, "call_function", function, (parts, arg.dim), {}, arg.parts[0])
+        if isinstance(arg, Turned):
+            return _turned_back(graph, call(arg.of, along.turned), arg)
+        args = tuple(call(a, along) for a in arg.args)
+        if arg.target in BATCHED:
+            return _at_once(graph, along, arg, args)
+        return _made(graph, arg.op, arg.target, args, arg.kwargs, arg.parts[0])
+
+    with graph.inserting_before(mapping[join.node]):
+        new = call(moved, join)
+        if join.into is not None:
+            places = (*[slice(None)] * join.dim, slice(join.into.start, join.into.stop))
+            graph.call_function(operator.setitem, (mapping[join.into.tensor], places, new)).meta = join.node.meta.copy()
+        elif not same_strides(new.meta["example_value"], example_of(join.node)):
+            new = _made(graph, "call_method", "contiguous", (new,), {}, join.node)
+            if not same_strides(new.meta["example_value"], example_of(join.node)):
+                raise ValueError("the join has a layout of its own")
+    if join.into is None:
+        mapping[join.node].replace_all_uses_with(new)
+    behind = {n for m in functions(moved) for n in m.parts}
+    for node in (*join.needless, *sorted(behind, key=schedule.order.__getitem__, reverse=True)):
+        graph.erase_node(mapping[node])
+    mapping[join.node] = new
+
+
+def _turned_back(graph: fx.Graph, stacked: fx.Node, turned: Turned) -> fx.Node:
+    """What is stacked along the first dimension, along that of the join."""
+    join, like = turned.join, turned.of.parts[0]
+    order = list(range(1, example_of(stacked).dim()))
+    order.insert(join.dim, 0)
+    there = _made(graph, "call_method", "permute", (stacked, *order), {}, like)
+    return there if join.stacks else _made(graph, "call_method", "flatten", (there, join.dim, join.dim + 1), {}, like)
+
+
+def _at_once(graph: fx.Graph, join: Join, moved: Moved, args: tuple[Any, ...]) -> fx.Node:
+    """A call of a function that has one dimension for all its rows."""
+    like = moved.parts[0]
+    if not join.stacks:
+        return _made(graph, moved.op, moved.target, args, moved.kwargs, like)
+    rows = _made(graph, "call_method", "flatten", (args[0], 0, 1), {}, like)
+    rows = _made(graph, moved.op, moved.target, (rows, *args[1:]), moved.kwargs, like)
+    n = len(moved.parts)
+    return _made(graph, "call_method", "unflatten", (rows, 0, (-1, n) if join.dim else (n, -1)), {}, like)
+
+
+def _made(
+    graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
+) -> fx.Node:
+    """A call in the place of another node's."""
+    node = graph.create_node(op, target, args, kwargs)
+    node.meta = copy.copy(like.meta)
+    fakes = map_arg(args, lambda n: n.meta["example_value"])
+    mode = like.meta["example_value"].fake_mode
+    with mode, suppressed_guards(mode), torch.no_grad():
+        called = getattr(fakes[0], target)(*fakes[1:], **kwargs) if op == "call_method" else target(*fakes, **kwargs)
+        node.meta["example_value"] = called
+    return node

@@ -1,0 +1,159 @@
+"""Convolutions that a loop over tokens writes step by step, over a window of the last few; and near twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lacompile.testing import assert_refused, assert_rewritten
+
+from .test_filled import compared
+
+B, N, D, K = 2, 8, 4, 3
+C = 3 * D
+
+
+def inputs():
+    torch.manual_seed(0)
+    return [torch.randn(B, N, C, requires_grad=True), torch.randn(B, N, requires_grad=True)]
+
+
+class Layer(nn.Module):
+    """Mamba's step for each token; ``conv`` makes what is read of it of the window and the new token."""
+
+    def __init__(self, conv):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv = conv
+        self.weight, self.bias = nn.Parameter(torch.randn(C, K)), nn.Parameter(torch.randn(C))
+
+    def forward(self, x, dt):
+        held, state, outs = x.new_zeros(B, C, K), x.new_zeros(B, D, D), []
+        for t in range(N):
+            held, y = self.conv(held, x[:, t], self.weight, self.bias, t)
+            q, k, v = y.split(D, -1)
+            state = state * torch.exp(-F.softplus(dt[:, t]))[:, None, None] + k[:, :, None] * v[:, None, :]
+            outs.append((q[:, None] @ state)[:, 0])
+        return torch.stack(outs, 1)
+
+
+def rolled(held, x_t):
+    return torch.cat([held[:, :, 1:], x_t[:, :, None]], -1)
+
+
+def conv(read):
+    def run(held, x_t, w, b, t):
+        held = rolled(held, x_t)
+        return held, read(held, w, b)
+
+    return run
+
+
+def in_place(held, x_t, w, b, t):
+    """As Mamba's own step has it."""
+    held = torch.roll(held, shifts=-1, dims=-1)
+    held[:, :, -1] = x_t
+    return held, F.silu((held * w).sum(-1) + b)
+
+
+CONVOLUTIONS = {
+    "activation": conv(lambda held, w, b: F.silu((held * w).sum(-1))),
+    "none": conv(lambda held, w, b: (held * w).sum(-1)),
+    "bias": conv(lambda held, w, b: (held * w).sum(-1) + b),
+    "bias and activation": conv(lambda held, w, b: F.silu((held * w).sum(-1) + b)),
+    "sum by a function": conv(lambda held, w, b: F.silu(torch.sum(held * w, dim=-1) + b)),
+    "einsum": conv(lambda held, w, b: torch.tanh(torch.einsum("bck,ck->bc", held, w))),
+    "normalised": conv(lambda held, w, b: F.layer_norm((held * w).sum(-1), (C,), b)),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_is_one_attention(name):
+    report = assert_rewritten(Layer(CONVOLUTIONS[name]), *inputs(), compiled=False)
+    assert f"N={N}" in str(report)
+
+
+def test_inductor_compiles_it():
+    assert_rewritten(Layer(CONVOLUTIONS["bias and activation"]), *inputs())
+
+
+# -------------------------------------------------------------------------------------------------------------- twins
+
+
+def another_weight(held, x_t, w, b, t):
+    """Of one token. What is put side by side is what each step has computed, however it has."""
+    held = rolled(held, x_t)
+    return held, F.silu((held * (w.flip(1) if t == 4 else w)).sum(-1))
+
+
+def skipped(held, x_t, w, b, t):
+    """One token does not enter the window, which is read twice as it is."""
+    held = held if t == 4 else rolled(held, x_t)
+    return held, F.silu((held * w).sum(-1))
+
+
+def without_gradients(held, x_t, w, b, t):
+    held = rolled(held, x_t)
+    with torch.set_grad_enabled(t != 4):
+        y = (held * w).sum(-1)
+    return held, F.silu(y)
+
+
+def written_over(held, x_t, w, b, t):
+    held = rolled(held, x_t)
+    y = (held * w).sum(-1)
+    if t == 4:
+        y.mul_(2)
+    return held, F.silu(y)
+
+
+def cleared(held, x_t, w, b, t):
+    held = rolled(held if t != 4 else held * 0, x_t)
+    return held, F.silu((held * w).sum(-1))
+
+
+def longer(held, x_t, w, b, t):
+    """A window that grows."""
+    held = rolled(held, x_t) if t else x_t[:, :, None]
+    return held, F.silu((held * w[:, -1:]).sum(-1))
+
+
+@pytest.mark.parametrize("conv", [another_weight, skipped, without_gradients, written_over, cleared, longer, in_place])
+def test_is_right_whatever_is_found(conv):
+    compared(Layer(conv).double(), *inputs())
+
+
+def test_a_decay_of_unknown_sign():
+    w = nn.Parameter(torch.randn(C, K))
+
+    def run(x, dt):
+        held, state, outs = x.new_zeros(B, C, K), x.new_zeros(B, D, D), []
+        for t in range(N):
+            held = rolled(held, x[:, t])
+            q, k, v = F.silu((held * w).sum(-1)).split(D, -1)
+            state = state * dt[:, t, None, None] + k[:, :, None] * v[:, None, :]
+            outs.append((q[:, None] @ state)[:, 0])
+        return torch.stack(outs, 1)
+
+    assert_refused(run, *inputs())
+
+
+def test_a_window_of_what_the_state_gives():
+    """The delta rule's like: what enters the window was read from the state."""
+
+    w = nn.Parameter(torch.randn(C, K))
+
+    def run(x, dt):
+        held, state, outs = x.new_zeros(B, C, K), x.new_zeros(B, D, D), []
+        read = x.new_zeros(B, D)
+        for t in range(N):
+            held = rolled(held, x[:, t] + read.repeat(1, 3))
+            q, k, v = F.silu((held * w).sum(-1)).split(D, -1)
+            state = 0.9 * state + k[:, :, None] * v[:, None, :]
+            read = (q[:, None] @ state)[:, 0]
+            outs.append(read)
+        return torch.stack(outs, 1)
+
+    assert_refused(run, *inputs())

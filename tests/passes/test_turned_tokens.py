@@ -35,11 +35,12 @@ ROTATIONS = {
 }
 
 
-def tokens(turn, at=lambda t: slice(t, t + 1)):
+def tokens(turn, of_keys=None):
     def run(q, k, v):
         state, out = torch.zeros(B, H, D, D), []
         for t in range(N):
-            q_t, k_t, v_t = turn(q[:, :, t : t + 1], at(t)), turn(k[:, :, t : t + 1], at(t)), v[:, :, t : t + 1]
+            at = slice(t, t + 1)
+            q_t, k_t, v_t = turn(q[:, :, at], at), (of_keys or turn)(k[:, :, at], at), v[:, :, at]
             state = 0.9 * state + k_t.mT @ v_t
             out.append(q_t @ state)
         return torch.cat(out, 2)
@@ -47,12 +48,12 @@ def tokens(turn, at=lambda t: slice(t, t + 1)):
     return run
 
 
-def chunks(turn):
+def chunks(turn, of_keys=None):
     def run(q, k, v):
         state, out = torch.zeros(B, H, D, D), []
         for a in range(0, N, 4):
             at = slice(a, a + 4)
-            q_c, k_c, v_c = turn(q[:, :, at], at), turn(k[:, :, at], at), v[:, :, at]
+            q_c, k_c, v_c = turn(q[:, :, at], at), (of_keys or turn)(k[:, :, at], at), v[:, :, at]
             out.append((q_c @ k_c.mT).tril() @ v_c + q_c @ state)
             state = state + k_c.mT @ v_c
         return torch.cat(out, 2)
@@ -64,6 +65,66 @@ def chunks(turn):
 @pytest.mark.parametrize("form", [tokens, chunks])
 def test_a_step_that_turns(form, name):
     assert_rewritten(form(ROTATIONS[name]), *qkv(B, H, N, D), compiled=False)
+
+
+def with_own_tables(rotated, repeated, frequencies, scaled=False):
+    """As a layer's own step does: the tables of its positions, which are 1 and 0 at the first, are made there."""
+
+    def turn(x, at, sign=1):
+        positions = torch.arange(at.start, at.stop)[:, None]
+        cos, sin = (repeated(f(positions * frequencies())) for f in (torch.cos, torch.sin))
+        if scaled:
+            scale = repeated(SCALE ** (sign * positions / 64))
+            cos, sin = cos * scale, sin * scale
+        return x * cos + rotated(x) * sin
+
+    return turn
+
+
+SCALE = (torch.arange(0, D, 2) + 0.4 * D) / (1.4 * D)
+FREQUENCIES = 1 / 100 ** (torch.arange(0, D, 2) / D)
+OWN = {
+    "pairs": with_own_tables(of_pairs, lambda x: x.repeat_interleave(2, -1), lambda: FREQUENCIES),
+    "halves": with_own_tables(of_halves, lambda x: torch.cat((x, x), -1), lambda: FREQUENCIES),
+    "made there": with_own_tables(
+        of_halves, lambda x: torch.cat((x, x), -1), lambda: 1 / 100 ** (torch.arange(0, D, 2) / D)
+    ),
+    "scaled": with_own_tables(of_pairs, lambda x: x.repeat_interleave(2, -1), lambda: FREQUENCIES, scaled=True),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("form", [tokens, chunks])
+def test_a_step_that_makes_its_tables(form, name):
+    turn = OWN[name]
+    assert_rewritten(form(turn, lambda x, at: turn(x, at, -1)), *qkv(B, H, N, D), compiled=False)
+
+
+def test_two_factors_at_one_token():
+    """The same call with other numbers is another one, though both are of features alone."""
+    first, second = PAIRS.cos(), HALVES.sin() + 2
+
+    def run(q, k, v):
+        state, out = torch.zeros(B, H, D, D), []
+        for t in range(N):
+            q_t, k_t = q[:, :, t : t + 1] * first[t : t + 1].exp().log(), k[:, :, t : t + 1] * second[t : t + 1]
+            k_t = k_t + k[:, :, t : t + 1] * torch.cos(torch.arange(t, t + 1)[:, None] * HALVES[1])
+            state = 0.9 * state + k_t.mT @ v[:, :, t : t + 1]
+            out.append(q_t @ state)
+        return torch.cat(out, 2)
+
+    assert_rewritten(run, *qkv(B, H, N, D), compiled=False)
+
+
+@pytest.mark.parametrize("form", [tokens, chunks])
+def test_another_turn_for_the_states_of_one_step_is_left_alone(form):
+    """At one token the keys are turned by the angles of another one."""
+    turn = OWN["pairs"]
+
+    def late(x, at):
+        return turn(x, at) if at.start else turn(x, slice(at.start + 1, at.stop + 1))
+
+    assert_rewritten(form(turn, late), *qkv(B, H, N, D), compiled=False)
 
 
 def whole(repeated):

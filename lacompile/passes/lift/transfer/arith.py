@@ -12,12 +12,10 @@ from ..domain.leaves import Table
 from ..domain.precision import EXACT_UP_TO
 from ..domain.space import box
 from ..domain.term import Precision, Term, Val, constant, value
-from ..engine import GiveUp
+from ..engine import SMALLEST, GiveUp
 from . import Op, rule
 
 aten = torch.ops.aten
-
-SMALLEST = 1e-4  # one over it is a number in fp16
 
 
 def operand(op: Op, n: int) -> Val:

@@ -1,4 +1,4 @@
-"""What a program does to numbers that are none, where it cannot have them: a mask divided by its row sums is numbers."""
+"""What a program does to numbers that are none, where it has none: a mask divided by its row sums."""
 
 from __future__ import annotations
 

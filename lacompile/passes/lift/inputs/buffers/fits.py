@@ -101,9 +101,7 @@ def _of_two_numbers(tensor: torch.Tensor, dims: list[int], pairs: list[tuple[int
         heads = tuple(d for d in dims if d not in moving)
         found = _fit_moving(above, heads, moving, False, EXPONENT_ERROR)
         if found is not None and found.selects:
-            return Fit(
-                heads, (), found.guards, _no_slopes(tensor, heads), False, True, numbers=(float(high), float(low))
-            )
+            return Fit(heads, (), found.guards, _no_slopes(tensor, heads), False, True, numbers=numbers)
     return None
 
 

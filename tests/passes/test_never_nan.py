@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lacompile.decision import decide
+from lacompile.options import Options
 from lacompile.testing import assert_refused, assert_rewritten
 
 from .drawn import qkv
@@ -86,3 +88,23 @@ def test_scores_that_may_be_none():
         return torch.nan_to_num(a / a.sum(-1, keepdim=True), nan=0.0) @ v
 
     assert_refused(run, *qkv(B, H, N, D))
+
+
+def test_sums_that_may_overflow():
+    """Whether a sum of weights is infinite is not known of it, as it is not of a weight."""
+
+    def mask(decay):
+        m = weights(decay)
+        total = m.sum(-1, keepdim=True).sqrt()
+        return m / torch.where(total.isinf(), 1.0, total)
+
+    left = []
+
+    def backend(gm, example_inputs):
+        left.extend(str(n.target) for n in decide(gm, example_inputs, Options()).rewritten.graph.nodes)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(Retention(mask), backend=backend)(*qkv(B, H, N, D))
+    assert any("isinf" in name for name in left)
+    assert_rewritten(Retention(mask), *qkv(B, H, N, D), count=2, compiled=False)

@@ -62,6 +62,20 @@ def test_one_head_without_a_batch():
     assert_rewritten(run, *(x[0, 0].detach().requires_grad_() for x in qkv(B, H, N, D)), count=2, compiled=False)
 
 
+def test_small_scores_in_fp16():
+    """One over the sum of small scores is infinite there, and the quotient is not."""
+
+    def run(q, k, v):
+        a = (q @ k.mT).tril()
+        return (a / a.sum(-1, keepdim=True)) @ v
+
+    q, k, v = (x.detach() for x in positive(*qkv(B, H, N, D)))
+    small = (1e-3 * q).half(), (1e-3 * k).half(), v.half()
+    assert run(*small).isfinite().all()
+    assert_refused(run, *small)
+    assert_rewritten(run, *(x.bfloat16() for x in (1e-3 * q, 1e-3 * k, v)), count=2, grads=False, compiled=False)
+
+
 OTHERS = {
     "absolute values": lambda a: a.abs().sum(-1, keepdim=True),
     "the largest": lambda a: a.abs().amax(-1, keepdim=True),
@@ -172,3 +186,13 @@ def test_row_sums_that_a_result_is():
     args = qkv(B, H, N, D)[:2]
     assert_rewritten(run, *args, compiled=False)
     assert not any("tril" in name for name in left_of(run, *args))
+
+
+def test_the_final_sum_of_keys_beside_scores_that_stay():
+    """No operator is left for the state alone."""
+
+    def run(q, k, v):
+        a = (q @ k.mT).tril()
+        return (a / (1 + a.sum(-1, keepdim=True).abs())).tanh() @ v, k.sum(-2)
+
+    assert_refused(run, *qkv(B, H, N, D))

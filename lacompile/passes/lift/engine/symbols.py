@@ -169,6 +169,8 @@ class Symbols(Tables):
         if len(args) != 1 or not isinstance(args[0], Val) or args[0].single or args[0].shape != self.shape(out):
             return None
         v = args[0]
+        if self.index_only(v):
+            return None
         inside = [c for c in v.cases if any(t.accs for t in c.terms)]
         outside = {c.terms for c in v.cases if c not in inside}
         if len(inside) != 1 or len(outside) != 1 or not self._within_its_ends(inside[0], v.shape):
@@ -176,7 +178,7 @@ class Symbols(Tables):
         (number,) = (value(v.shape, terms, precision=v.precision) for terms in outside)
         try:
             zero = self.pointwise(op, [number], kwargs, out, dtypes)
-            if zero.terms or not self.index_only(number):
+            if zero.terms:
                 return None
             data = self.pointwise(op, [value(v.shape, inside[0].terms)], kwargs, out, dtypes).one
         except GiveUp:

@@ -179,7 +179,7 @@ class Decay(Roles):
             self.proof.tokens.append((self._renamed_mono(at_position(mono)), float(ends[up])))
 
     def _refuse_bounded_keys(self) -> None:
-        """Of ``exp(G_i)`` alone: a bound on ``exp(G_j)``, which is not looked into, is why that of the keys is missing."""
+        """Of ``exp(G_i)`` alone: a bound on ``exp(G_j)``, which is not looked into, is why the keys have none."""
         for leaf in sorted(self.engine.leaves.data(leaf for leaf, _ in (*self.proof.k, *self.proof.v))):
             kind = self.engine.leaves[leaf].kind
             if isinstance(kind, Opaque) and kind.label in BOUND:

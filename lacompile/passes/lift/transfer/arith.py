@@ -94,17 +94,17 @@ def _at_two_places(op: Op, a: Val, b: Val) -> bool:
     """Whether a tensor of data is divided by itself at another place, as a running product is, which may be very small.
 
     Taken apart, 1 / c_j would be a factor of the keys. A sum from the first position on, as of a row of scores, is no
-    smaller than what it begins with.
+    smaller than what it begins with; in fp16 one over it may still be none, where the scores are small.
     """
     x, y = a.taken, b.taken
     if x is None or y is None:
         return False
-    space = op.engine.space
+    space, wide = op.engine.space, op.out.dtype is not torch.float16
     later = {v for g in y.guards for v, c in g.terms if v < 0 < c and len(space.vars(g)) > 1}
 
     def elsewhere(idx: Sequence[Aff], at: Sequence[Aff]) -> bool:
         other = (i for i, j in zip(idx, at, strict=True) if i != j)
-        return not all(any(v < 0 and v not in later for v, _ in i.terms) for i in other)
+        return not all(wide and any(v < 0 and v not in later for v, _ in i.terms) for i in other)
 
     apart = {leaf for leaf, idx in y.accs if any(leaf == other and elsewhere(idx, at) for other, at in x.accs)}
     found = [op.engine.leaves[leaf] for leaf in apart]

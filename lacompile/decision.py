@@ -25,6 +25,7 @@ from .passes.fission import fissioned
 from .passes.legality import settled
 from .passes.lift import Analysis, analyse
 from .passes.rewrite import rewrite
+from .passes.row_sums import worthwhile
 from .passes.schedule import Schedule
 from .passes.validate import Validation, validate
 from .passes.vmaps import without_vmaps
@@ -160,11 +161,12 @@ def _own(
         else:
             kept.append(outcome[0])
             validated.append(outcome[1])
+    worth = worthwhile(schedule, kept)
     # A final state rides on its attention: without the output's rewrite it would run the whole operator again.
-    primary = {id(f) for m in kept if not _is_state(m) for f in m.facts}
-    lone = [_is_state(m) and not all(id(f) in primary for f in m.facts) for m in kept]
-    validated = [v for v, out in zip(validated, lone, strict=True) if not out]
-    kept = batched(schedule, [m for m, out in zip(kept, lone, strict=True) if not out])
+    primary = {id(f) for m in worth if not _is_state(m) for f in m.facts}
+    worth = [m for m in worth if not _is_state(m) or all(id(f) in primary for f in m.facts)]
+    validated = [v for m, v in zip(kept, validated, strict=True) if m in worth]
+    kept = batched(schedule, worth)
     rewritten, used = None, {id(f) for m in kept for f in m.facts}
     if kept and not options.dry_run:
         rewritten, used = rewrite(schedule, kept, torch.ops.lacompile.decayed_attention.default)

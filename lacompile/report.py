@@ -16,6 +16,14 @@ from .passes.facts import DecayedAttention, Match, Refusal
 log = logging.getLogger("lacompile")
 
 
+_INSTALLED = re.compile(r"[/\\](?:site|dist)-packages[/\\](\w+)")
+
+
+def _package(cls: Any) -> str:
+    """The package that a module's class is from; of a class, or of its name."""
+    return str(getattr(cls, "__module__", cls)).partition(".")[0]
+
+
 @dataclass(frozen=True)
 class Source:
     """Where in the user's program: file, line, the code there, and the module it ran in."""
@@ -31,7 +39,10 @@ class Source:
 
     @classmethod
     def of(cls, node: fx.Node | None) -> Source:
-        """Read off the last frame of the node's stack trace that is not PyTorch's own."""
+        """Read off the last frame of the node's stack trace that is in the program itself.
+
+        That is neither PyTorch nor a library, such as einops, but one that a module of the model is from.
+        """
         if node is None:
             return cls()
         module = ""
@@ -41,7 +52,9 @@ class Source:
         frames = re.findall(r'File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)', node.meta.get("stack_trace") or "")
         if not frames:
             return cls(module=module)
-        own = [f for f in frames if "/torch/" not in f[0]] or frames
+        frames = [f for f in frames if "/torch/" not in f[0]] or frames
+        packages = {_package(cls) for _, cls in stack.values()}
+        own = [f for f in frames if (found := _INSTALLED.search(f[0])) is None or found[1] in packages] or frames
         file, line, code = own[-1]
         return cls(file, int(line), code.strip(), module)
 

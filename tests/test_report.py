@@ -70,6 +70,23 @@ class TestSource:
         found = Source.of(node_with(stack_trace=self.TRACE))
         assert (found.file, found.line, found.code) == ("/home/me/attention.py", 34, "return scores @ v")
 
+    LIBRARY = (
+        TRACE + '  File "/env/lib/site-packages/einops/_backends.py", line 291, in einsum\n    return torch.einsum()\n'
+    )
+
+    def test_no_frame_of_a_library(self):
+        found = Source.of(node_with(stack_trace=self.LIBRARY))
+        assert (found.file, found.line) == ("/home/me/attention.py", 34)
+
+    @pytest.mark.parametrize("cls", [type("Layer", (), {"__module__": "einops.layers"}), "einops.layers.Layer"])
+    def test_a_library_that_the_model_is_from(self, cls):
+        found = Source.of(node_with(stack_trace=self.LIBRARY, nn_module_stack={"a": ("L['self'].layer", cls)}))
+        assert (found.line, found.module) == (291, "layer")
+
+    def test_nothing_but_libraries(self):
+        last = self.LIBRARY.splitlines(keepends=True)[-2:]
+        assert Source.of(node_with(stack_trace="".join(last))).line == 291
+
     def test_the_module_path(self):
         stack = {"a": ("L['self']", object), "b": ("L['self'].layers.0.attention", object)}
         found = Source.of(node_with(stack_trace=self.TRACE, nn_module_stack=stack))

@@ -269,3 +269,39 @@ def test_sums_that_do_not_merge(update, n):
 )
 def test_sums_that_merge(update):
     assert_rewritten(updated(update), *heads(6), compiled=False)
+
+
+# --------------------------------------------------------------------------------------- a bound on a product of decays
+
+
+def divided(bound):
+    """The states of all tokens at once: keys are divided by the product of the decays up to them."""
+
+    def run(q, k, v, a):
+        p = F.logsigmoid(a).cumsum(-1).exp()[..., None, None]
+        return read(q, p * (outer(k, v) / bound(p)).cumsum(2))
+
+    return run
+
+
+BOUNDS = {
+    "clamp": lambda p: p.clamp(min=1e-8),
+    "clamp_min": lambda p: p.clamp_min(1e-8),
+    "maximum": lambda p: torch.maximum(p, torch.full_like(p, 1e-8)),
+}
+
+
+@pytest.mark.parametrize("bound", BOUNDS)
+def test_a_bound_on_the_product_of_decays(bound):
+    miss = only_reason(divided(BOUNDS[bound]), *heads(12, ()))
+    assert miss.obligation == "decay" and f"bounded ({bound})" in miss.found
+
+
+def test_a_product_of_decays_without_a_bound():
+    assert_rewritten(divided(lambda p: p), *heads(12, ()), compiled=False)
+
+
+def test_a_key_that_misses_its_own_decay():
+    """Where nothing is bounded, the prefix sums are what is told."""
+    miss = only_reason(divided(lambda p: 1.0), *heads(12, ()))
+    assert miss.obligation == "unit-diagonal"

@@ -48,6 +48,23 @@ FORMS = {
     "whole numbers": (lambda q, k, v, m: (q @ k.mT).masked_fill(m == 0, 0) @ v, lambda: causal().long()[None, None]),
     "chosen by": (lambda q, k, v, m: torch.where(m > 0, q @ k.mT, 0) @ v, lambda: causal().int()),
     "added": (in_logarithms, lambda: torch.zeros(N, N).masked_fill(~causal(), float("-inf"))),
+    "one and minus infinity": (
+        lambda q, k, v, m: (q @ k.mT).masked_fill(m == float("-inf"), 0) @ v,
+        lambda: torch.ones(N, N).masked_fill(~causal(), float("-inf")),
+    ),
+    "one and its opposite": (
+        lambda q, k, v, m: torch.where(m > 0, q @ k.mT, 0) @ v,
+        lambda: torch.where(causal(), 1.0, -1.0).bfloat16(),
+    ),
+    "what comes later": (
+        lambda q, k, v, m: (q @ k.mT).masked_fill(m == 1.0, 0) @ v,
+        lambda: torch.ones(N, N).masked_fill(~causal(), float("-inf")),
+    ),
+    "a half": (weighted, lambda: 0.5 * causal().float()),
+    "hidden by a number": (
+        lambda q, k, v, m: torch.where(m == 10000.0, 0.0, q @ k.mT) @ v,
+        lambda: torch.where(causal(), -0.5, 10000.0).expand(B, H, N, N),
+    ),
     "decay": (weighted, decay),
     "logarithms of a decay": (in_logarithms, logarithms),
 }
@@ -123,6 +140,34 @@ def test_heads_that_attend_to_themselves_alone(n):
     assert_rewritten(weighted, *operands(n), mask)
 
 
+OTHER_NUMBERS = {
+    "neither": (lambda: two(1.0, float("-inf")), lambda s, m: s.masked_fill(m == 0.0, 0)),
+    "three": (lambda: two(1.0, float("-inf"), 2.0), lambda s, m: s.masked_fill(m == float("-inf"), 0)),
+    "no number": (lambda: two(1.0, float("nan")), lambda s, m: s.masked_fill(m != 1.0, 0)),
+    "a product with infinity": (lambda: two(1.0, float("-inf")), lambda s, m: s * m),
+    "a column too many": (
+        lambda: torch.where(causal() | (torch.arange(N) == 3), 1.0, float("-inf")),
+        lambda s, m: s.masked_fill(m == float("-inf"), 0),
+    ),
+    "which rounding decides": (lambda: two(0.1, -0.1), lambda s, m: s.masked_fill(m == 0.1, 0)),
+}
+
+
+def two(inside, outside, first=None):
+    made = torch.where(causal(), inside, outside)
+    return made if first is None else made.index_put((torch.tensor(0), torch.tensor(0)), torch.tensor(first))
+
+
+@pytest.mark.parametrize("name", OTHER_NUMBERS)
+def test_masks_of_other_numbers(name):
+    mask, hide = OTHER_NUMBERS[name]
+
+    def run(q, k, v, m):
+        return hide(q @ k.mT, m) @ v
+
+    assert_refused(run, *operands(), mask())
+
+
 def test_heads_with_windows_of_their_own():
     assert_refused(weighted, *operands(), torch.stack([causal(), causal().triu(-2), causal().triu(-3)]).float())
 
@@ -169,6 +214,23 @@ class TestOtherValues:
                 args = [*operands(n), mask]
                 torch.testing.assert_close(run(*args), weighted(*args))
         assert len(analyses) <= guards.MAX_PASSED
+
+    def test_of_other_numbers(self):
+        """The same band by one other number, and another band by the same."""
+
+        def hidden(q, k, v, mask):
+            return (q @ k.mT).masked_fill(mask == float("-inf"), 0) @ v
+
+        low = float("-inf")
+        others = (1.0, low, 1), (1.0, -1e9, 1), (low, 1.0, 1), (2.0, low, 1), (1.0, low, 2)
+        for dynamic in (False, True):
+            torch._dynamo.reset()
+            run = torch.compile(hidden, backend="lightning", dynamic=dynamic)
+            for n in (N, N + 4):
+                for inside, outside, above in others:
+                    mask = torch.where(torch.ones(n, n).triu(above) > 0, outside, inside)
+                    args = [*operands(n), mask]
+                    torch.testing.assert_close(run(*args), hidden(*args))
 
     def test_written_into(self):
         run, mask = torch.compile(weighted, backend="lightning", dynamic=False), causal().float()

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from .arithmetic import Arithmetic
 from .limits import MAX_TERMS, GiveUp, Unmerged, bounded
+from .structure import SMALLEST
 
 
 class Engine(Arithmetic):
     """The algebra of one analysis: one instance per graph."""
 
 
-__all__ = ["MAX_TERMS", "Engine", "GiveUp", "Unmerged", "bounded"]
+__all__ = ["MAX_TERMS", "SMALLEST", "Engine", "GiveUp", "Unmerged", "bounded"]

@@ -8,9 +8,11 @@ from itertools import combinations
 
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import NO_EXPONENT, Access
-from ..domain.leaves import Table
+from ..domain.leaves import POSITIVE_OF_POSITIVE, Argument, Number, Opaque, Symbol, Table
 from ..domain.term import Term, Val
 from .program import Program
+
+SMALLEST = 1e-4  # one over it is a number in fp16
 
 
 class Structure(Program):
@@ -67,13 +69,43 @@ class Structure(Program):
         return self.plain(v) and not self.index_only(v) and any(part(*a) for t in v.terms for a in t.accs)
 
     def never_nan(self, v: Val) -> bool:
-        """Made of indices, known numbers and weights alone: over the reals no entry is nan or inf.
+        """Made of indices, known numbers, weights and their row sums alone: over the reals no entry is nan or inf.
 
         Where the program has one all the same, gamma ** (i - j) has overflowed above the diagonal and met a zero there.
         """
         terms = [t for c in v.cases for t in c.terms]
-        known = all(isinstance(self.leaves[leaf].kind, Table) for t in terms for leaf, _ in t.accs)
+        kinds = {leaf: self.leaves[leaf].kind for t in terms for leaf, _ in t.accs}
+        known = all(isinstance(kind, Table) or self._positive_number(leaf) for leaf, kind in kinds.items())
         return v.alt is None and known and not any(math.isinf(t.coef) for t in terms)
+
+    def _positive_number(self, leaf: int) -> bool:
+        """Whether it is made of sums of weights that one of them alone keeps from being nothing, in any format."""
+        kind = self.leaves[leaf].kind
+        if isinstance(kind, Opaque):
+            return kind.reading is not None and self._holds_one(kind.reading)
+        if not isinstance(kind, Symbol) or kind.op not in POSITIVE_OF_POSITIVE or kind.kwargs:
+            return isinstance(kind, Table) and self.leaves[leaf].interval[0] > 0
+        numbers = [a.value if isinstance(a, Number) else a for a in kind.args if not isinstance(a, Argument)]
+        inside = [a for a in kind.args if isinstance(a, Argument)]
+        return all(n is None or n > 0 for n in numbers) and all(
+            a.dtype is None and self._positive_number(a.leaf) for a in inside
+        )
+
+    def _holds_one(self, v: Val) -> bool:
+        """Whether it is a sum of weights, one of which is a number for every entry: that of the diagonal is 1."""
+        if not v.single or any(t.accs or t.coef <= 0 or t.poly != ONE for t in v.terms):
+            return False
+        return any(t.coef >= SMALLEST and self._is_somewhere_a_number(t, v.shape) for t in v.terms)
+
+    def _is_somewhere_a_number(self, t: Term, shape: tuple[Aff, ...]) -> bool:
+        bound = t.bound(self.space)
+        if len(bound) != 1 or len(t.guards) != 2:
+            return not t.exp and not t.guards
+        (x,) = bound
+        ends = self.bounds(x, t.guards).ends
+        if ends is None or self.space.lower(ends[1] - ends[0], self.box(shape)) < 0:
+            return False
+        return any(not t.exp.sub(self.space, {x: end}) for end in ends)
 
     def structured_term(self, t: Term) -> bool:
         """Worth looking into rather than taking as it is: weighted, guarded, or summed over a part of a dimension."""

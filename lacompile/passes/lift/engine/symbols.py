@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ...._compat import takes_no_number
+from ..domain.affine import Aff
 from ..domain.exponent import Access, Exponent, Mono
 from ..domain.leaves import Number, Symbol, Table
 from ..domain.precision import jumps
@@ -140,6 +141,8 @@ class Symbols(Tables):
         """
         if any(isinstance(x, Val) for x in kwargs.values()):
             raise GiveUp("a tensor among the keyword arguments")
+        if (found := self._of_padded(op, args, kwargs, out, dtypes)) is not None:
+            return found
         shape = self.shape(out)
         scalars = [isinstance(a, Val) and not a.shape for a in args]
         args = [self.held(a) if isinstance(a, Val) else a for a in args]
@@ -155,6 +158,43 @@ class Symbols(Tables):
             if isinstance(vals[n], Val) and isinstance(x, int | float) and takes_no_number(op, n):
                 spec[n] = Number(float(x), formats[n], scalars[n])
         return value(shape, [Term(accs=(self._symbol(op, spec, out.dtype, kwargs),))])
+
+    def _of_padded(
+        self, op: Any, args: Sequence[Any], kwargs: dict[str, Any], out: torch.Tensor, dtypes: Sequence[Any]
+    ) -> Val | None:
+        """A function of data that is padded with a number of which it is zero, as the logarithm of gates and ones.
+
+        It is that of the data, continued by zeros; None if it is something else.
+        """
+        if len(args) != 1 or not isinstance(args[0], Val) or args[0].single or args[0].shape != self.shape(out):
+            return None
+        v = args[0]
+        if self.index_only(v):
+            return None
+        inside = [c for c in v.cases if any(t.accs for t in c.terms)]
+        outside = {c.terms for c in v.cases if c not in inside}
+        if len(inside) != 1 or len(outside) != 1 or not self._within_its_ends(inside[0], v.shape):
+            return None
+        (number,) = (value(v.shape, terms, precision=v.precision) for terms in outside)
+        try:
+            zero = self.pointwise(op, [number], kwargs, out, dtypes)
+            if zero.terms:
+                return None
+            data = self.pointwise(op, [value(v.shape, inside[0].terms)], kwargs, out, dtypes).one
+        except GiveUp:
+            return None
+        if data is None or len(data.accs) != 1 or data != Term(accs=data.accs):
+            return None
+        ((leaf, idx),) = data.accs
+        return value(v.shape, [Term(accs=((self.leaves.extended(leaf), idx),))])
+
+    def _within_its_ends(self, c: Case, shape: tuple[Aff, ...]) -> bool:
+        """Whether a case is one entry of one tensor, wherever that has one."""
+        if len(c.terms) != 1 or len(c.terms[0].accs) != 1 or c.terms[0] != Term(accs=c.terms[0].accs):
+            return False
+        ((leaf, idx),) = c.terms[0].accs
+        ends = (g for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) for g in (i, n - 1 - i))
+        return self.prune(ends, shape) == self.prune(c.guards, shape)
 
     def detached(self, v: Val) -> Val:
         """``v`` with every factor detached, those of its weights too."""

@@ -23,7 +23,7 @@ def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, 
     """What was fitted, with this slope in steps of this distance; without one where it only selects."""
     mask = truth(engine, shape, found.guards)
     inside = _weight(found, distance, slope)
-    outside = (Term(found.outside),) if found.log_space else ()
+    outside = _number(found.chosen[1]) if slope is None else (Term(found.outside),) if found.log_space else ()
     cases = tuple(Case(c.guards, inside if c.terms else outside) for c in mask.cases)
     made = engine.join_cases(Val(shape, cases))
     # Zeros and ones are what they are; of a weight only what its format leaves of it is known.
@@ -32,11 +32,15 @@ def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, 
 
 def _weight(found: Fit, distance: Aff, slope: Slope | None) -> tuple[Term, ...]:
     if slope is None:
-        return () if found.log_space else (Term(1.0),)
+        return _number(found.chosen[0])
     mono, sign = slope
     if found.log_space:
         return (Term(float(sign), distance, mono),)
     return (Term(1.0, exp=Exponent.of([(mono, distance * sign)], ())),)
+
+
+def _number(x: float) -> tuple[Term, ...]:
+    return (Term(x),) if x else ()
 
 
 def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tensor) -> Val | None:
@@ -50,8 +54,8 @@ def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tenso
     if exact and (term := powers(numbers.cpu().numpy())) is not None:
         return value(shape, [term])
     found = fit(numbers, EXPONENT_ERROR_FP64 if exact else EXPONENT_ERROR, line=exact)
-    if found is None:
-        return None
+    if found is None or found.numbers is not None:
+        return None  # two numbers may be the signs of features
     if found.selects:
         return as_value(engine, shape, found, ONE, None)
     if found.constant or not (found.guards or exact):

@@ -9,8 +9,8 @@ import math
 
 from ..domain.affine import TAU, Aff
 from ..domain.exponent import Access, Exponent, Mono, sub_mono
-from ..domain.intervals import product
-from ..domain.leaves import Table
+from ..domain.intervals import BOUNDS, product
+from ..domain.leaves import Opaque, Table
 from ..normal.logs import log_summands
 from .proof import Refused, at_position
 from .roles import Roles
@@ -18,6 +18,7 @@ from .roles import Roles
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
 MOST_STEPS = 4096  # of a decay at once: a chunk and more
 GROWTH = 1e-9
+BOUND = {p.__name__ for p in BOUNDS}
 
 
 def _times(f: Aff) -> str:
@@ -167,6 +168,8 @@ class Decay(Roles):
                 ends[up] = ends.pop(up + 1)
                 self.proof.q_weights.append((self._renamed_mono(at_position(mono)), float(ends[up])))
             if set(ends) != {up, down} or abs(ends[up] + ends[down]) > 1e-9:
+                if set(ends) == {up}:
+                    self._refuse_bounded_keys()
                 shown = ", ".join(f"{c:+g} P({p})" for p, c in ends.items())
                 raise Refused("unit-diagonal", "prefix sums P(i+1) - P(j+1)", shown, 5)
             if holders & {self.n, self.j}:
@@ -174,3 +177,16 @@ class Decay(Roles):
             if self.proof.delayed and self.proof.fixed:
                 raise Refused("decay", "one decay", "a decay before a row reads, and one after it", 5)
             self.proof.tokens.append((self._renamed_mono(at_position(mono)), float(ends[up])))
+
+    def _refuse_bounded_keys(self) -> None:
+        """Of ``exp(G_i)`` alone: a bound on ``exp(G_j)``, which is not looked into, is why the keys have none."""
+        for leaf in sorted(self.engine.leaves.data(leaf for leaf, _ in (*self.proof.k, *self.proof.v))):
+            kind = self.engine.leaves[leaf].kind
+            if isinstance(kind, Opaque) and kind.label in BOUND:
+                raise Refused(
+                    "decay",
+                    "a weight exp(G_i - G_j)",
+                    f"exp(G_i) times keys with a factor that is bounded ({kind.label})",
+                    5,
+                    "where a product of decays is at its bound, the weight of a key is no decay any more",
+                )

@@ -10,7 +10,7 @@ from torch import fx
 from ...names import spoken
 from ..domain.affine import ONE
 from ..domain.exponent import Mono
-from ..domain.leaves import Argument, Leaves, Opaque, Symbol
+from ..domain.leaves import Argument, Extended, Leaves, Opaque, Symbol
 from ..prove.proof import N_ROLE, Proof
 
 
@@ -41,6 +41,8 @@ def source(leaves: Leaves, mono: Mono, c: float) -> str:
             inner = ", ".join(name(a.leaf) for a in kind.args if isinstance(a, Argument))
             op = getattr(kind.op, "overloadpacket", kind.op)
             return f"{getattr(op, '__name__', op)}({inner})"
+        if isinstance(kind, Extended):
+            return name(kind.of)
         return "a table of numbers"
 
     factors = " * ".join(name(leaf) for leaf, _ in mono)

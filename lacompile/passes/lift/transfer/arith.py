@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
+from ..domain.affine import Aff
 from ..domain.leaves import Table
 from ..domain.precision import EXACT_UP_TO
 from ..domain.space import box
 from ..domain.term import Precision, Term, Val, constant, value
-from ..engine import GiveUp
+from ..engine import SMALLEST, GiveUp
 from . import Op, rule
 
 aten = torch.ops.aten
-
-SMALLEST = 1e-4  # one over it is a number in fp16
 
 
 def operand(op: Op, n: int) -> Val:
@@ -93,13 +93,21 @@ def div(op: Op) -> Val:
 def _at_two_places(op: Op, a: Val, b: Val) -> bool:
     """Whether a tensor of data is divided by itself at another place, as a running product is, which may be very small.
 
-    Taken apart, 1 / c_j would be a factor of the keys.
+    Taken apart, 1 / c_j would be a factor of the keys. A sum from the first position on, as of a row of scores, is no
+    smaller than what it begins with; in fp16 one over it may still be none, where the scores are small.
     """
     x, y = a.taken, b.taken
     if x is None or y is None:
         return False
-    elsewhere = {leaf for leaf, idx in y.accs if any(leaf == other and idx != at for other, at in x.accs)}
-    found = [op.engine.leaves[leaf] for leaf in elsewhere]
+    space, wide = op.engine.space, op.out.dtype is not torch.float16
+    later = {v for g in y.guards for v, c in g.terms if v < 0 < c and len(space.vars(g)) > 1}
+
+    def elsewhere(idx: Sequence[Aff], at: Sequence[Aff]) -> bool:
+        other = (i for i, j in zip(idx, at, strict=True) if i != j)
+        return not all(wide and any(v < 0 and v not in later for v, _ in i.terms) for i in other)
+
+    apart = {leaf for leaf, idx in y.accs if any(leaf == other and elsewhere(idx, at) for other, at in x.accs)}
+    found = [op.engine.leaves[leaf] for leaf in apart]
     return any(not isinstance(f.kind, Table) and f.interval[0] < SMALLEST for f in found)
 
 

@@ -104,10 +104,10 @@ def isnan(op: Op) -> Val:
 
 @rule(aten.isinf)
 def isinf(op: Op) -> Val:
-    """Of a weight it is asked whether it has overflowed, which the normal form does not know."""
+    """Of a weight, or a sum of them, it is asked whether it has overflowed, which the normal form does not know."""
     numbers = [case_number(c) for c in op.args[0].cases]
     if all(x is not None for x in numbers):
         infinite = (Term(1.0),)
         return op.engine.zip_cases([op.args[0]], lambda g: infinite if g[0] and math.isinf(g[0][0].coef) else ())
-    weight = any(t.exp for c in op.args[0].cases for t in c.terms)
+    weight = any(t.exp for c in op.args[0].cases for t in c.terms) or not op.engine.index_only(op.args[0])
     return constant(op.shape, 0.0) if op.engine.never_nan(op.args[0]) and not weight else op.symbol()

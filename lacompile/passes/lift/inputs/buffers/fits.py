@@ -35,11 +35,18 @@ class Fit:
     constant: bool = False
     outside: float = -math.inf
     """Of logarithms: what every entry outside the band is, a number so low that no weight is left."""
+    numbers: tuple[float, float] | None = None
+    """What every entry inside the band is, and outside, where a mask that only selects does so by two other numbers."""
 
     @property
     def selects(self) -> bool:
         """Without a slope it still says something: where it is zero."""
         return self.constant and bool(self.guards)
+
+    @property
+    def chosen(self) -> tuple[float, float]:
+        """The numbers by which it selects, inside and outside."""
+        return self.numbers or ((0.0, self.outside) if self.log_space else (1.0, 0.0))
 
 
 def fit(tensor: torch.Tensor, error: float = EXPONENT_ERROR, *, square: bool = False, line: bool = False) -> Fit | None:
@@ -57,7 +64,15 @@ def fit(tensor: torch.Tensor, error: float = EXPONENT_ERROR, *, square: bool = F
     pairs = list(_moving_dims(tensor.shape, dims)) if len(dims) > 1 else [tuple(dims)] if line and dims else []
     if square:
         pairs = [p for p in pairs if len(p) == 2 and tensor.shape[p[0]] == tensor.shape[p[1]]]
-    if not pairs or (kind := _kind(tensor)) is None:
+    if not pairs:
+        return None
+    return _weights(tensor, dims, pairs, error, square) or _of_two_numbers(tensor, dims, pairs)
+
+
+def _weights(
+    tensor: torch.Tensor, dims: list[int], pairs: list[tuple[int, ...]], error: float, square: bool
+) -> Fit | None:
+    if (kind := _kind(tensor)) is None:
         return None
     log_space, outside = kind == "log", -math.inf
     if log_space and HIDES > (lowest := float(tensor.min())) > -math.inf:
@@ -72,6 +87,24 @@ def fit(tensor: torch.Tensor, error: float = EXPONENT_ERROR, *, square: bool = F
     return None
 
 
+def _of_two_numbers(tensor: torch.Tensor, dims: list[int], pairs: list[tuple[int, ...]]) -> Fit | None:
+    """A mask of all pairs that tells a band from the rest by any two numbers, such as 1 and minus infinity."""
+    tensor = tensor.detach()
+    if not tensor.is_floating_point() or tensor[(slice(8),) * tensor.dim()].unique().numel() > 2:
+        return None  # most tensors are not, which a corner shows
+    low, high = torch.aminmax(tensor)
+    above = tensor == high
+    if low == high or not bool((above | (tensor == low)).all()):
+        return None
+    numbers = float(high), float(low)
+    for moving in (p for p in pairs if len(p) == 2 and tensor.shape[p[0]] == tensor.shape[p[1]]):
+        heads = tuple(d for d in dims if d not in moving)
+        found = _fit_moving(above, heads, moving, False, EXPONENT_ERROR)
+        if found is not None and found.selects:
+            return Fit(heads, (), found.guards, _no_slopes(tensor, heads), False, True, numbers=numbers)
+    return None
+
+
 def selected(fit: Fit, like: torch.Tensor) -> torch.Tensor:
     """What a mask that only selects looks like in the shape, format and place of another tensor."""
     inside = torch.ones((), dtype=torch.bool, device=like.device)
@@ -81,9 +114,9 @@ def selected(fit: Fit, like: torch.Tensor) -> torch.Tensor:
             steps = torch.arange(like.shape[d], device=like.device) * int(c)
             at = at + steps.reshape([-1 if n == d else 1 for n in range(like.dim())])
         inside = inside & (at >= 0)
-    made = torch.zeros(inside.shape, dtype=like.dtype, device=like.device)
-    made = made.masked_fill(~inside, fit.outside) if fit.log_space else made.masked_fill(inside, 1)
-    return made.expand(like.shape)
+    number, outside = fit.chosen
+    made = torch.full(inside.shape, outside, dtype=like.dtype, device=like.device)
+    return made.masked_fill(inside, number).expand(like.shape)
 
 
 def head_index(fit: Fit) -> tuple[Aff, ...]:
@@ -150,14 +183,18 @@ def _fit_moving(
         if not constant:
             break
     if not readings:
-        size = [tensor.shape[d] for d in heads]
-        never = Slopes(np.full(size, 1.0), np.full(size, -1.0))
         guards = _guards(moving, band, flat)
-        return Fit(heads, (), guards, never, log_space, constant) if constant and guards else None
+        return Fit(heads, (), guards, _no_slopes(tensor, heads), log_space, constant) if constant and guards else None
     slopes = readings[0][1]
     for _, other in readings[1:]:
         slopes = slopes.meet(other) or slopes
     return Fit(heads, tuple(r[0] for r in readings), _guards(moving, band, flat), slopes, log_space, constant)
+
+
+def _no_slopes(tensor: torch.Tensor, heads: tuple[int, ...]) -> Slopes:
+    """Those of what is no decay: they meet no others."""
+    size = [tensor.shape[d] for d in heads]
+    return Slopes(np.full(size, 1.0), np.full(size, -1.0))
 
 
 def _support(flat: torch.Tensor, log_space: bool) -> torch.Tensor:

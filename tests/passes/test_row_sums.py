@@ -1,0 +1,198 @@
+"""Rows that are divided by their sums, without an epsilon: in the square itself, and token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lacompile import explain
+from lacompile.backend import decide
+from lacompile.options import Options
+from lacompile.testing import assert_refused, assert_rewritten
+
+from .drawn import qkv
+
+B, H, N, D = 2, 3, 12, 4
+FEATURES = {
+    "none": lambda x: x,
+    "elu": lambda x: F.elu(x) + 1,
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda x: x.softmax(-1),
+}
+
+
+def positive(q, k, v):
+    """Features of which no row sum is near 0, whatever they are mapped by."""
+    return [q.detach().abs().requires_grad_(), k.detach().abs().requires_grad_(), v]
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("how", ["kept", "squeezed", "einsum"])
+def test_scores_divided_by_their_row_sums(features, how):
+    phi = FEATURES[features]
+
+    def run(q, k, v):
+        a = (phi(q) @ phi(k).mT).tril()
+        total = {
+            "kept": lambda: a.sum(-1, keepdim=True),
+            "squeezed": lambda: a.sum(-1)[..., None],
+            "einsum": lambda: torch.einsum("bhij->bhi", a)[..., None],
+        }[how]()
+        return (a / total) @ v
+
+    report = assert_rewritten(run, *positive(*qkv(B, H, N, D)), count=2, compiled=False)
+    assert not report.near_misses
+
+
+def test_decayed_scores_divided_by_their_row_sums():
+    def run(q, k, v):
+        i = torch.arange(N)
+        a = F.elu(q).add(1) @ F.elu(k).add(1).mT * (0.9 ** (i[:, None] - i)).tril()
+        return (a / a.sum(-1, keepdim=True)) @ v
+
+    assert_rewritten(run, *qkv(B, H, N, D), count=2, compiled=False)
+
+
+def test_one_head_without_a_batch():
+    def run(q, k, v):
+        a = (q.sigmoid() @ k.sigmoid().mT).tril()
+        return (a / a.sum(-1, keepdim=True)) @ v
+
+    assert_rewritten(run, *(x[0, 0].detach().requires_grad_() for x in qkv(B, H, N, D)), count=2, compiled=False)
+
+
+def test_small_scores_in_fp16():
+    """One over the sum of small scores is infinite there, and the quotient is not."""
+
+    def run(q, k, v):
+        a = (q @ k.mT).tril()
+        return (a / a.sum(-1, keepdim=True)) @ v
+
+    q, k, v = (x.detach() for x in positive(*qkv(B, H, N, D)))
+    small = (1e-3 * q).half(), (1e-3 * k).half(), v.half()
+    assert run(*small).isfinite().all()
+    assert_refused(run, *small)
+    assert_rewritten(run, *(x.bfloat16() for x in (1e-3 * q, 1e-3 * k, v)), count=2, grads=False, compiled=False)
+
+
+OTHERS = {
+    "absolute values": lambda a: a.abs().sum(-1, keepdim=True),
+    "the largest": lambda a: a.abs().amax(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_scores_divided_by_another_number_of_the_row(other):
+    def run(q, k, v):
+        a = (q @ k.mT).tril()
+        return (a / OTHERS[other](a)) @ v
+
+    assert_rewritten(run, *positive(*qkv(B, H, N, D)), compiled=False)
+
+
+def test_scores_divided_by_the_sums_of_columns():
+    """Each is a factor of its key: of what becomes small with the rows the last columns have next to nothing."""
+
+    def run(q, k, v):
+        a = (q @ k.mT).tril()
+        return (a / a.sum(-2, keepdim=True)) @ v
+
+    assert_refused(run, *positive(*qkv(B, H, N, D)))
+
+
+@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize("decay", [1.0, 0.95])
+def test_tokens_divided_by_their_normaliser(features, decay):
+    phi = FEATURES[features]
+
+    def run(q, k, v):
+        q, k = phi(q), phi(k)
+        state, z, out = q.new_zeros(B, H, D, D), q.new_zeros(B, H, D), []
+        for t in range(N):
+            state = decay * state + k[:, :, t, :, None] * v[:, :, t, None, :]
+            z = decay * z + k[:, :, t]
+            over = (q[:, :, t] * z).sum(-1, keepdim=True)
+            out.append((q[:, :, t, None] @ state)[:, :, 0] / over)
+        return torch.stack(out, 2)
+
+    report = assert_rewritten(run, *positive(*qkv(B, H, N, D)), count=2, compiled=False)
+    assert not report.near_misses
+
+
+def test_tokens_divided_by_the_normaliser_of_another_loop():
+    """Its keys are others, and both sums are right."""
+
+    def run(q, k, v):
+        q, k = q.sigmoid(), k.sigmoid()
+        state, z, out = q.new_zeros(B, H, D, D), q.new_zeros(B, H, D), []
+        for t in range(N):
+            state = state + k[:, :, t, :, None] * v[:, :, t, None, :]
+            z = z + k[:, :, t].square()
+            out.append((q[:, :, t, None] @ state)[:, :, 0] / (q[:, :, t] * z).sum(-1, keepdim=True))
+        return torch.stack(out, 2)
+
+    assert_rewritten(run, *qkv(B, H, N, D), count=2, compiled=False)
+
+
+# ------------------------------------------------------------------------------------- a square that is there anyway
+
+
+def left_of(run, *args):
+    """The names of what the rewritten graph calls, where there is one."""
+    left = []
+
+    def backend(gm, example_inputs):
+        made = decide(gm, example_inputs, Options()).rewritten
+        left.extend(str(n.target) for n in (made or gm).graph.nodes)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(run, backend=backend)(*args)
+    return left
+
+
+def test_the_row_sums_of_scores_that_stay():
+    """Scores that a function is read of stay, and one sum of what is there is less than an operator."""
+
+    def run(q, k, v):
+        a = (q @ k.mT).tril()
+        return (a / (1 + a.sum(-1, keepdim=True).abs())).tanh() @ v
+
+    args = qkv(B, H, N, D)
+    assert_refused(run, *args)
+    assert not any("decayed_attention" in name for name in left_of(run, *args))
+
+
+def test_scores_that_are_a_result_too():
+    """The attention is one, its row sums stay beside the scores that are there for the result."""
+
+    def run(q, k, v):
+        a = (q.sigmoid() @ k.sigmoid().mT).tril()
+        return (a / a.sum(-1, keepdim=True)) @ v, a
+
+    report = assert_rewritten(run, *qkv(B, H, N, D), compiled=False)
+    assert [r.dv for r in report.rewrites] == [D]
+    torch._dynamo.reset()
+    assert len(explain(run, dry_run=True)(*qkv(B, H, N, D)).rewrites) == 1
+
+
+def test_row_sums_that_a_result_is():
+    """Nothing else reads the scores: the sums need no square."""
+
+    def run(q, k):
+        return (q @ k.mT).tril().sum(-1)
+
+    args = qkv(B, H, N, D)[:2]
+    assert_rewritten(run, *args, compiled=False)
+    assert not any("tril" in name for name in left_of(run, *args))
+
+
+def test_the_final_sum_of_keys_beside_scores_that_stay():
+    """No operator is left for the state alone."""
+
+    def run(q, k, v):
+        a = (q @ k.mT).tril()
+        return (a / (1 + a.sum(-1, keepdim=True).abs())).tanh() @ v, k.sum(-2)
+
+    assert_refused(run, *qkv(B, H, N, D))

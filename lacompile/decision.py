@@ -27,6 +27,7 @@ from .passes.lift import Analysis, analyse
 from .passes.rewrite import rewrite
 from .passes.row_sums import worthwhile
 from .passes.schedule import Schedule
+from .passes.steps import lone_step
 from .passes.validate import Validation, validate
 from .passes.vmaps import without_vmaps
 from .report import NearMiss, Report, Rewrite
@@ -188,7 +189,9 @@ def _checked(
     placed = settled(schedule, match)
     if isinstance(placed, Refusal):
         return placed
-    if (problem := _unserved(match) or _unmet(match, real)) is not None:
+    trained = (n for n, x in real.items() if isinstance(x, torch.nn.Parameter))
+    problem = _unserved(match) or _unmet(match, real) or lone_step(schedule, match, trained)
+    if problem is not None:
         return problem
     outcome = validate(schedule, placed, real, _reference, options.validate)
     return outcome if isinstance(outcome, Refusal) else (placed, outcome)

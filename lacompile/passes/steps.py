@@ -1,0 +1,49 @@
+"""One token by itself: a step of decoding, or one of a loop of which no more was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from .facts import DecayedAttention, Expr, Match, Refusal, values_of
+from .schedule import Schedule
+
+
+def lone_step(schedule: Schedule, match: Match, parameters: Iterable[fx.Node]) -> Refusal | None:
+    """Why the attention of one token is left alone, if it is a step of a loop.
+
+    Its state is computed from what its own keys are computed from, and by more than views of an input: so the graph
+    has other steps, and to put an operator in the place of each would cost more than it saves. A step of decoding is
+    given its state.
+    """
+    trained = set(parameters)
+    for fact in match.facts:
+        if _is_step(schedule, fact, trained):
+            return Refusal(
+                "match",
+                "single-term",
+                match.target,
+                "one sum over j <= i",
+                "the sum of one step of an unrolled loop, whose steps do not merge",
+                progress=8,
+            )
+    return None
+
+
+def _is_step(schedule: Schedule, fact: DecayedAttention, trained: set[fx.Node]) -> bool:
+    if fact.length != 1 or fact.initial_state is None:
+        return False
+    state, keys = (_above(schedule, e) for e in (fact.initial_state, fact.k))
+    given = {n for n in state & keys if n.op in ("placeholder", "get_attr")} - trained
+    return bool(given) and any(sum(map(_is_data, n.all_input_nodes)) > 1 for n in state - trained)
+
+
+def _above(schedule: Schedule, expr: Expr) -> set[fx.Node]:
+    return set().union(*(schedule.ancestors(v.node, ()) for v in values_of(expr)))
+
+
+def _is_data(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    return isinstance(example, torch.Tensor) and example.is_floating_point()

@@ -58,7 +58,8 @@ def test_queries_keys_and_values_of_each_token(name):
     def run(x, q, k, v):
         return loop(x, *(lambda x_t, p=p: MAPS[name](x_t, *p) for p in (q, k, v)))
 
-    assert_rewritten(run, tokens(), layer(), layer(), layer(), compiled=False)
+    report = assert_rewritten(run, tokens(), layer(), layer(), layer(), compiled=False)
+    assert report.rewrites[0].length == str(N)
 
 
 @pytest.mark.parametrize("gate", [torch.sigmoid, lambda a: torch.exp(-F.softplus(a))])

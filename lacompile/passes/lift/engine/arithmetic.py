@@ -315,16 +315,11 @@ class Arithmetic(Symbols):
             if v.alt is not None or t is None or len(t.accs) < 2 or t.exp or not t.poly.is_const or t.bound(self.space):
                 return False
             free = t.vars(self.space)
-            whole = [a for a in t.accs if self.space.vars_of(a[1]) == free and self._places(a)]
+            whole = [a for a in t.accs if self.space.vars_of(a[1]) == free and self.places(a)]
             if t.guards or not whole:
                 return False
-            places.append({i for a in t.accs for i in self._places(a)})
-        return places[0] == places[1]
-
-    def _places(self, access: Access) -> list[Aff]:
-        """Where it is read along the dimensions of which it is read at one place."""
-        leaf, idx = access
-        return [i for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if i.is_const and n != ONE]
+            places.append({i for a in t.accs for i in self.places(a)})
+        return places[0] == places[1] and a.terms[0].body != b.terms[0].body
 
     def _updates(self, a: Val, b: Val) -> bool:
         """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""

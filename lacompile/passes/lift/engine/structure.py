@@ -56,6 +56,11 @@ class Structure(Program):
         known = self.index_only(v) or self.plain(unweighed)
         return along and known and not any(t.exp.sums for t in terms)
 
+    def places(self, access: Access) -> list[Aff]:
+        """Where it is read along the dimensions of which it is read at one place."""
+        leaf, idx = access
+        return [i for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if i.is_const and n != ONE]
+
     def in_part(self, v: Val) -> bool:
         """Plain data that is read at one place of a longer tensor, or from a part of it that is no part of features."""
         outer = range(len(v.shape) - 1)

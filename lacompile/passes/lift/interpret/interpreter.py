@@ -318,9 +318,12 @@ class Interpreter:
         return self._memory.made_from(record, self._wholes[fact.node])
 
     def _reads_places(self, v: Val) -> bool:
-        """Whether each factor is read at one place where the value is."""
+        """Whether each factor is read at one place where the value is, or at one token."""
         t = v.taken
-        return t is not None and self.engine.plain_term(t) and all(len(idx) <= len(v.shape) for _, idx in t.accs)
+        if t is None or not self.engine.plain_term(t):
+            return False
+        of_token = [{i for i in a[1] if not i.is_const} if self.engine.places(a) else a[1] for a in t.accs]
+        return all(len(idx) <= len(v.shape) for idx in of_token)
 
     def _tensor_of(self, node: fx.Node) -> torch.Tensor | None:
         return self.facts[node].tensor if node in self.facts else self._given.get(node)

@@ -48,8 +48,9 @@ def full(op: Op) -> Val:
         "fill_value",
     )
     if isinstance(fill, bool | int | float) and not math.isnan(fill):
-        from_nothing = op.func.overloadpacket is aten.full
-        return constant(op.shape, rounded(float(fill), op.out.dtype) if from_nothing else float(fill))
+        # fp32 leaves of a rate what other numbers of the program agree with; of a short format it is another rate
+        short = op.func.overloadpacket is aten.full and op.out.dtype in (torch.bfloat16, torch.float16)
+        return constant(op.shape, rounded(float(fill), op.out.dtype) if short else float(fill))
     raise GiveUp("a fill value that is not a number")
 
 

@@ -113,6 +113,7 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
         real: the inputs at hand of those placeholders that are none of the region's inputs.
     """
     held = region.with_copies(env)
+    numbers: set[fx.Node] = set()  # what the program computes from nothing else
     for node in region.nodes:
         if node.op == "placeholder":
             held[node] = _own(real[node]) if not isinstance(real[node], torch.SymInt) else plain_int(real[node])
@@ -131,8 +132,26 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
                 held[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             if is_constant(node):
                 held[node] = _in_own_precision(node, held[node])
+            if all(n.op == "get_attr" or n in numbers for n in node.all_input_nodes):
+                numbers.add(node)
+                held[node] = _in_own_precision(node, held[node]) if _is_short(node) else held[node]
             held[node] = _in_fp64(held[node])
     return held
+
+
+def short_numbers(region: Region) -> set[torch.dtype]:
+    """The short formats in which known numbers are computed, and rounded."""
+    numbers: set[fx.Node] = set()
+    for node in region.nodes:
+        known = all(n.op == "get_attr" or n in numbers for n in node.all_input_nodes)
+        if known and node.op not in ("placeholder", "get_attr"):
+            numbers.add(node)
+    return {n.meta["example_value"].dtype for n in numbers if _is_short(n)}
+
+
+def _is_short(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    return isinstance(example, Tensor) and example.dtype in (torch.bfloat16, torch.float16)
 
 
 def is_constant(node: fx.Node) -> bool:

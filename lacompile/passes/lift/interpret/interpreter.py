@@ -67,6 +67,7 @@ class Interpreter:
     _gave_up: str | None = None
     _repeatable: bool = True  # whether the node has run operations of PyTorch alone, and known ones
     _given: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs and constants
+    _written: set[fx.Node] = field(default_factory=set)  # that are computed from numbers of the program alone
     _leaves: int = 0  # how many there were when the last node had been run
     _wholes: dict[fx.Node, Val] = field(default_factory=dict)  # of which parts are called with, as leaves
 
@@ -114,7 +115,8 @@ class Interpreter:
         try:
             # a kernel of PyTorch may ask whether a size is 1, which Dynamo did before; a rule has not been asked before
             with no_number_for_a_symbol(self._mode, no_answer=True):
-                return transfer(self._completed(op))
+                found = transfer(self._completed(op))
+            return self.numbers.in_format(found, op.out) if isinstance(found, Val) and self._writes_numbers() else found
         except GiveUp as reason:
             return self._give_up(op, str(reason), isinstance(reason, Unmerged))
         except AnotherInEachCall as reason:
@@ -122,6 +124,12 @@ class Interpreter:
         except Exception as broken:  # a rule at fault costs this value, and nothing else of the program
             log.debug("%s could not be lifted", func, exc_info=True)
             return self._give_up(op, f"internal error: {type(broken).__name__}: {broken}")
+
+    def _writes_numbers(self) -> bool:
+        """Whether the node is computed from nothing but numbers that the program writes, and no input."""
+        return (
+            all(n.op == "get_attr" or n in self._written for n in self._node.all_input_nodes) if self._node else False
+        )
 
     def _completed(self, op: Op) -> Op:
         """With tables that are read as the weights that they are."""
@@ -187,6 +195,8 @@ class Interpreter:
         if node.op == "output":
             self._demand(node.all_input_nodes)
             return []
+        if self._writes_numbers():
+            self._written.add(node)
         gave_up, self._gave_up = self._gave_up, None
         repeatable, self._repeatable = self._repeatable, True
         if gave_up is not None:
@@ -262,11 +272,14 @@ class Interpreter:
         t = val.taken
         if t is None or len(t.accs) != 1 or node.op not in CALLS or node in self._memory.record(tensor).root.writers:
             return val
-        kind = self.engine.leaves[t.accs[0][0]].kind
+        leaf = self.engine.leaves[t.accs[0][0]]
+        kind = leaf.kind
         if not isinstance(kind, Opaque) or kind.node is not node or kind.unmerged or kind.series is not None:
             return val
         call = self._circumstances(node, tensor, repeatable)
-        found = self.series.piece(node, val.shape, tensor.dtype, self._given_to, kind, call)
+        found = self.series.piece(
+            node, val.shape, tensor.dtype, self._given_to, kind, (leaf.interval, leaf.rests_on), call
+        )
         if found is None:
             return val
         piece = value(val.shape, [Term(accs=(found,))], precision=Precision.EXACT)

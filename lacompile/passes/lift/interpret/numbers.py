@@ -18,6 +18,7 @@ from ..inputs.fitted import fitted_constant
 from ..transfer import Op
 
 MAX_BAKED = 65_536
+SHORT = (torch.bfloat16, torch.float16)
 
 
 class Numbers:
@@ -82,6 +83,25 @@ class Numbers:
                 found = replace(self.engine.broadcast(found, v.shape), precision=min(found.precision, v.precision))
             self._weights[key] = found or v
         return self._weights[key]
+
+    def in_format(self, v: Val, out: torch.Tensor) -> Val:
+        """Known numbers as a short format leaves them, but positions and their weights: 0.9985 is 1 in bf16.
+
+        What is lost of a weight differs from entry to entry; what is lost of a rate is lost again in each step.
+        """
+        if out.dtype not in SHORT or not v.single or not self.engine.index_only(v):
+            return v
+        if any(
+            t.guards or t.exp.sums or not all(f.is_const for f in (t.poly, *(f for _, f in t.exp.lin))) for t in v.terms
+        ):
+            return v
+        try:
+            numbers = torch.from_numpy(self.engine.array(v).copy())
+            left = numbers.to(out.dtype).double()
+            known = v if torch.equal(left, numbers) else self.engine.table_value(left.numpy(), v.shape)
+        except GiveUp:
+            return v
+        return replace(known, precision=v.precision)
 
     def made_by(self, op: Op) -> Val | None:
         """A tensor made from numbers alone (linspace, logspace): make it and take its numbers."""

@@ -18,7 +18,7 @@ from torch import fx
 
 from ..domain.affine import ONE, ZERO, Aff
 from ..domain.exponent import Access
-from ..domain.leaves import HERE, Leaf, Leaves, Opaque, Series
+from ..domain.leaves import HERE, Interval, Leaf, Leaves, Opaque, Series
 from ..domain.term import Term, Val
 from .windows import Window
 
@@ -53,6 +53,10 @@ class Circumstances:
     as_made: bool
 
 
+Bounds = tuple[Interval, frozenset[fx.Node]]
+"""The interval of a leaf, and the inputs whose values that was read off."""
+
+
 class NoPlace(Exception):
     """An argument is no part of a longer tensor, or of two in different places."""
 
@@ -78,6 +82,7 @@ class SeriesTable:
         dtype: torch.dtype,
         value_of: Callable[[fx.Node], Val | None],
         kind: Opaque,
+        bounds: Bounds,
         call: Circumstances,
     ) -> Access | None:
         """The value of a call as a part of the tensor of all such values; None if it is none.
@@ -88,6 +93,7 @@ class SeriesTable:
             dtype: of its value.
             value_of: what is known of an argument.
             kind: of the leaf that its value is by itself.
+            bounds: of that leaf.
             call: what else tells it from others.
         """
         try:
@@ -101,7 +107,7 @@ class SeriesTable:
         if stacked and place.length != 1:
             return None
         rest = (*shape[:dim], *shape[dim if stacked else dim + 1 :])
-        named = (key, dim, stacked, rest, place.of, dtype, call.records_gradients)
+        named = (key, dim, stacked, rest, place.of, dtype, call.records_gradients, bounds)
         leaf, series = next(
             found
             for nth in count()  # with other numbers the same call is another one
@@ -148,9 +154,9 @@ class SeriesTable:
 
     def _series(self, key: Any, kind: Opaque) -> tuple[int, Series]:
         if key not in self._found:
-            (_, _, args, _), dim, stacked, rest, length, dtype, _, _ = key
+            (_, _, args, _), dim, stacked, rest, length, dtype, _, bounds, _ = key
             series = Series(dim, stacked, _access(args))
-            leaf = Leaf(replace(kind, node=None, series=series), (*rest[:dim], length, *rest[dim:]), dtype)
+            leaf = Leaf(replace(kind, node=None, series=series), (*rest[:dim], length, *rest[dim:]), dtype, *bounds)
             self._found[key] = self._leaves.add(leaf), series
         return self._found[key]
 

@@ -7,7 +7,6 @@ import math
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
-from ..domain.precision import rounded
 from ..domain.term import Term, Val, constant, value
 from ..engine import GiveUp
 from . import Op, rule
@@ -48,9 +47,7 @@ def full(op: Op) -> Val:
         "fill_value",
     )
     if isinstance(fill, bool | int | float) and not math.isnan(fill):
-        # fp32 leaves of a rate what other numbers of the program agree with; of a short format it is another rate
-        short = op.func.overloadpacket is aten.full and op.out.dtype in (torch.bfloat16, torch.float16)
-        return constant(op.shape, rounded(float(fill), op.out.dtype) if short else float(fill))
+        return constant(op.shape, float(fill))
     raise GiveUp("a fill value that is not a number")
 
 

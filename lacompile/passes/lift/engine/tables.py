@@ -90,7 +90,8 @@ class Tables(Cases):
         sizes = {a.terms[0][0]: self.length(shape[a.terms[0][0]]) for a in idx if not a.is_const}
         places = (int(a.const) if a.is_const else (int(a.const), sizes[a.terms[0][0]]) for a in idx)
         array = numbers[tuple(p if isinstance(p, int) else slice(p[0], sum(p)) for p in places)]
-        return array.transpose(np.argsort(list(sizes))).reshape([sizes.get(d, 1) for d in range(len(shape))])
+        order = sorted(range(len(sizes)), key=list(sizes).__getitem__)
+        return array.transpose(order).reshape([sizes.get(d, 1) for d in range(len(shape))])
 
     def table_value(self, array: np.ndarray, shape: tuple[Aff, ...], made: np.ndarray | None = None) -> Val:
         """Known numbers as a value; only the dimensions that matter are kept, and a line 0, 1, 2 ... is an index.

@@ -96,9 +96,10 @@ class Numbers:
         ):
             return v
         try:
-            numbers = torch.from_numpy(self.engine.array(v).copy())
-            left = numbers.to(out.dtype).double()
-            known = v if torch.equal(left, numbers) else self.engine.table_value(left.numpy(), v.shape)
+            with outside_modes():
+                numbers = torch.tensor(self.engine.array(v), dtype=torch.float64)
+                left = numbers.to(out.dtype).double()
+                known = v if torch.equal(left, numbers) else self.engine.table_value(left.numpy(), v.shape)
         except GiveUp:
             return v
         return replace(known, precision=v.precision)

@@ -113,7 +113,7 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
         real: the inputs at hand of those placeholders that are none of the region's inputs.
     """
     held = region.with_copies(env)
-    numbers: set[fx.Node] = set()  # what the program computes from nothing else
+    numbers = short_numbers(region)
     for node in region.nodes:
         if node.op == "placeholder":
             held[node] = _own(real[node]) if not isinstance(real[node], torch.SymInt) else plain_int(real[node])
@@ -130,23 +130,20 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
                 held[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
             else:
                 held[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            if is_constant(node):
+            if is_constant(node) or node in numbers:
                 held[node] = _in_own_precision(node, held[node])
-            if all(n.op == "get_attr" or n in numbers for n in node.all_input_nodes):
-                numbers.add(node)
-                held[node] = _in_own_precision(node, held[node]) if _is_short(node) else held[node]
             held[node] = _in_fp64(held[node])
     return held
 
 
-def short_numbers(region: Region) -> set[torch.dtype]:
-    """The short formats in which known numbers are computed, and rounded."""
+def short_numbers(region: Region) -> set[fx.Node]:
+    """What the program computes in a short format from its own numbers alone: the analysis rounds these too."""
     numbers: set[fx.Node] = set()
     for node in region.nodes:
         known = all(n.op == "get_attr" or n in numbers for n in node.all_input_nodes)
         if known and node.op not in ("placeholder", "get_attr"):
             numbers.add(node)
-    return {n.meta["example_value"].dtype for n in numbers if _is_short(n)}
+    return set(filter(_is_short, numbers))
 
 
 def _is_short(node: fx.Node) -> bool:

@@ -200,7 +200,7 @@ def _compare(
         ),
         default=0.0,
     )
-    read = [*(n.meta["example_value"].dtype for n in by_value), *short_numbers(region)]
+    read = {n.meta["example_value"].dtype for n in by_value | short_numbers(region)}
     tolerance = max([EXACT, *(LOW_PRECISION[dtype] for dtype in read if dtype in LOW_PRECISION)])
     if any(map(_writes_fractions, region.nodes)):  # the rate of each step may be off by as much as its format rounds
         steps = max(plain_int(f.length) for f in match.facts)

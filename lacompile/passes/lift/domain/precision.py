@@ -80,10 +80,10 @@ def jumps(
         return True
     used = {d if d.is_floating_point else torch.get_default_dtype() for d in formats if d is not None}
     numbers = [x for x in vals if isinstance(x, float)]
-    return bool(known) and any(rounded(x, d) != x for x in numbers for d in used)
+    return bool(known) and any(_rounded(x, d) != x for x in numbers for d in used)
 
 
-def rounded(x: float, dtype: torch.dtype) -> float:
+def _rounded(x: float, dtype: torch.dtype) -> float:
     with outside_modes():
         return float(torch.tensor(x, dtype=dtype))
 
@@ -116,8 +116,8 @@ def _between_whole_numbers(engine: Engine, x: Val, other: Val, dtype: torch.dtyp
     t = x.one
     if t is None or t.accs or t.exp or t.guards or not t.poly.is_const or _unit(engine, other) != 1:
         return False
-    number = rounded(t.coef, dtype)
-    return not number.is_integer() and not t.coef.is_integer() and math.floor(number) == math.floor(t.coef)
+    rounded = _rounded(t.coef, dtype)
+    return not rounded.is_integer() and not t.coef.is_integer() and math.floor(rounded) == math.floor(t.coef)
 
 
 def _never_long(engine: Engine, v: Val) -> bool:

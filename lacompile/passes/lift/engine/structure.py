@@ -45,9 +45,9 @@ class Structure(Program):
 
     def of_features(self, v: Val, w: Val) -> bool:
         """Whether ``v`` has the features of ``w`` and less of its other dimensions, and moves along features alone."""
-        if not v.shape or len(v.shape) > len(w.shape) or not v.shape[-1] == w.shape[-1] != ONE:
+        if not v.shape or v.shape == w.shape or len(v.shape) > len(w.shape):
             return False
-        if len(v.shape) == len(w.shape) and v.shape == w.shape:
+        if not v.shape[-1] == w.shape[-1] != ONE:
             return False
         last, terms = len(v.shape) - 1, [t for c in v.cases for t in c.terms]
         moving = [m for t in terms for m, f in t.exp.lin if not f.is_const]

@@ -108,12 +108,10 @@ class SeriesTable:
             return None
         rest = (*shape[:dim], *shape[dim if stacked else dim + 1 :])
         named = (key, dim, stacked, rest, place.of, dtype, call.records_gradients, bounds)
-        leaf, series = next(
-            found
-            for nth in count()  # with other numbers the same call is another one
-            if self._calls.setdefault(((found := self._series((*named, nth), kind))[0], place.start), numbers)
-            == numbers
-        )
+        for nth in count():
+            leaf, series = self._series((*named, nth), kind)
+            if self._calls.setdefault((leaf, place.start), numbers) == numbers:
+                break  # with other numbers the same call is another one
         again = call.repeatable and series.pieces.get(place.start, (None, 0))[1] == place.length
         if not again and not series.add(node, place.start, place.length):
             return None

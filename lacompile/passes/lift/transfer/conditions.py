@@ -235,7 +235,7 @@ def both(op: Op) -> Val:
 def mul(op: Op) -> Val:
     if any(d is torch.bool for d in op.dtypes if d) and op.out.dtype is torch.bool:
         return _both(op)
-    if _weighs_features(op):
+    if (op.engine.weighed_whole or not op.engine.weighed) and _weighs_features(op):
         op.engine.weighed = True
         if op.engine.weighed_whole:
             raise GiveUp("features times known numbers, which are taken as they are")

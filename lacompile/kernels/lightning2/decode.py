@@ -9,9 +9,9 @@ walk over it in tiles made for long sequences; here it stays in fp32 registers w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..reference import head_count
 from ..tuning.space import next_power_of_2
 from . import launch
+from .calls import Calls, Launch, signature
 from .decay import to_log2
 
 MAX_TOKENS = 16
@@ -100,20 +101,26 @@ def decode_kernel(
     v_from = v_ptr + b * v_b + h // v_group * v_h
     g_from = g_ptr + b * g_b + h * g_h
     o_from = o_ptr + b * o_b + h * o_h
+    q = tl.load(q_from + k_at, mask=in_k, other=0.0)
+    k = tl.load(k_from + k_at, mask=in_k, other=0.0)
+    v = tl.load(v_from + v_at, mask=in_v, other=0.0)
     factor = tl.exp2(to_log2(tl.load(g_from)))
-    for _ in range(length):
-        q = tl.load(q_from + k_at, mask=in_k, other=0.0).to(tl.float32)
-        k = tl.load(k_from + k_at, mask=in_k, other=0.0).to(tl.float32)
-        v = tl.load(v_from + v_at, mask=in_v, other=0.0).to(tl.float32)
+    for t in range(length):
+        q_row, k_row, v_row, decay = q.to(tl.float32), k.to(tl.float32), v.to(tl.float32), factor
+        # The next token is asked for before this one is worked on; behind the last one there is none, so that again.
+        more = (t + 1 < length).to(tl.int32)
+        q_from += more * q_t
+        k_from += more * k_t
+        v_from += more * v_t
+        q = tl.load(q_from + k_at, mask=in_k, other=0.0)
+        k = tl.load(k_from + k_at, mask=in_k, other=0.0)
+        v = tl.load(v_from + v_at, mask=in_v, other=0.0)
         if PER_TOKEN:
+            g_from += more * g_t
             factor = tl.exp2(to_log2(tl.load(g_from)))
-            g_from += g_t
-        state = state * factor + k[:, None] * v[None, :]
-        o = tl.sum(q[:, None] * state, 0) * scale
+        state = state * decay + k_row[:, None] * v_row[None, :]
+        o = tl.sum(q_row[:, None] * state, 0) * scale
         tl.store(o_from + v_at, o.to(o_ptr.dtype.element_ty), mask=in_v)
-        q_from += q_t
-        k_from += k_t
-        v_from += v_t
         o_from += o_t
     if STORE_END:
         at = k_at[:, None] * e_k + v_at[None, :] * e_v
@@ -153,20 +160,42 @@ def attend_short(
         start: states before the first token ``[B,H,Dk,Dv]``, any float dtype and strides; zero if not given.
         end: fp32 memory for the states after the last token, or None. It may be ``start``.
     """
+    with launch.on_device_of(q):
+        q, k, v = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v)
+        key = signature(q, k, v, log_decay, start, end), scale
+        call = CALLS.get(key, lambda: _prepare(q, k, v, log_decay, float(scale), start, end))
+        return call(q, k, v, log_decay, start, end)
+
+
+Call = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+CALLS: Calls[Call] = Calls()
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, start: Tensor | None, end: Tensor | None
+) -> Call:
+    """A function for tensors like these."""
     heads = head_count(q, k, v, log_decay, start)
     batch, _, length, dk = q.shape
     dv = v.shape[3]
     o = launch.empty_like_q(q, heads, dv)
-    q, k, v = (launch.unit_last(x) for x in (q, k, v))
     bk, bv, warps = tile(dk, dv)
     nowhere = (0, 0, 0, 0)
-    with torch.cuda.device_of(q):
-        decode_kernel[(batch * heads * launch.blocks(dv, bv),)](
-            q, k, v, o, log_decay, q if start is None else start, o if end is None else end,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *o.stride()[:3], *launch.decay_strides(log_decay),
-            *(nowhere if start is None else start.stride()), *(nowhere if end is None else end.stride()),
-            float(scale), heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1], length,
-            DK=dk, DV=dv, BK=bk, BV=bv, PER_TOKEN=log_decay.dim() == 3,
-            HAS_START=start is not None, STORE_END=end is not None, num_warps=warps,
-        )  # fmt: skip
-    return o
+    numbers = [
+        *(s for x in (q, k, v, o) for s in x.stride()[:3]), *launch.decay_strides(log_decay),
+        *(nowhere if start is None else start.stride()), *(nowhere if end is None else end.stride()),
+        scale, heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1], length,
+    ]  # fmt: skip
+    constants = {
+        "DK": dk, "DV": dv, "BK": bk, "BV": bv, "PER_TOKEN": log_decay.dim() == 3,
+        "HAS_START": start is not None, "STORE_END": end is not None,
+    }  # fmt: skip
+    programs = batch * heads * launch.blocks(dv, bv)
+    run = Launch(decode_kernel, programs, [None] * 7, numbers, constants, {"num_warps": warps})
+
+    def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, start: Tensor | None, end: Tensor | None) -> Tensor:
+        o = launch.empty_like_q(q, heads, dv)
+        run(q, k, v, o, log_decay, q if start is None else start, o if end is None else end)
+        return o
+
+    return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -218,11 +219,27 @@ def split(length: int, programs: int, device: torch.device, tiles: Config, uses:
     return Segments(GRANULE, blocks(length, GRANULE)) if real.count > 1 else Segments(length, 1)
 
 
+class _Thread(threading.local):
+    has_context = False
+
+
+_thread = _Thread()
+
+
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of x the current one."""
-    if x.device.type != "cuda" or x.device.index == torch.cuda.current_device():
+    """Makes the device of x the current one, and known to this thread.
+
+    A thread gets a device's context with the first kernel that PyTorch or Triton launch from it. A descriptor needs it
+    before that, where nothing else was launched: what memory is asked for may come from PyTorch's cache.
+    """
+    if x.device.type != "cuda":
         return nullcontext()
-    return torch.cuda.device_of(x)
+    if x.device.index != torch.cuda.current_device():
+        return torch.cuda.device_of(x)
+    if not _thread.has_context:
+        torch.cuda.set_device(x.device)
+        _thread.has_context = True
+    return nullcontext()
 
 
 def unit_last(x: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def backward(
 
     Without ``want_decay`` the gradient of log_decay is empty, without initial states theirs is.
     """
-    with torch.cuda.device_of(q):
+    with launch.on_device_of(q):
         heads, per_token = head_count(q, k, v, log_decay, initial_state), log_decay.dim() == 3
         length, dk, dv = q.shape[2], q.shape[3], v.shape[3]
         groups = heads // q.shape[1], heads // k.shape[1], heads // v.shape[1]

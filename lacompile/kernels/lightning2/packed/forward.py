@@ -107,7 +107,7 @@ def forward(
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Output ``[1,H,N,Dv]`` in q's dtype and layout, and final states ``[S,H,Dk,Dv]`` fp32 (empty if not wanted)."""
-    with torch.cuda.device_of(q):
+    with launch.on_device_of(q):
         heads = head_count(q, k, v, log_decay, initial_state)
         dk, dv = q.shape[3], v.shape[3]
         o = launch.empty_like_q(q, heads, dv)

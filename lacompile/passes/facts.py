@@ -170,7 +170,8 @@ class Match:
     ``replacement`` has exactly the shape of ``target``; the rewrite makes its dtype equal. Uses of ``target`` at or
     before node ``after`` (a mutation of it) keep the old value; None means all uses are replaced. It is computed right
     behind node ``place``, or else behind ``after`` or the target; ``hoisted`` nodes are moved there first.
-    ``assumptions`` are those under which the target is what the facts say; they have their own.
+    ``assumptions`` are those under which the target is what the facts say; they have their own. ``fitted`` are tensors
+    that the program makes of its own numbers, whose weights were read off these.
     """
 
     target: fx.Node
@@ -180,6 +181,7 @@ class Match:
     place: fx.Node | None = None
     hoisted: tuple[fx.Node, ...] = ()
     assumptions: tuple[Assumption, ...] = ()
+    fitted: tuple[fx.Node, ...] = ()
 
     @property
     def assumed(self) -> tuple[Assumption, ...]:

@@ -97,3 +97,29 @@ def test_powers_of_which_one_is_off():
     powers = G ** torch.arange(N).float()
     powers[5] *= 1.0001
     assert_refused(Powers(by_distance, powers), *qkv(*SHAPE))
+
+
+class Square(nn.Module):
+    """A mask of so many positions that its weights are none in the end, in whose format they are computed."""
+
+    def __init__(self, rate=0.5, n=160, window=None):
+        super().__init__()
+        i = torch.arange(n)
+        gap = i[:, None] - i
+        inside = (gap >= 0) if window is None else (gap >= 0) & (gap < window)
+        self.register_buffer("mask", torch.where(inside, rate ** gap.clamp(min=0).float(), 0.0))
+
+    def forward(self, q, k, v):
+        return (q @ k.mT * self.mask) @ v
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1, 1e-30])
+def test_weights_that_underflow(rate):
+    square = Square(rate)
+    assert (square.mask.diagonal(-159) == 0).all()
+    assert_rewritten(square, *qkv(1, 2, 160, 4), compiled=False)
+
+
+@pytest.mark.parametrize("window", [2, 41, 120])
+def test_weights_that_end_before_they_underflow(window):
+    assert_refused(Square(window=window), *qkv(1, 2, 160, 4), obligation="causal-range")

@@ -14,10 +14,10 @@ with ``make_fx``.
     observer     who is shown all this
 """
 
-from .memory import Memory, ViewStep
+from .memory import Memory, Record, ViewStep
 from .observer import Observer
 from .run import Capture
 from .schemas import aliases
 from .standins import fake_mode_of
 
-__all__ = ["Capture", "Memory", "Observer", "ViewStep", "aliases", "fake_mode_of"]
+__all__ = ["Capture", "Memory", "Observer", "Record", "ViewStep", "aliases", "fake_mode_of"]

@@ -102,11 +102,11 @@ class Memory:
             rec.seen = writes
         return rec.value
 
-    def made_from(self, rec: Record, root: Any) -> Any:
-        """What a tensor is, if its root is ``root``."""
-        if rec.parent is None or rec.step is None:
-            return root
-        return self._replay(rec.step, self.made_from(rec.parent, root))
+    def made_from(self, rec: Record, value: Any, base: Record | None = None) -> Any:
+        """What a tensor is, if ``base`` that it is a view of, or else its root, has this value."""
+        if rec is base or rec.parent is None or rec.step is None:
+            return value
+        return self._replay(rec.step, self.made_from(rec.parent, value, base))
 
     def _replay(self, step: ViewStep, parent: Any) -> Any:
         args = [parent if isinstance(a, torch.Tensor) else a for a in step.args]

@@ -16,6 +16,9 @@ class Observer(Protocol):
     def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Any:
         """The value of a graph input or a constant."""
 
+    def begins(self, node: fx.Node) -> None:
+        """Called before each Dynamo node that is run."""
+
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         """The value (or list of values) of one functional operation; tensor arguments arrive as values."""
 
@@ -37,6 +40,8 @@ class Ignorant:
     """The observer of a graph that is run for its effects alone."""
 
     def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> None: ...
+
+    def begins(self, node: fx.Node) -> None: ...
 
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         return [None] * len(out) if isinstance(out, list | tuple) else None

@@ -69,6 +69,7 @@ class Capture:
                     env[node] = None
                     self.observer.finished(node, [])
                 else:
+                    self.observer.begins(node)
                     env[node] = self._step(node, env)
                     self._finish(node, env[node])
         self.memory.node = None

@@ -120,6 +120,7 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
         refusals += [_refusal(told[0].node, told[1])] if told is not None else []
     matches += final_states(builder, states, proofs)
     matches += [m for fact in row_sums if matches and (m := _row_sum(interpreter, builder, fact)) is not None]
+    matches = [replace(m, fitted=_fitted(schedule, interpreter, m)) for m in matches]
     inside = _inside(schedule, matches)
     return matches, sorted((r for r in refusals if r.node not in inside), key=lambda r: -r.progress)
 
@@ -142,6 +143,12 @@ def _row_sum(interpreter: Interpreter, builder: Builder, fact: Fact) -> Match | 
         if attention.formulation == "parallel":
             return Match(fact.node, replacement, attentions_of(replacement), fact.after)
     return None
+
+
+def _fitted(schedule: Schedule, interpreter: Interpreter, m: Match) -> tuple[fx.Node, ...]:
+    """The numbers that the normal form of this target was read off."""
+    region = schedule.ancestors(m.target, {v.node for v in values_of(m.replacement)}) if interpreter.fitted else ()
+    return tuple(n for n in interpreter.fitted if n in region)
 
 
 def _inside(schedule: Schedule, matches: list[Match]) -> set[fx.Node]:

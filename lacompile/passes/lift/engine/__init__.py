@@ -11,7 +11,7 @@ arithmetic   products and sums
 from __future__ import annotations
 
 from .arithmetic import Arithmetic
-from .limits import MAX_TERMS, GiveUp, Unmerged, bounded
+from .limits import FEW_CASES, MAX_TERMS, GiveUp, Unmerged, bounded
 from .structure import SMALLEST
 
 
@@ -19,4 +19,4 @@ class Engine(Arithmetic):
     """The algebra of one analysis: one instance per graph."""
 
 
-__all__ = ["MAX_TERMS", "SMALLEST", "Engine", "GiveUp", "Unmerged", "bounded"]
+__all__ = ["FEW_CASES", "MAX_TERMS", "SMALLEST", "Engine", "GiveUp", "Unmerged", "bounded"]

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import fx
 
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Exponent, Mono
 from ..domain.term import Case, Precision, Term, Val, value
 from ..engine import Engine
 from ..transfer.conditions import truth
-from .buffers import EXPONENT_ERROR, EXPONENT_ERROR_FP64, Fit, fit, head_index
+from .buffers import EXPONENT_ERROR, EXPONENT_ERROR_FP64, Fit, fit, head_index, written_slopes
 from .powers import powers
 
 Slope = tuple[Mono, int]
@@ -43,12 +44,14 @@ def _number(x: float) -> tuple[Term, ...]:
     return (Term(x),) if x else ()
 
 
-def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tensor) -> Val | None:
-    """Numbers that the program writes down, read as those of a buffer are.
+def fitted_constant(
+    engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tensor, graph: fx.Graph | None = None
+) -> Val | None:
+    """Numbers that the program writes down, or makes of those that its ``graph`` does, read as those of a buffer are.
 
     In fp64 those of one dimension, or without a zero, too: there they are no weights by accident.
     """
-    if numbers.dtype not in (torch.float32, torch.float64):
+    if numbers.dtype not in (torch.bool, torch.float32, torch.float64):
         return None  # of a shorter format too little is left to call it the same weight
     exact = numbers.dtype is torch.float64
     if exact and (term := powers(numbers.cpu().numpy())) is not None:
@@ -60,12 +63,13 @@ def fitted_constant(engine: Engine, shape: tuple[Aff, ...], numbers: torch.Tenso
         return as_value(engine, shape, found, ONE, None)
     if found.constant or not (found.guards or exact):
         return None
-    return as_value(engine, shape, found, *in_known_steps(engine, found, found.distances[0], found.slopes.middle))
+    slopes = found.slopes.middle if graph is None else written_slopes(graph, found.slopes)
+    return as_value(engine, shape, found, *in_known_steps(engine, found, found.distances[0], slopes))
 
 
 def in_known_steps(engine: Engine, found: Fit, distance: Aff, slopes: np.ndarray) -> tuple[Aff, Slope]:
     """A distance in steps of known slopes, and what these are: a table, or 1 for a distance times the only slope."""
-    if not slopes.shape:
-        return distance * float(slopes), ((), -1)
+    if (slopes == slopes.flat[0]).all():
+        return distance * float(slopes.flat[0]), ((), -1)
     table = engine.numbered(slopes, tuple(map(Aff.lit, slopes.shape)))
     return distance, (((table, head_index(found)),), -1)

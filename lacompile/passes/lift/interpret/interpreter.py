@@ -20,6 +20,7 @@ from ..engine import Engine, GiveUp, Unmerged
 from ..inputs.alike import Equal
 from ..inputs.statics import Statics
 from ..transfer import Op, transfer
+from .constants import Constants
 from .numbers import MAX_BAKED, Numbers
 from .own import leaves_of, own_leaf, readable, rooted, whole_if_inside
 from .series import Circumstances, SeriesTable
@@ -67,7 +68,9 @@ class Interpreter:
     _gave_up: str | None = None
     _repeatable: bool = True  # whether the node has run operations of PyTorch alone, and known ones
     _given: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs and constants
-    _written: set[fx.Node] = field(default_factory=set)  # that are computed from numbers of the program alone
+    _constants: Constants = field(init=False)
+    _of_numbers: bool = False  # whether the node is computed from numbers that the program writes, and no input
+    _is_fixed: bool = True  # whether all that the node has run are operations of PyTorch that draw nothing by chance
     _leaves: int = 0  # how many there were when the last node had been run
     _wholes: dict[fx.Node, Val] = field(default_factory=dict)  # of which parts are called with, as leaves
 
@@ -79,6 +82,7 @@ class Interpreter:
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)
+        self._constants = Constants(self.engine, self.capture, self.facts)
         self.engine.patience += len(gm.graph.nodes)
         for node in gm.graph.nodes:
             example = node.meta.get("example_value")
@@ -93,11 +97,19 @@ class Interpreter:
 
     def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Val:
         self._given[node] = tensor
+        if node.op == "get_attr" and isinstance(real, torch.Tensor) and not real.requires_grad:
+            self._constants.hold(node, real)
         if node.op == "get_attr" and isinstance(real, torch.Tensor) and real.numel() <= MAX_BAKED:
             return self.numbers.of(tensor, real)
         if self.statics is not None and (known := self.statics.value(node, tensor)) is not None:
             return known
         return self.engine.leaf(tensor, Opaque(node, node.name), parameter=isinstance(real, torch.nn.Parameter))
+
+    def begins(self, node: fx.Node) -> None:
+        self._of_numbers = self._constants.are_read_by(node)
+        if not self._of_numbers:
+            for given in node.all_input_nodes:
+                self._constants.settle(given)
 
     def unknown(self, tensor: torch.Tensor, why: str) -> Val:
         held = getattr(tensor, "constant", None)
@@ -111,12 +123,13 @@ class Interpreter:
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         op = Op(self.engine, func, args, kwargs, out, dtypes)
         self._repeatable &= func.namespace == "aten"
+        self._is_fixed &= func.namespace == "aten" and torch.Tag.nondeterministic_seeded not in func.tags
         self.engine.running = self._node
         try:
             # a kernel of PyTorch may ask whether a size is 1, which Dynamo did before; a rule has not been asked before
             with no_number_for_a_symbol(self._mode, no_answer=True):
                 found = transfer(self._completed(op))
-            return self.numbers.in_format(found, op.out) if isinstance(found, Val) and self._writes_numbers() else found
+            return self.numbers.in_format(found, op.out) if isinstance(found, Val) and self._of_numbers else found
         except GiveUp as reason:
             return self._give_up(op, str(reason), isinstance(reason, Unmerged))
         except AnotherInEachCall as reason:
@@ -124,12 +137,6 @@ class Interpreter:
         except Exception as broken:  # a rule at fault costs this value, and nothing else of the program
             log.debug("%s could not be lifted", func, exc_info=True)
             return self._give_up(op, f"internal error: {type(broken).__name__}: {broken}")
-
-    def _writes_numbers(self) -> bool:
-        """Whether the node is computed from nothing but numbers that the program writes, and no input."""
-        return (
-            all(n.op == "get_attr" or n in self._written for n in self._node.all_input_nodes) if self._node else False
-        )
 
     def _completed(self, op: Op) -> Op:
         """With tables that are read as the weights that they are."""
@@ -195,8 +202,9 @@ class Interpreter:
         if node.op == "output":
             self._demand(node.all_input_nodes)
             return []
-        if self._writes_numbers():
-            self._written.add(node)
+        is_fixed, self._is_fixed = self._is_fixed, True
+        if is_fixed:
+            self._constants.note(node, (tensor for tensor, _ in outputs))
         gave_up, self._gave_up = self._gave_up, None
         repeatable, self._repeatable = self._repeatable, True
         if gave_up is not None:
@@ -257,6 +265,11 @@ class Interpreter:
         if self.engine.contracts(value) or not self.engine.contracts(fact.value):
             fact = self.facts[node] = Fact(node, value, fact.tensor, fact.compute, writers[-1])
         return fact
+
+    @property
+    def fitted(self) -> Iterable[fx.Node]:
+        """Tensors of the program's own numbers that are known by these."""
+        return self._constants.fitted
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
         """The values that a node is computed from, those that were written into it since among them."""

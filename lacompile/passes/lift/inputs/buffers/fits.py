@@ -16,6 +16,8 @@ from .entries import intervals
 from .slopes import EXPONENT_ERROR, Slopes
 
 MAX_ENTRIES = 2**27
+MAX_HEADS = 1024
+FAINT = 1e-10  # a weight behind which the next may be none
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def _weights(
         tensor, outside = tensor.masked_fill(tensor == lowest, -math.inf), lowest
     for moving in pairs:
         heads = tuple(d for d in dims if d not in moving)
-        if max((tensor.shape[d] for d in heads), default=1) > 4096:
+        if max((tensor.shape[d] for d in heads), default=1) > MAX_HEADS:
             continue
         found = _fit_moving(tensor, heads, moving, log_space, error)
         if found is not None and (found.guards or not square):
@@ -165,11 +167,24 @@ def _fit_moving(
     values = tensor.detach().to("cpu").permute(*heads, *moving, *others)
     values = values.reshape([tensor.shape[d] for d in (*heads, *moving)])
     flat = values.reshape(-1, *[tensor.shape[d] for d in moving])
-    band = _band(flat, log_space) if len(moving) == 2 else None
-    if len(moving) == 2 and band is None:
+    if len(moving) == 2:
+        found = (_fit_band(tensor, flat, heads, moving, band, log_space, error) for band in _bands(flat, log_space))
+        return next((f for f in found if f is not None), None)
+    if bool((_support(flat, log_space) == 0).any()) and not _may_underflow(flat):
         return None
-    if len(moving) == 1 and bool((_support(flat, log_space) == 0).any()) and not _may_underflow(flat):
-        return None
+    return _fit_band(tensor, flat, heads, moving, None, log_space, error)
+
+
+def _fit_band(
+    tensor: torch.Tensor,
+    flat: torch.Tensor,
+    heads: tuple[int, ...],
+    moving: tuple[int, ...],
+    band: tuple[int, int] | None,
+    log_space: bool,
+    error: float,
+) -> Fit | None:
+    """The entries ``flat``, heads first, of one or two dimensions of positions, given where they are zero."""
     inside = _inside(flat, band)
     constant = bool(((flat == (0 if log_space else 1)) == inside).all())
     readings: list[tuple[Aff, Slopes]] = []
@@ -205,14 +220,22 @@ def _may_underflow(flat: torch.Tensor) -> bool:
     return flat.is_floating_point() and bool((flat[flat > 0] < 1e-20).any())
 
 
-def _band(flat: torch.Tensor, log_space: bool) -> tuple[int, int] | None:
-    """The smallest and largest r - c with a non-zero entry in any head; the whole range where nothing is zero."""
-    support = _support(flat, log_space).any(0)
-    rows, columns = support.nonzero(as_tuple=True)
+def _bands(flat: torch.Tensor, log_space: bool) -> Iterable[tuple[int, int]]:
+    """The smallest and largest r - c with a non-zero entry in any head; the whole range where nothing is zero.
+
+    What decays away may go on behind the last one: to there first.
+    """
+    rows, columns = _support(flat, log_space).any(0).nonzero(as_tuple=True)
     if not len(rows):
-        return None
+        return
     distance = rows - columns
-    return int(distance.min()), int(distance.max())
+    ends, furthest = (int(distance.min()), int(distance.max())), (1 - flat.shape[2], flat.shape[1] - 1)
+    if flat.is_floating_point() and not log_space:
+        faint = [float(flat.diagonal(-d, -2, -1).max()) < FAINT for d in ends]
+        low, high = (far if is_faint else end for end, far, is_faint in zip(ends, furthest, faint, strict=True))
+        if (low, high) != ends:
+            yield low, high
+    yield ends
 
 
 def _inside(flat: torch.Tensor, band: tuple[int, int] | None) -> torch.Tensor:

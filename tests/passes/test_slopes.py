@@ -115,3 +115,38 @@ def distance_times_distance(q, k, v):
 @pytest.mark.parametrize("twin", [slope_of_the_row, slope_of_the_key, distance_times_distance])
 def test_twins_whose_slope_is_of_a_position(twin):
     assert_refused(twin, *qkv(B, H, N, D, E))
+
+
+def sign_behind_the_slope(slopes):
+    """As MiniMax's layer does it: which way a pair of positions lies is asked of its distance times the slope."""
+
+    def f(q, k, v):
+        d = slopes()[:, None, None] * distance(q.shape[2])
+        return (q @ k.mT * torch.where(d >= 0, -d, float("-inf")).exp()) @ v
+
+    return f
+
+
+SIGNED = {
+    "a list": lambda: torch.tensor([0.1, 0.3, 0.5]),
+    "a list of few digits": lambda: torch.tensor([0.5, 0.25, 0.125]),
+    "alibi": SLOPES["alibi"],
+}
+
+
+@pytest.mark.parametrize("name", SIGNED)
+def test_the_sign_of_a_distance_times_a_slope(name):
+    assert_rewritten(sign_behind_the_slope(SIGNED[name]), *qkv(B, H, N, D, E), compiled=False)
+
+
+UNSIGNED = {
+    "one that is negative": lambda: torch.tensor([0.1, -0.3, 0.5]),
+    "one that is nothing": lambda: torch.tensor([0.1, 0.0, 0.5]),
+    "one that is nothing in its format": lambda: torch.tensor([0.1, 1e-46, 0.5]),
+    "a power that is nothing in its format": lambda: 2.0 ** (-80 * torch.arange(1, H + 1)),
+}
+
+
+@pytest.mark.parametrize("name", UNSIGNED)
+def test_the_sign_of_a_distance_times_a_slope_without_one(name):
+    assert_refused(sign_behind_the_slope(UNSIGNED[name]), *qkv(B, H, N, D, E), obligation="separable")

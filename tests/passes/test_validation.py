@@ -126,3 +126,37 @@ def test_a_state_that_is_overwritten():
     ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert len(lacompile.last_report().rewrites) == 1
+
+
+def gated(q, k, v, gate):
+    state, out = 0, []
+    for t in range(N):
+        state = gate[:, :, t, None, None] * state + k[:, :, t, :, None] * v[:, :, t, None]
+        out.append((q[:, :, t, :, None] * state).sum(-2))
+    return torch.stack(out, 2)
+
+
+def gates(smallest):
+    made = torch.full((B, H, N), 0.9)
+    made[0, 0, 7] = smallest
+    return made.requires_grad_()
+
+
+@pytest.mark.parametrize("smallest", [1e-8, 1e-16, 1e-30])
+def test_gates_that_are_nearly_nothing(smallest):
+    """Their derivative is one of their logarithm, divided by what is nearly nothing."""
+    assert_rewritten(gated, *inputs(), gates(smallest), compiled=False)
+
+
+@pytest.mark.parametrize("smallest", [1e-38, 1e-39, 0.0])
+def test_the_original_graph_serves_gates_whose_weight_is_nothing(smallest):
+    compiled = torch.compile(gated, backend="lightning")
+    found = []
+    for gate in (gates(0.5), gates(smallest)):
+        found.clear()
+        for f in (compiled, gated):
+            given = [x.detach().clone().requires_grad_() for x in (*inputs(), gate)]
+            found.append(torch.autograd.grad(f(*given).square().sum(), given))
+        for got, want in zip(*found, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert lacompile.last_report().rewrites

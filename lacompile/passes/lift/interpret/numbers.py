@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
@@ -38,15 +39,16 @@ class Numbers:
             return engine.leaf(tensor, Opaque(None, "complex constant"))
         with outside_modes():
             written = real if unrounded is None else unrounded
-            if (weights := fitted_constant(engine, engine.shape(tensor), written.detach())) is not None:
-                return weights
             numbers, made = (x.detach().to("cpu", torch.float64).numpy() for x in (written, real))
-            exact = bool((numbers == made).all())
+            precision = _precision(numbers, made)
+            if (weights := fitted_constant(engine, engine.shape(tensor), written.detach())) is not None:
+                sure = Precision.SIGN if numbers.all() else Precision.ROUNDED  # one that is 0 may have underflowed
+                return replace(weights, precision=max(weights.precision, min(precision, sure)))
         try:
             known = engine.table_value(numbers, engine.shape(tensor), made)
         except GiveUp:
             return engine.leaf(tensor, Opaque(None, "constant"))
-        return replace(known, precision=Precision.EXACT if exact else Precision.ROUNDED)
+        return replace(known, precision=precision)
 
     def made_of_numbers(self, node: fx.Node | None, tensor: torch.Tensor) -> Val:
         """A tensor that PyTorch has made of numbers of the program."""
@@ -117,6 +119,13 @@ class Numbers:
             return made if whole else replace(made, precision=Precision.ROUNDED)
         except Exception:  # a factory that cannot run here stays unknown
             return None
+
+
+def _precision(written: np.ndarray, made: np.ndarray) -> Precision:
+    """What a format has left of numbers."""
+    if (written == made).all():
+        return Precision.EXACT
+    return Precision.SIGN if (np.sign(written) == np.sign(made)).all() else Precision.ROUNDED
 
 
 def _whole(tensor: torch.Tensor) -> bool:

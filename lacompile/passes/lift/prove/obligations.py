@@ -132,7 +132,7 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
     Each such tensor is explained once: what follows it in the program holds it too.
     """
     for t in terms:
-        held = [(a, engine.space.vars_of(a[1])) for a in t.accs]
+        held = [(a, engine.space.vars_of(a[1])) for a in (*t.accs, *(a for mono, _ in t.exp.lin for a in mono))]
         for v in sorted(t.bound(engine.space)):
             holders = [(a, mine) for a, mine in held if v in mine]
             for (leaf, idx), mine in holders if len(holders) > 1 else ():

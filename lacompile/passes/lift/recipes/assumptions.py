@@ -138,4 +138,6 @@ def _all_shares(tensor: torch.Tensor) -> bool:
 
 
 def _all_positive(tensor: torch.Tensor) -> bool:
-    return bool((tensor > 0).all())
+    """A weight is the exponential of sums of their logarithms, and nothing where a format has no number for it."""
+    computed_in = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+    return bool((tensor >= torch.finfo(computed_in).tiny).all())

@@ -18,7 +18,7 @@ from ..domain.term import NO_GUARDS, Case, Guards, Term, Val, constant, value
 from ..engine import Engine, GiveUp
 from . import Op, rule
 from .arith import number, operand
-from .exponentials import weights
+from .exponentials import weights, without_exponential
 
 aten = torch.ops.aten
 
@@ -75,10 +75,25 @@ def decided(op: Op, a: Val, b: Val) -> Aff | None:
     Raises:
         GiveUp: rounding may decide in the program.
     """
-    difference = _index_difference(op.engine, a, b)
+    difference = _index_difference(op.engine, _with_tables(op, a), _with_tables(op, b))
     if difference is not None and not decidable(op, a, b):
         raise GiveUp("a decision by numbers that rounding may have changed")
     return difference
+
+
+def _with_tables(op: Op, v: Val) -> Val:
+    """A value in which weights that positions are multiplied by, such as the slopes 2^-h of heads, are tables."""
+    tiny = max(
+        (torch.finfo(d).tiny for d in op.dtypes if isinstance(d, torch.dtype) and d.is_floating_point), default=0
+    )
+
+    def of_term(t: Term) -> Term:
+        if not t.exp or t.poly.is_const or not op.engine.index_only(value(v.shape, [t])):
+            return t
+        table = without_exponential(op.engine, t, v.shape)
+        return table if all(op.engine.interval(leaf)[0] > tiny for leaf, _ in table.accs) else t
+
+    return v.with_terms(of_term) if v.single else v
 
 
 def weakly_decided(op: Op, v: Val, case: Case, limit: Val) -> Aff | None:

@@ -60,7 +60,7 @@ def weights(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> l
     for t in c.terms:
         bound = t.bound(engine.space)
         if t.exp:
-            t = _without_exponential(engine, t, shape)
+            t = without_exponential(engine, t, shape)
         if t.accs and abs(t.coef * factor) < LEAST:
             raise GiveUp("data times so small a number in an exponent that it might be taken for 0")
         if not bound:
@@ -108,7 +108,7 @@ def _is_nothing(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) 
     return most + largest * COARSEST < UNDERFLOW
 
 
-def _without_exponential(engine: Engine, t: Term, shape: tuple[Aff, ...]) -> Term:
+def without_exponential(engine: Engine, t: Term, shape: tuple[Aff, ...]) -> Term:
     """A rate such as -exp(a): its exponential is plain data, a function symbol; of numbers, as 2^-h, a table."""
     weight = value(shape, [Term(1.0, exp=t.exp)])
     if engine.index_only(weight):

@@ -305,3 +305,37 @@ def test_a_key_that_misses_its_own_decay():
     """Where nothing is bounded, the prefix sums are what is told."""
     miss = only_reason(divided(lambda p: 1.0), *heads(12, ()))
     assert miss.obligation == "unit-diagonal"
+
+
+# ------------------------------------------------------------------------------------------------------------ messages
+
+
+def masked(seen):
+    def f(q, k, v):
+        i = torch.arange(q.shape[2])
+        return (q @ k.mT * seen(i[:, None], i)) @ v
+
+    return f
+
+
+RANGES = {
+    "blocks": (lambda i, j: i // 4 > j // 4, "j >= 0, (i // 4)-(j // 4)-1 >= 0"),
+    "earlier ones": (lambda i, j: i >= j + 2, "j <= i-2, j >= 0"),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_a_range_is_said_in_positions(name):
+    seen, said = RANGES[name]
+    assert said in only_reason(masked(seen), *heads(12)).found
+
+
+def test_weights_in_an_exponent_that_is_not_looked_into_are_told():
+    slopes = torch.tensor([0.1, -0.3])[:, None, None]
+
+    def f(q, k, v):
+        i = torch.arange(q.shape[2])
+        d = slopes * (i[:, None] - i)
+        return (q @ k.mT * torch.where(d >= 0, -d, float("-inf")).exp()) @ v
+
+    assert only_reason(f, *heads(12)).obligation == "separable"

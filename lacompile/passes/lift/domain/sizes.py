@@ -41,6 +41,10 @@ class Sizes:
             found = self._known[expr] = self._made(expr, env)
         return found
 
+    def name(self, v: int) -> str | None:
+        """What PyTorch calls the size that a variable is."""
+        return next((str(expr) for expr, form in self._known.items() if form == Aff.var(v)), None)
+
     def _made(self, expr: Any, env: Any) -> Aff:
         assert self._equal is not None
         if expr.is_Integer:

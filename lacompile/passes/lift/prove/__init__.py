@@ -10,4 +10,5 @@ chunked      rows in two
 backwards    sums over later positions
 step         one token
 causes       why a sum is no decayed attention
+spoken       forms as a report says them
 """

@@ -15,6 +15,7 @@ from ..domain.term import Term
 from ..engine import Engine
 from ..interpret import Fact
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
+from .spoken import spoken
 
 
 def sequence_index(engine: Engine, t: Term) -> tuple[int, int] | None:
@@ -64,7 +65,7 @@ class Roles:
                 or not ends.low[0].is_const
                 or not self.space.is_size(ends.high[0])
             ):
-                raise Refused("whole-features", "feature sums over constant ranges", f"index {Aff.var(d)}", 3)
+                raise Refused("whole-features", "feature sums over constant ranges", "an index over a part of them", 3)
             self.features[d] = (int(ends.low[0].const), ends.high[0] - ends.low[0] + 1)
         loose = {g for g in self.main.guards - about_j if not any(g.coef(d) for d in self.features)}
         if loose:
@@ -84,9 +85,12 @@ class Roles:
     def _spoken(self, guard: Aff) -> str:
         """A guard as an end of the range of j where it is one: ``j <= i + 3``."""
         c = guard.coef(self.j)
-        end = guard.without(self.j) * -c
-        text = f"j {'>=' if c > 0 else '<='} {end}" if abs(c) == 1 else f"{guard} >= 0"
-        return text.replace(f"j{-self.j}", "j").replace(f"x{self.n}", "i")
+        if abs(c) != 1:
+            return f"{self._named(guard)} >= 0"
+        return f"j {'>=' if c > 0 else '<='} {self._named(guard.without(self.j) * -c)}"
+
+    def _named(self, form: Aff) -> str:
+        return spoken(self.engine, form, {self.j: "j", self.n: "i"})
 
     def _holds(self, a: Access, v: int) -> bool:
         return any(v in self.space.vars(i) for i in a[1])
@@ -94,7 +98,12 @@ class Roles:
     def assign_roles(self) -> None:
         accs = self.main.accs
         if not self.main.poly.is_const:
-            raise Refused("separable", "factors that are tensors", f"a factor {self.main.poly} of positions", 4)
+            raise Refused(
+                "separable",
+                "factors that are tensors",
+                f"a factor {self._named(self.main.poly)} of positions",
+                4,
+            )
         for a in accs:
             if self._holds(a, self.j) and self._holds(a, self.n):
                 kind = self.engine.leaves[a[0]].kind

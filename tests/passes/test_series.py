@@ -119,6 +119,33 @@ def test_heads_and_features_in_one_dimension_are_told_apart():
     assert "Dk=4 Dv=4" in str(report)
 
 
+OF_ROWS = {
+    "normalize": lambda y, w: F.normalize(y, dim=-1),
+    "layer norm": lambda y, w: F.layer_norm(y, (y.shape[-1],)),
+    "centred": lambda y, w: y - y.mean(-1, keepdim=True),
+    "linear": lambda y, w: F.linear(y, w),
+}
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+@pytest.mark.parametrize("first", [0, 2, D])
+def test_a_function_of_a_part_of_the_features(name, first):
+    """It is not that of all features, where it would go on with another count of them, and nothing else tell."""
+    own = slice(first, first + D)
+
+    def run(q, k, v, w):
+        state, out = v.new_zeros(B, D, D), []
+        for t in range(N):
+            q_t, k_t = (OF_ROWS[name](y[:, t, own], w) for y in (q, k))
+            state = 0.9 * state + k_t[:, :, None] * v[:, t, None]
+            out.append((q_t[:, None] @ state)[:, 0])
+        return torch.stack(out, 1)
+
+    q, k, v = tokens(), torch.randn(B, N, WIDTH), torch.randn(B, N, D)
+    count = 2 if name == "centred" else 1  # q and k less their means: a sum of two attentions
+    assert_rewritten(run, q, k, v, torch.randn(D, D), count=count, compiled=False, options={"validate": "off"})
+
+
 # -------------------------------------------------------------------------------------------------------------- twins
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
+from ..._compat import hint
 from ..effects import Effects
 from ..facts import Match, Refusal
 from ..schedule import Schedule
-from .inputs.alike import Equal, alike
+from .inputs.alike import Equal, alike, argument_sizes
 from .interpret import Interpreter
 from .match import search
 from .recipes.holders import holders
@@ -51,17 +51,15 @@ def analyse(
         schedule = Schedule(gm, interpreter.capture.effects)
         matches, refusals = search(schedule, interpreter, holders(interpreter))
         equal: tuple[Equal, ...] = ()
+        lengths = _lengths(gm, example_inputs)
         for settings in _other_readings(interpreter, gm, example_inputs, may_be_equal):
-            missed = refusals or not matches or _parts(gm, matches)
+            missed = refusals or not matches or _parts(lengths, matches)
             if not missed and "turned_whole" not in settings:
                 continue
             other = Interpreter(read_buffers=interpreter.read_buffers, **settings)
             other.run(gm, example_inputs)
             found, left = search(schedule, other, holders(other))
-            now, before = (
-                (not ms, _parts(gm, ms), len(rs), -len(ms)) for ms, rs in ((found, left), (matches, refusals))
-            )
-            if now < before:
+            if _missing(lengths, found, left) < _missing(lengths, matches, refusals):
                 matches, refusals, equal = found, left, tuple(other.equal)
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal(
@@ -97,11 +95,28 @@ def _multiplied(interpreter: Interpreter, leaves: set[int]) -> bool:
     return any(not leaves.isdisjoint(signature) for signature in signatures)
 
 
-def _parts(gm: fx.GraphModule, matches: Sequence[Match]) -> int:
-    """How many attentions are as long as no input, features aside, and so may be parts of what a loop computes."""
-    examples = [n.meta.get("example_value") for n in gm.graph.find_nodes(op="placeholder")]
-    tensors = [x for x in examples if isinstance(x, torch.Tensor)]
-    lengths = {str(size) for x in tensors for size in (x.shape[:-1] if x.is_floating_point() else x.shape)}
+def _missing(lengths: set[str], matches: Sequence[Match], refusals: Sequence[Refusal]) -> tuple[int, ...]:
+    """What a reading leaves to be wished for: of two the one that is less is better."""
+    rows = sum(hint(f.heads) * hint(f.length) for m in matches for f in m.facts)
+    return not matches, _parts(lengths, matches), len(refusals), -rows, len(matches)
+
+
+def _lengths(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[str]:
+    """How long sequences may be: of each argument the longest dimension but features, and those that are no number.
+
+    A chunk may be as long as a batch is large, or a matrix wide.
+    """
+    found: set[str] = set()
+    for node, real in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
+        if sizes := argument_sizes(node, real):
+            sizes = sizes[:-1] if node.meta["example_value"].is_floating_point() else sizes
+            longest = max((n for n in sizes if isinstance(n, int)), default=0)
+            found |= {str(n) for n in sizes if not isinstance(n, int) or n == longest}
+    return found
+
+
+def _parts(lengths: set[str], matches: Sequence[Match]) -> int:
+    """How many attentions have no length of a sequence, and so may be parts of what a loop computes."""
     return sum(str(f.length) not in lengths for m in matches for f in m.facts)
 
 

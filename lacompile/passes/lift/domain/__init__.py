@@ -3,6 +3,7 @@
 affine       integer-affine indices
 divisions    floor divisions, and the bounds of affine forms over a box
 space        products of sizes, and mixed radix with symbolic ones
+digits       what of a divided dimension an index depends on
 sizes        sizes of the traced program
 exponent     accesses of leaves, and weights made of them
 term         terms, cases and values

@@ -34,7 +34,7 @@ class Series:
     """Values of the graph that lie side by side along dimension ``dim`` of one tensor; see series.py.
 
     ``pieces``: for the place where one begins its node, and how many places it has. ``stacked`` pieces have one each,
-    and no dimension for it. ``of``: what their functions are called with, where that is one access; at place HERE.
+    and no dimension for it. ``of``: what their functions are called with, at place HERE, if that is else all of a leaf.
     ``as_made``: what they are called with was not written into before.
     """
 

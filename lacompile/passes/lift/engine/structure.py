@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 from ..domain.affine import ONE, Aff
+from ..domain.digits import digits_of
 from ..domain.exponent import NO_EXPONENT, Access
 from ..domain.leaves import POSITIVE_OF_POSITIVE, Argument, Number, Opaque, Symbol, Table
 from ..domain.term import Term, Val
@@ -213,9 +214,14 @@ class Structure(Program):
         """Whether a product over what both have is a projection: by a parameter, or by what holds no batch or token."""
         if self.leaves[matrix[0]].parameter:
             return True
-        tokens = {x for x in self.space.vars_of(of[1]) if x >= 0}
-        single = sum(i.is_const and n != ONE for i, n in zip(of[1], self.leaf_shapes[of[0]], strict=True))
-        return len(tokens) + single > 1 and not tokens & self.space.vars_of(matrix[1])
+        read, read_by = digits_of(self.space, of[1], matrix[1])
+        tokens = {(x, step) for x, step in read if x >= 0}
+        outer = len(tokens) + len(self.places(of)) + (self._of_one(of) and not self._of_one(matrix))
+        return outer > 1 and not tokens & read_by
+
+    def _of_one(self, a: Access) -> bool:
+        """Whether it has a dimension of one entry, as a single sequence has a batch of one."""
+        return ONE in self.leaf_shapes[a[0]]
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""

@@ -30,7 +30,7 @@ def alike(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> tup
     by_number: dict[int, Places] = {}
     fixed: dict[int, set[int]] = {}  # a number, and the dimensions that have it
     for node, real in zip(placeholders, example_inputs, strict=False):
-        for d, size in enumerate(_sizes(node, real)):
+        for d, size in enumerate(argument_sizes(node, real)):
             if isinstance(size, int) or size.node.expr.is_Integer:
                 fixed.setdefault(int(size), set()).add(d)
             elif size.node.expr.is_Symbol and (number := hint(size)) > 1:
@@ -39,8 +39,8 @@ def alike(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> tup
     return tuple(e for n, places in sorted(by_number.items()) for e in _equal(n, places, fixed.get(n, set()), env))
 
 
-def _sizes(node: fx.Node, real: Any) -> Sequence[Any]:
-    """Those of an argument; a parameter's or a buffer's are its own."""
+def argument_sizes(node: fx.Node, real: Any) -> Sequence[Any]:
+    """The sizes of an argument; a parameter's or a buffer's are its own, and none of these."""
     example = node.meta.get("example_value")
     if not isinstance(example, torch.Tensor) or isinstance(real, torch.nn.Parameter):
         return ()

@@ -153,7 +153,7 @@ class SeriesTable:
     def _series(self, key: Any, kind: Opaque) -> tuple[int, Series]:
         if key not in self._found:
             (_, _, args, _), dim, stacked, rest, length, dtype, _, bounds, _ = key
-            series = Series(dim, stacked, _access(args))
+            series = Series(dim, stacked, _whole_access(args, self._leaves))
             leaf = Leaf(replace(kind, node=None, series=series), (*rest[:dim], length, *rest[dim:]), dtype, *bounds)
             self._found[key] = self._leaves.add(leaf), series
         return self._found[key]
@@ -234,12 +234,17 @@ def _of_token(found: Iterable[Place]) -> Place:
     return first
 
 
-def _access(args: tuple[Any, ...]) -> Access | None:
-    """The first of the arguments, where it is one access."""
+def _whole_access(args: tuple[Any, ...], leaves: Leaves) -> Access | None:
+    """The first of the arguments, where it is one access of all of a leaf but for the place that it is at."""
     if not args or not isinstance(args[0], Argument):
         return None
-    t = args[0].value
-    return t.accs[0] if t.coef == 1 and t.poly == ONE and len(t.accs) == 1 else None
+    t, shape = args[0].value, args[0].shape
+    if t.coef != 1 or t.poly != ONE or len(t.accs) != 1:
+        return None
+    leaf, idx = t.accs[0]
+    lengths = {Aff.var(d): n for d, n in enumerate(shape)}  # a part of the features has as many as it reads
+    whole = all(i == HERE or n in (ONE, lengths.get(i)) for i, n in zip(idx, leaves[leaf].shape, strict=True))
+    return (leaf, idx) if whole else None
 
 
 def _place(a: Aff, size: Aff, shape: tuple[Aff, ...], behind: int) -> Place | None:

@@ -25,6 +25,7 @@ from ...names import spoken
 from ..domain.affine import Aff
 from ..domain.exponent import Access
 from ..domain.leaves import Opaque, Symbol, Table
+from ..domain.prefix import counted_from
 from ..domain.term import Term
 from ..engine import Engine
 from ..interpret import Fact
@@ -46,7 +47,7 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, quer
     """
     if not fact.value.single:
         raise Refused("one-case", "one sum", f"{len(fact.value.cases)} disjoint regions", 0)
-    terms = [_windows_as_features(engine, t) for t in fact.value.terms]
+    terms = [_from_their_starts(engine, t) for t in fact.value.terms]
     if not any(sequence_index(engine, t) for t in terms) and (step := prove_step(engine, fact, terms)) is not None:
         return step
     main = _main_term(engine, terms, set() if explained is None else explained)
@@ -78,15 +79,28 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, quer
     return proving.proof
 
 
-def _windows_as_features(engine: Engine, t: Term) -> Term:
-    """An index over a window of constant length, k[.., 48 h + d], counts from the start of the window."""
+def _from_their_starts(engine: Engine, t: Term) -> Term:
+    """Indices count from where their ranges begin, if how far these reach does not depend on it: over a window of
+    constant length, k[.., 48 h + d], or over the rows of one sequence among those of all, k[n b + j].
+    """
     for v in sorted(t.bound(engine.space)):
         ends = engine.bounds(v, t.guards)
         if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or ends.low[0].is_const:
             continue
-        if engine.space.is_size(ends.high[0] - ends.low[0]):
-            t = t.sub(engine.space, {v: Aff.var(v) + ends.low[0]})
+        (low,), (high,) = ends.low, ends.high
+        if engine.space.is_size(high - low):
+            t = t.sub(engine.space, {v: Aff.var(v) + low})
+        elif not engine.space.is_size(low) and engine.space.vars(high - low).isdisjoint(engine.space.vars(low)):
+            moved = counted_from(engine.space, t, low, [v])
+            if all(_from_zero_on(engine, pos, low) for (_, pos), _ in moved.exp.sums):
+                t = moved
     return t
+
+
+def _from_zero_on(engine: Engine, pos: Aff, low: Aff) -> bool:
+    """Whether a position counted from ``low`` is never before it, and holds nothing more that ``low`` depends on."""
+    apart = engine.space.vars(pos).isdisjoint(engine.space.vars(low))
+    return apart and pos.const >= 0 and all(c > 0 for _, c in pos.terms)
 
 
 def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Term:

@@ -19,7 +19,7 @@ from .._compat import always_equal
 from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
 from .joins import Join, joins
-from .layouts import REORDERS, example_of, order_of, reshapes
+from .layouts import REORDERS, SIDE_BY_SIDE, example_of, order_of, reshapes, side_by_side
 from .moves import Kept, Moved, Turned, functions, move
 from .rows import BATCHED, width
 from .schedule import Schedule
@@ -28,8 +28,8 @@ from .schedule import Schedule
 def fissioned(schedule: Schedule) -> fx.GraphModule | None:
     """A copy of the graph with functions of rows behind what joined their results; None if there are none to move."""
     old = schedule.gm.graph
-    moves = [(j, m) for j in joins(schedule) if (m := Search(schedule, j).found()) and m.hides]
-    if not moves or switches_autocast(old):
+    moves = [] if switches_autocast(old) else _moves(schedule)
+    if not moves:
         return None
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -40,6 +40,19 @@ def fissioned(schedule: Schedule) -> fx.GraphModule | None:
     out = fx.GraphModule(schedule.gm, graph)
     out.meta = schedule.gm.meta
     return out
+
+
+def _moves(schedule: Schedule) -> list[tuple[Join, Moved | Turned]]:
+    """The joins with something to move behind them; of one within another, as that of a token's heads, the other."""
+    found: list[tuple[Join, Moved | Turned]] = []
+    gone: set[fx.Node] = set()
+    for join in sorted(joins(schedule), key=lambda j: schedule.order[j.node], reverse=True):
+        moved = Search(schedule, join).found()
+        parts = {n for m in functions(moved) for n in m.parts}
+        if moved is not None and moved.hides and gone.isdisjoint(parts | {join.node}):
+            found.append((join, moved))
+            gone |= parts
+    return found[::-1]
 
 
 @dataclass(frozen=True)
@@ -109,6 +122,11 @@ class Search:
             whole, dim = _joined_order(join, order)
             given = inside([p.args[0] for p in parts], replace(join, dim=dim))
             return Moved(parts, "call_method", "permute", [given, *whole], {})
+        if first.target in SIDE_BY_SIDE:
+            if (dim := _put_behind(join, parts)) is None:
+                return None
+            given = [inside(column) for column in zip(*(p.args[0] for p in parts), strict=True)]
+            return Moved(parts, "call_function", first.target, [given, dim], {})
         rows = example_of(first).dim() - 1 if first.target in BATCHED else width(first)
         columns = [
             Column(given, not all(_same(x, given[0]) for x in given))
@@ -132,6 +150,19 @@ def _reshaped(join: Join, parts: Sequence[fx.Node]) -> list[int] | None:
     length = len(parts) if join.stacks else sum(x[dim] for x in behind)
     sizes = [n if isinstance(n, int) else -1 for n in (*behind[0][:dim], length, *behind[0][rest:])]
     return sizes if sizes.count(-1) <= 1 else None
+
+
+def _put_behind(join: Join, parts: Sequence[fx.Node]) -> int | None:
+    """The dimension of the joined tensor along which each part is put together, as of heads; behind that of the places.
+
+    None if it is in front of them, or if parts differ in it or in what they are put together of.
+    """
+    found = {side_by_side(p) for p in parts}
+    put = found.pop() if len(found) == 1 else None
+    if put is None or put[0] < join.dim + (not join.stacks):
+        return None
+    alike = all(_of_one_shape(column) for column in zip(*(p.args[0] for p in parts), strict=True))
+    return put[0] + join.stacks if alike else None
 
 
 def _joined_order(join: Join, order: Sequence[int]) -> tuple[list[int], int]:

@@ -1,4 +1,4 @@
-"""Calls that change no entry of a tensor, only where it is: reshapes, and orders of dimensions."""
+"""Calls that change no entry, only where it is: reshapes, orders of dimensions, tensors that are put side by side."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ RESHAPES = frozenset[Any]({
 })  # fmt: skip
 TRANSPOSES = ("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims)
 REORDERS = (*TRANSPOSES, "permute", torch.permute)
+
+SIDE_BY_SIDE = (torch.cat, torch.concat, torch.concatenate, torch.stack)
 
 
 def reshapes(node: fx.Node) -> bool:
@@ -42,6 +44,16 @@ def order_of(node: fx.Node) -> list[int] | None:
         a, b = dims
         dims = [b if d == a else a if d == b else d for d in range(rank)]
     return dims if len(dims) == rank else None
+
+
+def side_by_side(node: fx.Node) -> tuple[int, int] | None:
+    """The dimension along which a call puts tensors together, and how many they are."""
+    tensors, *dims = node.args or (None,)
+    dims += node.kwargs.values()
+    if not isinstance(tensors, list | tuple) or len(dims) > 1 or node.kwargs.keys() - {"dim"}:
+        return None
+    dim = dims[0] if dims else 0
+    return (dim % example_of(node).dim(), len(tensors)) if isinstance(dim, int) else None
 
 
 def example_of(arg: Any) -> Any:

@@ -46,7 +46,7 @@ class Moved:
 
     @cached_property
     def joined(self) -> list[Kept | Moved | Turned]:
-        return [a for a in self.args if isinstance(a, Kept | Moved | Turned)]
+        return [a for a in self._each if isinstance(a, Kept | Moved | Turned)]
 
     @cached_property
     def hides(self) -> bool:
@@ -59,8 +59,13 @@ class Moved:
     @property
     def given(self) -> Iterator[fx.Node]:
         """The values of the graph that it is called with where it is called then."""
-        for a in self.args:
+        for a in self._each:
             yield from a.parts if isinstance(a, Kept) else (a,) if isinstance(a, fx.Node) else ()
+
+    @cached_property
+    def _each(self) -> list[Any]:
+        """The arguments, those in a list of tensors one by one."""
+        return [x for a in self.args for x in (a if isinstance(a, list) else [a])]
 
     @property
     def moves(self) -> bool:
@@ -98,6 +103,8 @@ def move(
     made: dict[Any, fx.Node] = {}  # several functions may be called with the same
 
     def call(arg: Any, along: Join) -> Any:
+        if isinstance(arg, list) and any(isinstance(a, Kept | Moved | Turned) for a in arg):
+            return [call(a, along) for a in arg]
         if not isinstance(arg, Kept | Moved | Turned):
             return map_arg(arg, mapping.__getitem__)
         key = arg if isinstance(arg, Kept) else id(arg)

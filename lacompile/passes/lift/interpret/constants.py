@@ -52,7 +52,8 @@ class Constants:
 
     def hold(self, node: fx.Node, real: torch.Tensor) -> None:
         """A tensor that belongs to the graph; the program may write into it, so this is another one."""
-        self._rests_on[node], self._held[node] = frozenset(), real.detach().clone()
+        if real.numel() <= MAX_NUMBERS:
+            self._rests_on[node], self._held[node] = frozenset(), real.detach().clone()
 
     def are_read_by(self, node: fx.Node) -> bool:
         """Whether a node is computed from nothing but numbers that the program writes, and no input."""

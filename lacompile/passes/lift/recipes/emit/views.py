@@ -52,12 +52,15 @@ class Views:
 
     def bounds(self, a: Aff) -> tuple[int, int]:
         """The first and the last place that an index reads."""
-        ranges = {d: (ZERO, size - 1) for d, size in self.digits.sizes.items()}
         a = self.digits.over(a)
-        low, high = self.space.lower(a, ranges), self.space.upper(a, ranges)
+        low, high = self.space.lower(a, self.digits.ranges), self.space.upper(a, self.digits.ranges)
         if math.isinf(low) or math.isinf(high):
             raise CannotEmit("places that are numbers", f"index {a}")
         return int(low), int(high)
+
+    def ends_by(self, a: Aff, size: Aff) -> bool:
+        """Whether an index reads no place from ``size`` on."""
+        return self.space.lower(size - 1 - self.digits.over(a), self.digits.ranges) >= 0
 
     def _dimension(self, expr: Expr, dim: int, size: Aff, a: Aff) -> tuple[Expr, list[int]]:
         """Dimension ``dim`` of length ``size`` indexed by ``a``: the digits it becomes, outermost first."""
@@ -137,7 +140,11 @@ class Views:
 
     def _inside(self, size: Aff, start: Aff, end: Aff) -> None:
         if self.space.lower(start, {}) < 0 or self.space.lower(size - end, {}) < 0:
-            raise CannotEmit("indices inside the tensor", f"[{start}, {end}) of {size}")
+            raise CannotEmit(
+                "tensors with an entry for each place of q, k, v or a gate (differences and shifted tokens that begin "
+                "with a token, as torch.diff(x, prepend=...) does, and not with zeros)",
+                f"places {start} to {end - 1} of a dimension of length {size}",
+            )
 
     def _beyond(self, size: Aff, a: Aff) -> tuple[int, int] | None:
         """How far an index that moves by one leaves a dimension in front and behind; None if it stays inside."""

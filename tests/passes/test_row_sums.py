@@ -196,3 +196,63 @@ def test_the_final_sum_of_keys_beside_scores_that_stay():
         return (a / (1 + a.sum(-1, keepdim=True).abs())).tanh() @ v, k.sum(-2)
 
     assert_refused(run, *qkv(B, H, N, D))
+
+
+def over(total):
+    """The whole row: ``[B, H, N]`` as ``[B, H, N, 1]``."""
+    return total[..., None]
+
+
+SUMS_OF_DATA = {
+    "positive": lambda a, w: a / over((1 + w.abs()).cumsum(-1)),
+    "of any sign": lambda a, w: a / over(w.cumsum(-1)),
+    "and a number": lambda a, w: a / over(w.sigmoid().cumsum(-1) + 1e-6),
+    "its root": lambda a, w: a / over(w.sigmoid().cumsum(-1).sqrt()),
+    "bounded": lambda a, w: a / over(w.abs().cumsum(-1).clamp(min=1.0)),
+    "keys that are its summands": lambda a, w: a * w.sigmoid()[..., None, :] / over(w.sigmoid().cumsum(-1)),
+    "exponentials": lambda a, w: a * w.tanh().exp()[..., None, :] / over(w.tanh().exp().cumsum(-1)),
+    "of later tokens": lambda a, w: a / over(w.sigmoid().flip(-1).cumsum(-1).flip(-1)),
+    "of all tokens": lambda a, w: a / w.sigmoid().sum(-1)[..., None, None],
+    "of the tokens before": lambda a, w: a / over(w.sigmoid().cumsum(-1) - w.sigmoid() + 1),
+    "of known numbers": lambda a, w: a / over(torch.tensor([0.3, 0.7] * (N // 2)).cumsum(-1).sqrt()),
+    "of each column": lambda a, w: a / (1 + w.abs()).cumsum(-1)[..., None, :],
+}
+
+
+@pytest.mark.parametrize("name", SUMS_OF_DATA)
+def test_scores_divided_by_sums_of_data(name):
+    def run(q, k, v, w):
+        return SUMS_OF_DATA[name]((q @ k.mT).tril(), w) @ v
+
+    assert_rewritten(run, *qkv(B, H, N, D), torch.randn(B, H, N, requires_grad=True), compiled=False)
+
+
+def from_each_on(w):
+    return w.flip(-1).cumsum(-1).flip(-1)
+
+
+QUOTIENTS = {
+    "up to each of two tokens": lambda w: [w.cumsum(-1)] * 2,
+    "from each of two tokens on": lambda w: [from_each_on(w)] * 2,
+    "twice": lambda w: [w.cumsum(-1), w.cumsum(-1)],
+}
+
+
+@pytest.mark.parametrize("name", QUOTIENTS)
+def test_a_quotient_of_sums_of_what_may_be_next_to_nothing(name):
+    """Apart, one over the sum of the key would be infinite where the quotient is a number."""
+
+    def run(q, k, v, w):
+        row, key = QUOTIENTS[name](w)
+        return ((q @ k.mT).tril() * (row[..., None] / key[..., None, :])) @ v
+
+    w = torch.logspace(0, -44, N).expand(B, H, N).clone().requires_grad_()
+    assert_refused(run, *qkv(B, H, N, D), w)
+
+
+def test_a_sum_of_both_positions_is_no_row_factor():
+    def run(q, k, v, w):
+        s = w.cumsum(-1)
+        return ((q @ k.mT).tril() / (1 + s[..., None] - s[..., None, :])) @ v
+
+    assert_refused(run, *qkv(B, H, N, D), torch.rand(B, H, N, requires_grad=True))

@@ -24,6 +24,8 @@ SHIFTS = {
     "pad, then cut": lambda x: F.pad(x, (0, 0, 1, 0))[:, :, :-1],
     "cut, then pad": lambda x: F.pad(x[:, :, :-1], (0, 0, 1, 0)),
     "cat": lambda x: torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, :-1]], 2),
+    "cut, then a function": lambda x: F.pad(x[:, :, :-1].cos(), (0, 0, 1, 0)),
+    "cut by three, then a function": lambda x: F.pad(x[:, :, :-3].cos(), (0, 0, 3, 0)),
     "module": torch.nn.ZeroPad2d((0, 0, 1, -1)),
     "by three": lambda x: F.pad(x, (0, 0, 3, -3)),
     "backwards": lambda x: F.pad(x, (0, 0, -1, 1)),
@@ -89,6 +91,26 @@ def test_a_function_of_what_was_padded():
     assert_rewritten(
         lambda q, k, v, s: keys(lambda x: SHIFTS["pad"](x.cos()))(q, k, v, s), *arguments(), compiled=False
     )
+
+
+CUT = {
+    "shorter than it was": lambda x: F.pad(x[:, :, :-3].cos(), (0, 0, 1, 0))[:, :, :N],
+    "behind": lambda x: F.pad(x[:, :, :-1].cos(), (0, 0, 0, 1)),
+    "in the middle": lambda x: F.pad(F.pad(x[:, :, :-4].cos(), (0, 0, 1, 0)), (0, 0, 0, 3)),
+    "in front of a function of all": lambda x: F.pad(x[:, :, :-1].cos(), (0, 0, 1, 0)) + x.cos(),
+    "that is read whole as well": lambda x: F.pad(x.cos()[:, :, :-2], (0, 0, 2, 0)) * x[:, :, :-1].cos().sum(2, True),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_functions_of_what_was_cut(name):
+    def run(q, k, v, slope):
+        k = CUT[name](k)
+        n = k.shape[2]
+        return (q[:, :, :n] @ k.mT * mask(slope, n)) @ v[:, :, :n]
+
+    torch._dynamo.reset()
+    assert_rewritten(run, *arguments(), count=len(explain(run)(*arguments()).rewrites), compiled=False)
 
 
 def test_what_was_cut_is_not_zero():

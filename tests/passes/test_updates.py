@@ -41,6 +41,11 @@ def gate(x, t):
 UPDATES = {
     "mixed": lambda s, new, x, m, t: (1 - gate(x, t)) * s + gate(x, t) * new,
     "moved": lambda s, new, x, m, t: s + gate(x, t) * (new - s),
+    "moved by what is left": lambda s, new, x, m, t: s + (1 - gate(x, t)) * (new - s),
+    "moved back by what is left": lambda s, new, x, m, t: s - (1 - gate(x, t)) * (s - new),
+    "moved by an exponential": lambda s, new, x, m, t: s + (1 - torch.exp(-x[:, :, t].abs())) * (new - s),
+    "moved where it counts": lambda s, new, x, m, t: s + (1 - torch.where(m[:, :, t], gate(x, t), 1.0)) * (new - s),
+    "moved by less": lambda s, new, x, m, t: s + (0.9 - 0.5 * gate(x, t)) * (new - s),
     "lerp": lambda s, new, x, m, t: torch.lerp(s, new, gate(x, t)),
     "less a part": lambda s, new, x, m, t: s - 0.1 * s + new,
     "less a part by a gate": lambda s, new, x, m, t: s - 0.5 * gate(x, t) * s + new,
@@ -77,6 +82,9 @@ def test_updates(name):
 OTHERS = {
     "moved by feature": lambda s, new, x, m, t: s + torch.sigmoid(s) * (new - s),
     "a gate of unknown sign": lambda s, new, x, m, t: s - x[:, :, t] * s + new,
+    "moved further than to the new": lambda s, new, x, m, t: s + (1 + gate(x, t)) * (new - s),
+    "moved by more than is left": lambda s, new, x, m, t: s + (1.5 - gate(x, t)) * (new - s),
+    "moved away": lambda s, new, x, m, t: s - (1 - x[:, :, t].tanh()) * (s - new),
     "a bound that is not positive": lambda s, new, x, m, t: s * x[:, :, t].clamp(min=-0.1) + new,
     "kept and negated": lambda s, new, x, m, t: torch.where(m[:, :, t], 0.9 * s + new, -s),
 }

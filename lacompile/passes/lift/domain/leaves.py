@@ -256,6 +256,8 @@ class Leaves:
         if len(idx) > MAX_SYMBOL_INDICES:
             return None
         kind = Symbol(op, tuple(spec), tuple(sorted(kwargs.items())))
+        if (same := self._less_twice(kind)) is not None and self[same].dtype == dtype:
+            return (same, tuple(idx))
         interval = interval_of(op, intervals)
         if interval == ANY and self._makes_truth(kind, dtype):
             interval = (0.0, 1.0)
@@ -321,6 +323,13 @@ class Leaves:
             return None
         negated = of.op is aten.mul.Tensor and -1.0 in of.args and isinstance(of.args[0], Argument)
         return of.args[0] if negated and not of.kwargs and not kind.kwargs else None
+
+    def _less_twice(self, kind: Symbol) -> int | None:
+        """The x of 1 - (1 - x), which is x: what an average keeps that moves by 1 - x."""
+        less = self.less_than_one(kind)
+        of = None if less is None or less.dtype is not None else self[less.leaf].kind
+        inner = self.less_than_one(of) if isinstance(of, Symbol) else None
+        return None if inner is None or inner.dtype is not None else inner.leaf
 
     def made_of(self, leaf: int) -> tuple[int, ...]:
         """The leaves that this one is a function of, or a continuation."""

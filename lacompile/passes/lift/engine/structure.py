@@ -229,6 +229,11 @@ class Structure(Program):
             t.told(self._sums_products) for c in v.cases for t in c.terms
         )
 
+    def sums(self, v: Val) -> bool:
+        """Holds a sum of products, or of data up to each position."""
+        data = v.alt is None and not self.index_only(v)
+        return self.contracts(v) or (data and any(t.bound(self.space) for c in v.cases for t in c.terms))
+
     def _sums_products(self, t: Term) -> bool:
         # exp of plain data, as of a feature map, is a factor like any other
         factors = [*t.accs, *(a for m, f in t.exp.lin if f.is_const for a in m)]

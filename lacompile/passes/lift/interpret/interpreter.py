@@ -222,7 +222,7 @@ class Interpreter:
             val = whole_if_inside(self.engine, node, val, tensor, self._born_since()) if single else val
             val = self._beside_others(node, val, tensor, repeatable) if single else val
             val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
-            if single and (self.engine.moves_along_a_feature(val) or self.engine.contracts(val)):
+            if single and (self.engine.moves_along_a_feature(val) or self.engine.sums(val)):
                 val = readable(self.engine, node, val, tensor, compute)
             val = self._of_a_window(node, val, tensor) if single else val
             out.append(val)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import fx
 from ...facts import Attend, Call, DecayedAttention, Expr, values_of
 from ...schedule import Schedule
 from ..domain.affine import ONE, Aff
-from ..domain.exponent import Access, Mono
+from ..domain.exponent import Access
 from ..domain.leaves import Opaque
 from ..domain.term import Term
 from ..interpret import Fact, Interpreter
@@ -24,6 +23,7 @@ from .assumptions import Assumptions
 from .described import formulation, source
 from .emit import CannotEmit, Emitter, Piece, permuted, size_of
 from .holders import Holders, Place
+from .positions import Positions, no_row, rows
 
 MOST_PRODUCTS = 256
 
@@ -60,9 +60,12 @@ class Builder:
         rates = [a for m, _ in (*p.q_weights, *p.fixed, *p.tokens) for a in m]
         like = self._some_node([*p.q, *rates, *p.k, *p.v], held)
         dtype = p.fact.compute
-        self.emitter = Emitter(
-            self.engine, p.roles, everything, held, like, _exact(dtype), lambda leaf: self._sum(leaf, p.fact)
-        )
+
+        def emitter(roles: Mapping[int, Aff]) -> Emitter:
+            exact = _exact(dtype)
+            return Emitter(self.engine, roles, everything, held, like, exact, lambda leaf: self._sum(leaf, p.fact))
+
+        self.emitter, positions = emitter(p.roles), Positions(self.engine.space, p, emitter)
         heads, batch = p.head_roles(self.engine.space)
         dk = self._length(p, p.key_features)
         if len(p.key_features) > 1 and isinstance(dk, int) and dk > MOST_PRODUCTS:
@@ -75,12 +78,15 @@ class Builder:
             )
         groups_q = [batch, heads, [N_ROLE], p.key_features]
         e_group = [E_ROLE] if E_ROLE in p.roles else []
-        q = self._operand(p.q, p.q_weights, groups_q, dtype, shared=not p.later or p.state is None)
-        k = self._operand(p.k, p.k_weights, groups_q, dtype)
+        shared = not p.later or p.state is None
+        q = positions.of_queries(lambda e, at: e.operand(at.q, at.q_weights, groups_q, dtype, shared))
+        k = positions.of_keys(lambda e, at: e.operand(at.k, at.k_weights, groups_q, dtype))
         if p.key_scale != 1:
             k = Call(torch.mul, (k, p.key_scale))
-        v = self._operand(p.v, [], [batch, heads, [N_ROLE], e_group], dtype)
-        log_decay, decay_source = self._log_decay(p, batch, heads)
+        v = positions.of_keys(lambda e, at: e.operand(at.v, [], [batch, heads, [N_ROLE], e_group], dtype))
+        log_decay = positions.of_decays(lambda e, at: _log_decay(e, at, batch, heads))
+        if p.delayed:
+            log_decay = Call(torch.cat, ([no_row(log_decay), rows(log_decay, 0, -1)], 2))
         state = None
         if p.state is not None:
             piece = self.emitter.product(p.state) or self.emitter.number(p.state_number, _exact(dtype))
@@ -90,7 +96,7 @@ class Builder:
         read = {v.node for e in recipes for v in values_of(e)}
         region = self.assumptions.region(p.fact.node, read)
         fact = DecayedAttention(
-            q=Call(torch.cat, ([_rows(q, 1, None), _no_row(q)], 2)) if p.later else q,
+            q=Call(torch.cat, ([rows(q, 1, None), no_row(q)], 2)) if p.later else q,
             k=k,
             v=v,
             log_decay=log_decay,
@@ -104,7 +110,7 @@ class Builder:
             dtype=dtype,
             decay_per_token=bool(p.tokens),
             formulation=formulation(p, region),
-            decay_source=decay_source,
+            decay_source=self._decay_source(p),
             assumptions=self.assumptions.of(p, read, region),
         )
         out: Expr = self._one_later(p, fact, q) if p.later else Attend(fact, 0)
@@ -112,10 +118,10 @@ class Builder:
 
     def _one_later(self, p: Proof, fact: DecayedAttention, q: Expr) -> Expr:
         """What each position reads of the sum up to the one before it: the first nothing, or what came in."""
-        out = _rows(Attend(fact, 0), 0, -1)
+        out = rows(Attend(fact, 0), 0, -1)
         if fact.initial_state is None:
-            return Call(torch.cat, ([_no_row(Attend(fact, 0)), out], 2))
-        first = Call(torch.Tensor.to, (_rows(q, 0, 1), _exact(fact.dtype)))
+            return Call(torch.cat, ([no_row(Attend(fact, 0)), out], 2))
+        first = Call(torch.Tensor.to, (rows(q, 0, 1), _exact(fact.dtype)))
         read = Call(torch.mul, (Call(torch.matmul, (first, fact.initial_state)), p.scale))
         return Call(torch.cat, ([Call(torch.Tensor.to, (read, fact.dtype)), out], 2))
 
@@ -163,42 +169,11 @@ class Builder:
                 return series.pieces[series.starts[0]][0]
         raise CannotEmit("a value of the traced graph", "queries made of constants")
 
-    def _operand(
-        self,
-        accesses: Sequence[Access],
-        weights: Sequence[tuple[Mono, float]],
-        groups: Sequence[Sequence[int]],
-        dtype: torch.dtype,
-        shared: bool = True,
-    ) -> Expr:
-        """One operand; of one head for several, where it is ``shared`` and has no more."""
-        factors = [self.emitter.exponential(m, c) for m, c in weights]
-        piece = self.emitter.product(accesses, factors)
-        if piece is None:
-            piece = self.emitter.number(1.0, dtype)
-        return self.emitter.assemble(piece.to(dtype), groups, shrink=(1,) if shared else ())
-
-    def _log_decay(self, p: Proof, batch: list[int], heads: list[int]) -> tuple[Expr, str]:
-        exact = _exact(p.fact.compute)
-        total: Piece | None = None
-        sources = []
-        for mono, c in (*p.fixed, *p.tokens):
-            piece = self.emitter.product(mono, rate=True)
-            if piece is None:
-                piece = self.emitter.number(c, exact)
-                sources.append(f"the constant {math.exp(c):.6g}")
-            else:
-                piece = piece.to(exact).scaled(c)
-                sources.append(source(self.engine.leaves, mono, c))
-            total = piece if total is None else total + piece
-        if total is None:
-            total = self.emitter.number(0.0, exact)
-            sources.append("none (un-decayed)")
-        groups = [batch, heads, [N_ROLE]] if p.tokens else [heads]
-        log_decay = self.emitter.assemble(total, groups)
-        if p.delayed:
-            log_decay = Call(torch.cat, ([_no_row(log_decay), _rows(log_decay, 0, -1)], 2))
-        return log_decay, " + ".join(sources)
+    def _decay_source(self, p: Proof) -> str:
+        leaves = self.engine.leaves
+        rates = (*p.fixed, *p.tokens)
+        sources = [source(leaves, m, c) if m else f"the constant {math.exp(c):.6g}" for m, c in rates]
+        return " + ".join(sources or ["none (un-decayed)"])
 
     def _replacement(
         self,
@@ -274,22 +249,25 @@ class Builder:
         return None if outer is None else in_target(outer), added
 
 
+def _log_decay(emitter: Emitter, p: Proof, batch: list[int], heads: list[int]) -> Expr:
+    """The decay of each head, or of each token."""
+    exact = _exact(p.fact.compute)
+    total: Piece | None = None
+    for mono, c in (*p.fixed, *p.tokens):
+        piece = emitter.product(mono, rate=True)
+        piece = emitter.number(c, exact) if piece is None else piece.to(exact).scaled(c)
+        total = piece if total is None else total + piece
+    if total is None:
+        total = emitter.number(0.0, exact)
+    return emitter.assemble(total, [batch, heads, [N_ROLE]] if p.tokens else [heads])
+
+
 def _in_chunks(expr: Expr, rank: int, chunk: int, place: int, places: int) -> Expr:
     """The rows of ``expr``, which has ``rank`` dimensions, as chunks in dimension ``chunk`` and places in another."""
     order = [d for d in range(rank + 1) if d != place]
     at = order.index(chunk)
     order.insert(at + 1, place)
     return permuted(Call(torch.unflatten, (expr, at, [-1, places])), [order.index(d) for d in range(rank + 1)])
-
-
-def _rows(x: Expr, start: int | None, end: int | None) -> Expr:
-    """Some positions of ``[B,H,N,D]``, or of ``[B,H,N]``."""
-    return Call(operator.getitem, (x, (slice(None), slice(None), slice(start, end))))
-
-
-def _no_row(x: Expr) -> Expr:
-    """Zeros for one position."""
-    return Call(torch.zeros_like, (_rows(x, 0, 1),))
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
-from ...domain.affine import FIRST_DIV, FIRST_MIXED, ONE, ZERO, Aff
+from ...domain.affine import FIRST_DIV, FIRST_MIXED, ONE, ZERO, Aff, Range
 from ...domain.exponent import Access
 from ...domain.space import Space
 from .pieces import CannotEmit
@@ -35,6 +35,10 @@ class Digits:
         for role, size in roles.items():
             self._split(role, size, *self._cuts(role, accesses))
         self.order = self.of(roles)
+
+    @property
+    def ranges(self) -> dict[int, Range]:
+        return {d: (ZERO, size - 1) for d, size in self.sizes.items()}
 
     def of(self, roles: Iterable[int]) -> list[int]:
         """The digits of these roles, the outermost first."""

@@ -105,6 +105,20 @@ class Emitter:
 
     # ----------------------------------------------------------------------------------------------------- operands
 
+    def operand(
+        self,
+        accesses: Sequence[Access],
+        weights: Sequence[tuple[Mono, float]],
+        groups: Sequence[Sequence[int]],
+        dtype: torch.dtype,
+        shared: bool = True,
+    ) -> Expr:
+        """A product of accesses and exponentials; of one head for several, where it is ``shared`` and has no more."""
+        piece = self.product(accesses, [self.exponential(m, c) for m, c in weights])
+        if piece is None:
+            piece = self.number(1.0, dtype)
+        return self.assemble(piece.to(dtype), groups, shrink=(1,) if shared else ())
+
     def assemble(self, piece: Piece, groups: Sequence[Sequence[int]], shrink: Sequence[int] = ()) -> Expr:
         """One dimension per group of roles. Groups in ``shrink`` keep absent trailing digits unexpanded."""
         of_group = [self.digits.of(g) for g in groups]

@@ -14,7 +14,7 @@ from ...domain.affine import ZERO, Aff
 from ...domain.exponent import Access
 from ...domain.leaves import Extended, Number, Opaque, Series, Symbol, Table
 from ...engine import Engine
-from ..holders import Place, is_part, place_of
+from ..holders import Place, place_of
 from .pieces import CannotEmit, Piece
 from .series import joined_pieces
 from .views import Views
@@ -90,10 +90,20 @@ class Reader:
             return self.views.indexed(Value(leaf.kind.node), leaf.shape, idx, leaf.dtype, padded=True)
         if leaf_id in self.held:
             node, pattern = self.held[leaf_id]
-            whole = not is_part(self.engine.shape(node.meta["example_value"]), pattern, leaf.shape)
-            if whole and (found := self._through(node, pattern, idx, padded=True)) is not None:
+            has_all = self._has_all(node, pattern, leaf.shape, idx)
+            if has_all and (found := self._through(node, pattern, idx, padded=True)) is not None:
                 return found
         return self.read((leaf_id, idx))
+
+    def _has_all(self, node: fx.Node, pattern: tuple[Aff, ...], sizes: tuple[Aff, ...], idx: tuple[Aff, ...]) -> bool:
+        """Whether a node, which may hold the first places of a leaf alone, has all of it that is read."""
+        shape = self.engine.shape(node.meta["example_value"])
+        ends = [
+            (shape[d], size, i)
+            for p, size, i in zip(pattern, sizes, idx, strict=True)
+            if (d := place_of(p)) is not None
+        ]
+        return all(end == size or self.views.ends_by(i, end) for end, size, i in ends)
 
     def _through(
         self, node: fx.Node, pattern: tuple[Aff, ...], idx: tuple[Aff, ...], padded: bool = False

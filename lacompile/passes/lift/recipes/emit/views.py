@@ -1,18 +1,19 @@
 """A tensor at affine indices, as a chain of views: one dimension for each digit.
 
-An index that mixes digits, ``48 h + d``, is an unflatten if strides nest and sizes divide; a number is a select, and a
-range a narrow, both of which must be known to lie inside the tensor.
+An index that mixes digits, ``48 h + d``, is an unflatten of a part that its steps fill, if they nest; a number is a
+select, and a range a narrow, with a step perhaps, all of which must be known to lie inside the tensor.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
 
 from ....facts import Call, Expr
-from ...domain.affine import FIRST_SYMBOL, ZERO, Aff
+from ...domain.affine import FIRST_SYMBOL, ZERO, Aff, Number
 from ...engine import Engine
 from .calls import permuted, with_zeros
 from .digits import Digits
@@ -51,12 +52,15 @@ class Views:
 
     def bounds(self, a: Aff) -> tuple[int, int]:
         """The first and the last place that an index reads."""
-        ranges = {d: (ZERO, size - 1) for d, size in self.digits.sizes.items()}
         a = self.digits.over(a)
-        low, high = self.space.lower(a, ranges), self.space.upper(a, ranges)
+        low, high = self.space.lower(a, self.digits.ranges), self.space.upper(a, self.digits.ranges)
         if math.isinf(low) or math.isinf(high):
             raise CannotEmit("places that are numbers", f"index {a}")
         return int(low), int(high)
+
+    def ends_by(self, a: Aff, size: Aff) -> bool:
+        """Whether an index reads no place from ``size`` on."""
+        return self.space.lower(size - 1 - self.digits.over(a), self.digits.ranges) >= 0
 
     def _dimension(self, expr: Expr, dim: int, size: Aff, a: Aff) -> tuple[Expr, list[int]]:
         """Dimension ``dim`` of length ``size`` indexed by ``a``: the digits it becomes, outermost first."""
@@ -72,25 +76,23 @@ class Views:
         if any(c <= 0 or v not in self.digits.sizes for v, c in terms):
             raise CannotEmit("a view of each tensor", f"index {a}")
         (v, c), (last, radix) = terms[0], terms[-1]
-        step = c if c != 1 or len(terms) == 1 else terms[1][1]
+        if len(terms) == 1:
+            return self._steps(expr, dim, size, Aff.lit(a.const), self.digits.sizes[v], int(c)), [v]
+        step, length = int(c if c != 1 else terms[1][1]), self.digits.sizes[v]
         whole = self.digits.sizes[last] * radix
-        if self.space.divided(size, Aff.lit(int(step))) is None and size != whole:
-            # whole steps are a part of the dimension: the heads of q in what holds q, k, v and gates
-            start = Aff.lit(a.const)
+        in_steps = self.space.divided(size, Aff.lit(step)) is not None
+        across = c == 1 and self.space.upper(length + int(a.const) % step, {}) > step
+        if size != whole and (across or not in_steps):
+            # whole steps are a part of the dimension: the heads of q, k and v in what holds gates, too
+            start = _start(size, whole, a.const)
             return self._dimension(self._narrow(expr, dim, size, start, whole), dim, whole, a - start)
         rest = Aff(tuple(sorted(terms[1:])), a.const)
-        if c != 1:  # a stride: split off the part that stays fixed
-            m = int(c)
-            expr, offset = self._split_off(expr, dim, size, m, rest)
-            inner = Call(torch.select, (expr, dim + 1, offset))
-            return self._dimension(inner, dim, self._outer(size, Aff.lit(m)), Aff.var(v) + _divided(rest, m, offset))
-        length = self.digits.sizes[v]
-        if not rest.terms:
-            return self._narrow(expr, dim, size, rest, length), [v]
-        outer = int(terms[1][1])
-        expr, offset = self._split_off(expr, dim, size, outer, rest)
-        expr = self._narrow(expr, dim + 1, Aff.lit(outer), Aff.lit(offset), length)
-        expr, digits = self._dimension(expr, dim, self._outer(size, Aff.lit(outer)), _divided(rest, outer, offset))
+        expr, offset = self._split_off(expr, dim, size, step, rest)
+        outer, above = self._outer(size, Aff.lit(step)), _divided(rest, step, offset)
+        if c != 1:  # a stride, whose part that stays fixed is split off
+            return self._dimension(Call(torch.select, (expr, dim + 1, offset)), dim, outer, Aff.var(v) + above)
+        expr = self._narrow(expr, dim + 1, Aff.lit(step), Aff.lit(offset), length)
+        expr, digits = self._dimension(expr, dim, outer, above)
         return expr, [*digits, v]
 
     def _selected(self, expr: Expr, dim: int, size: Aff, a: Aff) -> Expr:
@@ -98,9 +100,13 @@ class Views:
         at = a - size if not a.is_const else a
         if not at.is_const:
             raise CannotEmit("a view of each tensor", f"a symbolic position {a}")
-        if self.space.lower(a, {}) < 0 or self.space.lower(size - 1 - a, {}) < 0:
-            raise CannotEmit("indices inside the tensor", f"{a} of {size}")
+        self._inside(size, a, a + 1)
         return Call(torch.select, (expr, dim, int(at.const)))
+
+    def _steps(self, expr: Expr, dim: int, size: Aff, start: Aff, count: Aff, step: int) -> Expr:
+        """So many places of a dimension, of whose length the step need not be a divisor."""
+        expr = self._narrow(expr, dim, size, start, (count - 1) * step + 1)
+        return expr if step == 1 else Call(operator.getitem, (expr, (*[slice(None)] * dim, slice(None, None, step))))
 
     def _parted(self, expr: Expr, dim: int, size: Aff, i: Aff, j: Aff, radix: Aff) -> tuple[Expr, list[int]]:
         """A dimension indexed by ``i radix + j``, as one indexed by i and one of length ``radix`` by j."""
@@ -129,9 +135,16 @@ class Views:
         space = self.space
         if not space.is_size(start) or not space.is_size(length):
             raise CannotEmit("a view of each tensor", f"a part [{start}, {start} + {length}) of a dimension")
-        if space.lower(start, {}) < 0 or space.lower(size - start - length, {}) < 0:
-            raise CannotEmit("indices inside the tensor", f"[{start}, {start + length}) of {size}")
+        self._inside(size, start, start + length)
         return Call(torch.narrow, (expr, dim, size_of(self.engine, start), size_of(self.engine, length)))
+
+    def _inside(self, size: Aff, start: Aff, end: Aff) -> None:
+        if self.space.lower(start, {}) < 0 or self.space.lower(size - end, {}) < 0:
+            raise CannotEmit(
+                "tensors with an entry for each place of q, k, v or a gate (differences and shifted tokens that begin "
+                "with a token, as torch.diff(x, prepend=...) does, and not with zeros)",
+                f"places {start} to {end - 1} of a dimension of length {size}",
+            )
 
     def _beyond(self, size: Aff, a: Aff) -> tuple[int, int] | None:
         """How far an index that moves by one leaves a dimension in front and behind; None if it stays inside."""
@@ -142,6 +155,15 @@ class Views:
             return None
         longest = max(int(before), int(after.const))
         return (int(before), int(after.const)) if self.space.lower(size - longest - 1, {}) >= 0 else None
+
+
+def _start(size: Aff, whole: Aff, first: Number) -> Aff:
+    """Where a part of length ``whole`` begins that is read from ``first`` on: there, or earlier if it ends too late.
+
+    The last step need not be read to its end: of heads that hold q, k and v the values are its last third.
+    """
+    room = size - whole
+    return Aff.lit(min(first, room.const) if room.is_const else first)
 
 
 def _divided(rest: Aff, m: int, offset: int) -> Aff:

@@ -1,8 +1,9 @@
 """Leaves: the tensors that the normal form speaks about but does not look into.
 
-Three kinds. An *opaque* leaf is a value of the Dynamo graph. A *symbol* is a pointwise function of other leaves,
+An *opaque* leaf is a value of the Dynamo graph. A *symbol* is a pointwise function of other leaves,
 f(x)[idx] = f(x[idx]), interned, so that the same function of a sliced tensor in every step of a loop is one leaf and
-not many. A *table* is a small tensor of known numbers. *Extended* is a leaf continued by zeros beyond its ends.
+not many. A *table* is a small tensor of known numbers. *Extended* is a leaf continued by zeros beyond its ends. A
+*scalar* is a number that the sizes of a call decide.
 """
 
 from __future__ import annotations
@@ -132,6 +133,17 @@ class Extended:
     of: int
 
 
+@dataclass(frozen=True)
+class Scalar:
+    """One number for a whole tensor, that the sizes of a call decide: the root of a length, or one over a length.
+
+    ``of`` is PyTorch's expression; ``inverse``: it is one over that.
+    """
+
+    of: Any
+    inverse: bool
+
+
 # Whatever positive numbers they are given, the result is positive.
 POSITIVE_OF_POSITIVE = {
     aten.where.self, aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default,
@@ -142,7 +154,7 @@ POSITIVE_OF_POSITIVE = {
 
 @dataclass
 class Leaf:
-    kind: Opaque | Symbol | Table | Extended
+    kind: Opaque | Symbol | Table | Extended | Scalar
     shape: tuple[Aff, ...]
     dtype: torch.dtype
     interval: Interval = ANY
@@ -227,6 +239,13 @@ class Leaves:
         low, high = inner.interval
         interval = (min(low, 0.0), max(high, 0.0))
         return self.intern(Extended(of), Leaf(Extended(of), inner.shape, inner.dtype, interval, inner.rests_on))
+
+    def scalar(self, kind: Scalar, interval: Interval) -> Access:
+        return self.intern(kind, Leaf(kind, (), torch.float64, interval)), ()
+
+    def tensors(self, accesses: Iterable[Access]) -> tuple[Access, ...]:
+        """Those that are more than a number: a number is a factor as a coefficient is."""
+        return tuple(a for a in accesses if not isinstance(self[a[0]].kind, Scalar))
 
     def symbol(self, op: Any, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Access | None:
         """The access of ``op(*args)`` where an argument is an ``(Access, dtype it is used in)`` pair or a number.

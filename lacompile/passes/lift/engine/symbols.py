@@ -34,7 +34,7 @@ class Symbols(Tables):
     def whole(self, v: Val) -> Val:
         """What can be looked into, as the leaf that it is."""
         assert v.alt is not None
-        self.taken_whole.append(v.alt.accs[0][0])
+        self.taken_whole.extend(leaf for leaf, _ in v.alt.accs)
         return value(v.shape, [v.alt])
 
     def access(self, v: Val, dtype: torch.dtype | None = None) -> tuple[Access, torch.dtype | None] | float:
@@ -44,7 +44,7 @@ class Symbols(Tables):
             GiveUp: ``v`` holds a contraction, a guard or a moving weight.
         """
         if v.alt is not None:
-            self.taken_whole.append(v.alt.accs[0][0])
+            self.taken_whole.extend(leaf for leaf, _ in v.alt.accs)
             return self.term_access(v.alt, dtype)
         if not v.single or not self.plain(v):
             if self.index_only(v):
@@ -65,7 +65,8 @@ class Symbols(Tables):
             nonlocal out
             out = other if out is None else (self._symbol(aten.mul.Tensor, [out, other], dtype), None)
 
-        for a in t.accs:
+        data = self.leaves.tensors(t.accs)
+        for a in data:
             times((a, dtype))
         for mono, f in t.exp.lin:
             if not f.is_const:
@@ -77,6 +78,9 @@ class Symbols(Tables):
                 times((self._symbol(aten.exp.default, [inner], dtype), None))
         for (mono, pos), c in t.exp.sums:
             raise GiveUp(f"a prefix sum over {mono} up to {pos} times {c} inside a pointwise function")
+        for a in t.accs:
+            if a not in data:
+                times((a, None))
         if out is None:
             return coef
         if abs(coef - 1) > 1e-12:
@@ -94,7 +98,7 @@ class Symbols(Tables):
         """The value of the graph that a sum of products is, if one holds it: it is asked what it is by itself."""
         if v.own is None:
             return None
-        self.taken_whole.append(v.own.accs[0][0])
+        self.taken_whole.extend(leaf for leaf, _ in v.own.accs)
         return value(v.shape, [v.own])
 
     def _symbol(
@@ -113,7 +117,9 @@ class Symbols(Tables):
 
     def _common_format(self, args: Sequence[Any]) -> torch.dtype:
         """The format of a product or a sum that no node of the program has."""
-        dtypes = [self.leaves[a[0][0]].dtype for a in args if isinstance(a, tuple)]
+        dtypes = [
+            self.leaves[leaf].dtype for leaf, _ in self.leaves.tensors(a[0] for a in args if isinstance(a, tuple))
+        ]
         found = reduce(torch.promote_types, dtypes, torch.bool)
         numbers = any(isinstance(a, float) for a in args)
         return torch.float64 if numbers and not found.is_floating_point else found
@@ -141,6 +147,8 @@ class Symbols(Tables):
         """
         if any(isinstance(x, Val) for x in kwargs.values()):
             raise GiveUp("a tensor among the keyword arguments")
+        if any(isinstance(x, torch.SymInt | torch.SymFloat) for x in (*args, *kwargs.values())):
+            raise GiveUp("a number that may be another one in the next call")
         if (found := self._of_padded(op, args, kwargs, out, dtypes)) is not None:
             return found
         shape = self.shape(out)

@@ -10,7 +10,7 @@ from torch import fx
 from ...names import spoken
 from ..domain.affine import ONE
 from ..domain.exponent import Mono
-from ..domain.leaves import Argument, Extended, Leaves, Opaque, Symbol
+from ..domain.leaves import Argument, Extended, Leaves, Opaque, Scalar, Symbol
 from ..prove.proof import N_ROLE, Proof
 
 
@@ -43,6 +43,8 @@ def source(leaves: Leaves, mono: Mono, c: float) -> str:
             return f"{getattr(op, '__name__', op)}({inner})"
         if isinstance(kind, Extended):
             return name(kind.of)
+        if isinstance(kind, Scalar):
+            return f"1 / {kind.of}" if kind.inverse else str(kind.of)
         return "a table of numbers"
 
     factors = " * ".join(name(leaf) for leaf, _ in mono)

@@ -13,11 +13,12 @@ from torch import fx
 from ....facts import Call, Const, Expr, Value
 from ...domain.affine import ONE, Aff
 from ...domain.exponent import Access, Mono
+from ...domain.leaves import Scalar
 from ...engine import Engine
 from ..holders import Place
 from .calls import permuted, squeezed
 from .digits import Digits
-from .lengths import size_of
+from .lengths import number_of, size_of
 from .pieces import CannotEmit, Piece
 from .reader import Reader
 from .views import Views
@@ -80,14 +81,18 @@ class Emitter:
     def product(self, accesses: Sequence[Access], factors: Sequence[Piece] = (), *, rate: bool = False) -> Piece | None:
         """The product of accesses; None for the empty product. Where a condition does not hold nothing is read.
 
-        That of a ``rate`` will be exponentiated.
+        That of a ``rate`` will be exponentiated. Numbers of the program multiply what is there, in its format.
         """
-        pieces = [*(self.reader.read(a, rate) for a in accesses), *factors]
+        tensors = self.engine.leaves.tensors(accesses)
+        kinds = [self.engine.leaves[leaf].kind for leaf, _ in accesses]
+        numbers = [number_of(self.engine, kind) for kind in kinds if isinstance(kind, Scalar)]
+        pieces = [*(self.reader.read(a, rate) for a in tensors), *factors]
         data = [p for p in pieces if p.dtype is not torch.bool]
         conditions = [p for p in pieces if p.dtype is torch.bool]
-        if not data:
+        if not data and not numbers:
             return reduce(mul, conditions) if conditions else None
-        return reduce(Piece.where, conditions, reduce(mul, data))
+        product = reduce(Piece.scaled, numbers, reduce(mul, data or [self.number(1.0, self.reader.exact)]))
+        return reduce(Piece.where, conditions, product)
 
     def exponential(self, mono: Mono, coef: float) -> Piece:
         """In fp32 at least: what the program computed it in is not known, and it grows with the number of steps."""

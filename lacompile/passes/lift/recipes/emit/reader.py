@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from ....._compat import takes_no_number
 from ....facts import Call, Const, Expr, Value
 from ...domain.affine import ZERO, Aff
 from ...domain.exponent import Access
-from ...domain.leaves import Extended, Number, Opaque, Series, Symbol, Table
+from ...domain.leaves import Extended, Number, Opaque, Scalar, Series, Symbol, Table
 from ...engine import Engine
 from ..holders import Place, is_part, place_of
+from .lengths import number_of
 from .pieces import CannotEmit, Piece
 from .series import joined_pieces
 from .views import Views
@@ -63,6 +65,9 @@ class Reader:
             return self.views.indexed(numbers, leaf.shape, idx, self.exact)
         if isinstance(kind, Extended):
             return self._extended(kind.of, idx)
+        if isinstance(kind, Scalar):
+            one = self.views.indexed(Const(1.0, self.like, self.exact), (), (), self.exact)
+            return one.scaled(number_of(self.engine, kind))
         assert isinstance(kind, Symbol)
         return self._symbol(kind, idx, leaf.dtype, rate)
 
@@ -116,9 +121,14 @@ class Reader:
         args: list[Any] = []
         present: frozenset[int] = frozenset()
         chosen = kind.op is aten.where.self
+        tensors = len(self.leaves.tensors(a[0] for a in kind.given(idx) if isinstance(a, tuple)))
         for n, arg in enumerate(kind.given(idx)):
             if isinstance(arg, tuple):
                 access, used = arg
+                of = self.leaves[access[0]].kind
+                if isinstance(of, Scalar) and tensors and not takes_no_number(kind.op, n):
+                    args.append(number_of(self.engine, of))  # as in the program, where it has no format
+                    continue
                 piece = self.read(access, rate and kind.op in OF_RATES and not (chosen and n == 0))
                 if used is not None:
                     piece = piece.to(used)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...._compat import hint
-from ..domain.affine import ONE, ZERO, Aff
+from ..domain.affine import INF, ONE, ZERO, Aff
 from ..domain.exponent import Access
 from ..domain.intervals import ANY, Interval
 from ..domain.leaves import Leaf, Leaves, Opaque, Scalar
@@ -27,6 +27,7 @@ class Program(Algebra):
         super().__init__()
         self.leaves = Leaves(self.leaf_shapes)
         self.sizes = Sizes(self.space)
+        self.endless = Aff.var(self.space.symbol(1, INF))  # as many positions as are asked for
         self.symints: dict[Aff, torch.SymInt] = {}
         self._seen: dict[Aff, Aff] = {}
         self.size_nodes: dict[Aff, Any] = {}  # sizes that are inputs of the graph

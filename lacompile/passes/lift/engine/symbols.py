@@ -14,10 +14,10 @@ from ...._compat import takes_no_number
 from ..domain.affine import Aff
 from ..domain.exponent import Access, Exponent, Mono
 from ..domain.leaves import Number, Symbol, Table
-from ..domain.precision import jumps
+from ..domain.precision import SMOOTH, jumps
 from ..domain.term import Case, Precision, Term, Val, value
 from ..normal.logs import log_summands
-from .limits import GiveUp
+from .limits import MAX_TABLE, GiveUp
 from .tables import Tables
 
 aten = torch.ops.aten
@@ -159,13 +159,41 @@ class Symbols(Tables):
         if jumps(self.leaves, op, vals, dtypes or [out.dtype], out.dtype):
             raise GiveUp("a decision by numbers that rounding may have changed")
         if all(self.index_only(v) and v.alt is None for v in vals if isinstance(v, Val)):
-            return self.folded(op, vals, kwargs, shape)
+            try:
+                return self.folded(op, vals, kwargs, shape)
+            except GiveUp:
+                if (counted := self._of_positions(op, vals)) is None:
+                    raise
+                vals = counted
         spec = [self.access(v, d) if isinstance(v, Val) else v for v, d in zip(vals, used, strict=True)]
         formats = [d or out.dtype for d in dtypes] or [out.dtype] * len(args)
         for n, x in enumerate(spec):
             if isinstance(vals[n], Val) and isinstance(x, int | float) and takes_no_number(op, n):
                 spec[n] = Number(float(x), formats[n], scalars[n])
         return value(shape, [Term(accs=(self._symbol(op, spec, out.dtype, kwargs),))])
+
+    def _of_positions(self, op: Any, vals: Sequence[Any]) -> list[Any] | None:
+        """The arguments of a smooth function of positions whose number is not known, as data; None if it is another."""
+        found: list[Any] = []
+        for v in vals:
+            if isinstance(v, Val):
+                t = v.one
+                if t is None or t.accs or t.exp or t.guards or math.isinf(t.coef):
+                    return None
+                if not t.poly.is_const:
+                    if not all(float(c).is_integer() for c in (t.poly.const, *(c for _, c in t.poly.terms))):
+                        return None
+                    v = value(v.shape, [Term(t.coef, accs=(self.leaves.at_position(t.poly, self.endless),))])
+            found.append(v)
+        smooth = getattr(op, "overloadpacket", op) in SMOOTH
+        return found if smooth and any(isinstance(v, Val) and self._uncounted(v) for v in vals) else None
+
+    def _uncounted(self, v: Val) -> bool:
+        """Whether it is made of positions, more of them than a table holds, or nobody knows how many."""
+        used = {x for t in v.terms for x in self.space.vars(t.poly)}
+        if not all(0 <= x < len(v.shape) and v.shape[x].is_const for x in used):
+            return True
+        return math.prod(int(v.shape[x].const) for x in used) > MAX_TABLE
 
     def _of_padded(
         self, op: Any, args: Sequence[Any], kwargs: dict[str, Any], out: torch.Tensor, dtypes: Sequence[Any]

@@ -161,7 +161,7 @@ class Roles:
                 raise Refused("separable", "keys and values in separate tensors", "one factor with both features", 4)
             into = (p.v if with_e else p.k) if self._holds(a, self.j) else p.q if with_d else p.outer
             into.append(self._renamed(a))
-        numbers = [a for a in p.outer if not a[1] and a not in self.engine.leaves.tensors([a])]
+        numbers = [a for a in p.outer if not self.engine.leaves.tensors([a])]
         if p.q:
             # A number scales the queries, as it did in the program: sums that it keeps small may not fit their format.
             p.q, p.outer = [*p.q, *numbers], [a for a in p.outer if a not in numbers]

@@ -83,7 +83,7 @@ class Builder:
         log_decay, decay_source = self._log_decay(p, batch, heads)
         state = None
         if p.state is not None:
-            piece = self.emitter.product(p.state) or self.emitter.number(p.state_number, _exact(dtype))
+            piece = self.emitter.product(p.state) or self.emitter.numbers.constant(p.state_number, _exact(dtype))
             state = self.emitter.assemble(piece.to(_exact(dtype)), [batch, heads, p.key_features, e_group])
         row_factor, added = self._around(p, residual)
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
@@ -175,7 +175,7 @@ class Builder:
         factors = [self.emitter.exponential(m, c) for m, c in weights]
         piece = self.emitter.product(accesses, factors)
         if piece is None:
-            piece = self.emitter.number(1.0, dtype)
+            piece = self.emitter.numbers.constant(1.0, dtype)
         return self.emitter.assemble(piece.to(dtype), groups, shrink=(1,) if shared else ())
 
     def _log_decay(self, p: Proof, batch: list[int], heads: list[int]) -> tuple[Expr, str]:
@@ -185,14 +185,14 @@ class Builder:
         for mono, c in (*p.fixed, *p.tokens):
             piece = self.emitter.product(mono, rate=True)
             if piece is None:
-                piece = self.emitter.number(c, exact)
+                piece = self.emitter.numbers.constant(c, exact)
                 sources.append(f"the constant {math.exp(c):.6g}")
             else:
                 piece = piece.to(exact).scaled(c)
                 sources.append(source(self.engine.leaves, mono, c))
             total = piece if total is None else total + piece
         if total is None:
-            total = self.emitter.number(0.0, exact)
+            total = self.emitter.numbers.constant(0.0, exact)
             sources.append("none (un-decayed)")
         groups = [batch, heads, [N_ROLE]] if p.tokens else [heads]
         log_decay = self.emitter.assemble(total, groups)
@@ -265,7 +265,7 @@ class Builder:
             coef = t.coef * math.exp(sum(float(f.const) for m, f in t.exp.lin if not m))
             piece = self._summed_product(p, t)
             if not t.poly.is_const:
-                counted = self.emitter.index(t.poly)
+                counted = self.emitter.numbers.index(t.poly)
                 piece = counted if piece is None else piece * counted
             if piece is None:
                 added.append(coef)

@@ -36,7 +36,7 @@ def no_number_for_a_symbol(fake_mode: Any, *, no_answer: bool = False) -> Iterat
 
     def settled(ask: Callable[..., Any]) -> Callable[..., Any]:
         def answer(node: SymNode, *args: Any) -> Any:
-            if node.expr.free_symbols:
+            if node.expr.free_symbols and not _settled(node):
                 raise AnotherInEachCall
             return ask(node, *args)
 
@@ -51,6 +51,15 @@ def no_number_for_a_symbol(fake_mode: Any, *, no_answer: bool = False) -> Iterat
     finally:
         for name, ask in before.items():
             setattr(SymNode, name, ask)
+
+
+def _settled(node: Any) -> bool:
+    """Whether the guards that Dynamo has installed leave one number, as of the chunks that a loop was traced for."""
+    import sympy
+
+    if node.hint is None or isinstance(node.hint, bool):
+        return False
+    return node.shape_env._maybe_evaluate_static(sympy.Eq(node.expr, node.hint)) is sympy.true
 
 
 def symbolic_kernels(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:

@@ -116,7 +116,7 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
     numbers = short_numbers(region)
     for node in region.nodes:
         if node.op == "placeholder":
-            held[node] = _own(real[node]) if not isinstance(real[node], torch.SymInt) else plain_int(real[node])
+            held[node] = plain(_own(real[node]))
         elif node.op == "get_attr":
             held[node] = _own(operator.attrgetter(str(node.target))(gm))
         elif node.op == "call_function" and node.target in (*GRAD_MODE, *INFERENCE_MODE, *AUTOCAST):
@@ -153,7 +153,8 @@ def _is_short(node: fx.Node) -> bool:
 
 def is_constant(node: fx.Node) -> bool:
     """Whether the program makes the value from nothing but numbers and sizes."""
-    return all(isinstance(n.meta.get("example_value"), int | torch.SymInt) for n in node.all_input_nodes)
+    numbers = int | float | torch.SymInt | torch.SymFloat
+    return all(isinstance(n.meta.get("example_value"), numbers) for n in node.all_input_nodes)
 
 
 def _in_own_precision(node: fx.Node, x: Any) -> Any:
@@ -178,8 +179,8 @@ def in_fp64_on_cpu(arg: Any) -> Any:
     """Arguments that name a low precision or another device, made fp64 on CPU."""
     if isinstance(arg, torch.dtype):
         return torch.float64 if arg.is_floating_point else arg
-    if isinstance(arg, torch.SymInt):
-        return plain_int(arg)
+    if isinstance(arg, torch.SymInt | torch.SymFloat):
+        return plain(arg)
     if isinstance(arg, torch.device):
         return torch.device("cpu")
     if isinstance(arg, dict):
@@ -187,6 +188,11 @@ def in_fp64_on_cpu(arg: Any) -> Any:
     if isinstance(arg, list | tuple) and not isinstance(arg, torch.Size):
         return type(arg)(in_fp64_on_cpu(a) for a in arg)
     return arg
+
+
+def plain(x: Any) -> Any:
+    """A number as the inputs at hand have it; anything else as it is."""
+    return float(x.node.hint) if isinstance(x, torch.SymFloat) else plain_int(x) if isinstance(x, torch.SymInt) else x
 
 
 def plain_int(size: Any) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
-from .region import Region, cuts, in_fp64_on_cpu, is_constant, plain_int, region_of, run, short_numbers
+from .region import Region, cuts, in_fp64_on_cpu, is_constant, plain, plain_int, region_of, run, short_numbers
 from .schedule import Schedule
 
 Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
@@ -143,7 +143,7 @@ class _Inputs:
         example, given = node.meta["example_value"], self.real.get(node)
         if not isinstance(example, Tensor):
             value = example if given is None else given
-            return value if isinstance(value, int | float | bool) else plain_int(value)
+            return plain(value)
         fractions = example.dtype.is_floating_point
         if isinstance(given, Tensor) and (node in self.decays or node in self.by_value or not fractions):
             return given.detach().cpu().to(torch.float64 if fractions else given.dtype)
@@ -273,7 +273,8 @@ def _tame_decays(
 ) -> None:
     """Made-up decay inputs take the sign that makes the log-decay negative, so that nothing overflows."""
     decays = {n for n in decays if n in env}  # others are computed from what is made up
-    made_up = [n for n in decays if n.op != "placeholder" and n not in by_value and env[n].is_floating_point()]
+    tensors = {n for n in decays if isinstance(env[n], Tensor) and env[n].is_floating_point()}
+    made_up = [n for n in tensors if n.op != "placeholder" and n not in by_value]
     for fact in match.facts:
         if made_up and bool((_Recipe(region.with_copies(env), reference)(fact.log_decay) > 0).any()):
             for n in made_up:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lacompile.passes.lift.domain.evaluate import Evaluator
-from lacompile.passes.lift.domain.leaves import Argument, Extended, Opaque, Symbol, Table
+from lacompile.passes.lift.domain.leaves import Argument, Extended, Opaque, Positions, Symbol, Table
 from lacompile.passes.lift.interpret import Interpreter
 
 B, H, N, D = 2, 3, 24, 4
@@ -157,6 +157,8 @@ class Values:
         kind = self.leaves[leaf].kind
         if isinstance(kind, Table):
             return float(kind.array[idx])
+        if isinstance(kind, Positions):
+            return float(idx[0])
         if isinstance(kind, Extended):
             inside = all(0 <= i < n.const for i, n in zip(idx, self.leaves[kind.of].shape, strict=True))
             return self.read(kind.of, idx) if inside else 0.0
@@ -210,6 +212,19 @@ def test_every_value_is_what_the_program_computes(fn, inputs):
             assert evaluator.value(fact.value, at) == pytest.approx(float(actual[at]), rel=1e-9, abs=1e-12), fact.node
             checked += 1
     assert checked >= 4
+
+
+def test_functions_of_more_positions_than_a_table_holds(inputs, monkeypatch):
+    def mean(q, k, v, slope):
+        rows, keys = torch.arange(1, N + 1)[:, None], torch.arange(N).double().add(0.5).sqrt()
+        return ((q @ k.transpose(-1, -2)).tril() / rows * keys * slope[:, None, None]) @ v
+
+    for module in ("tables", "symbols"):
+        monkeypatch.setattr(f"lacompile.passes.lift.engine.{module}.MAX_TABLE", 2)
+    test_every_value_is_what_the_program_computes(mean, inputs)
+    _, _, interpreter = lifted(mean, inputs)
+    leaves = interpreter.engine.leaves
+    assert any(isinstance(leaves[n].kind, Positions) for n in range(len(leaves)))
 
 
 @pytest.mark.parametrize("fn", ONE_TERM, ids=lambda f: f.__name__)

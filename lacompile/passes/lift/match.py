@@ -12,6 +12,8 @@ from .domain.affine import Aff
 from .domain.term import value
 from .interpret import Fact, Interpreter
 from .prove.causes import Causes
+from .prove.fragments import HINT as CHUNKS
+from .prove.fragments import is_fragment, is_part
 from .prove.obligations import explain_missing, prove
 from .prove.proof import Proof, Refused
 from .prove.roles import sequence_index
@@ -66,6 +68,8 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
         follows = False  # whether it is computed from an attention that was found
         missed = 0  # how often the value at hand was none
         sums: list[Fact] = []  # values of several sums, if none behind them is an attention
+        refused: list[Fact] = []
+        in_chunks = False
         while frontier and missed < MAX_STEPS_BACK:
             at = frontier.pop(0)
             follows |= at in done
@@ -77,11 +81,14 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                 continue
             try:
                 proof = prove(interpreter.engine, fact, explained)
-                if best is not None and best.progress >= 2 and proof.is_part:
-                    continue  # one chunk of a loop whose whole is something else
+                part = best is not None and best.progress >= 2 and is_part(interpreter.engine.space, proof)
+                if part or is_fragment(interpreter.engine, refused, proof):
+                    in_chunks = True
+                    continue
                 attention, replacement = builder.build(proof)
             except Refused as r:
                 missed += 1
+                refused.append(fact)
                 if r.obligation == "single-term":
                     sums.append(fact)
                 refusal = _refusal(at, r)
@@ -108,6 +115,8 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
                 proofs += summed
                 done.add(fact.node)
                 break
+        if best is not None and in_chunks:
+            best = replace(best, hint=f"{best.hint}; {CHUNKS}" if best.hint else CHUNKS)
         if best is not None and not found and not (follows and best.progress > EXPLAINED):
             refusals += _told(causes, interpreter.facts[node], best)
     data = interpreter.engine.leaves.data

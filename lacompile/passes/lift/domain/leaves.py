@@ -1,8 +1,9 @@
 """Leaves: the tensors that the normal form speaks about but does not look into.
 
-Three kinds. An *opaque* leaf is a value of the Dynamo graph. A *symbol* is a pointwise function of other leaves,
+An *opaque* leaf is a value of the Dynamo graph. A *symbol* is a pointwise function of other leaves,
 f(x)[idx] = f(x[idx]), interned, so that the same function of a sliced tensor in every step of a loop is one leaf and
-not many. A *table* is a small tensor of known numbers. *Extended* is a leaf continued by zeros beyond its ends.
+not many. A *table* is a small tensor of known numbers. *Extended* is a leaf continued by zeros beyond its ends. A
+*scalar* is a number that the sizes of a call decide. *Positions* are read at themselves.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from .affine import ONE, Aff
+from .affine import FIRST_SYMBOL, ONE, Aff
 from .exponent import Access
 from .intervals import ANY, Interval, interval_of
 from .term import Term, Val
@@ -132,6 +133,22 @@ class Extended:
     of: int
 
 
+@dataclass(frozen=True)
+class Positions:
+    """0, 1, 2, ... without an end: what a function of positions reads, where it is not known how many there are."""
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One number for a whole tensor, that the sizes of a call decide: the root of a length, or one over a length.
+
+    ``of`` is PyTorch's expression; ``inverse``: it is one over that.
+    """
+
+    of: Any
+    inverse: bool
+
+
 # Whatever positive numbers they are given, the result is positive.
 POSITIVE_OF_POSITIVE = {
     aten.where.self, aten.mul.Tensor, aten.add.Tensor, aten.maximum.default, aten.minimum.default,
@@ -142,7 +159,7 @@ POSITIVE_OF_POSITIVE = {
 
 @dataclass
 class Leaf:
-    kind: Opaque | Symbol | Table | Extended
+    kind: Opaque | Symbol | Table | Extended | Scalar | Positions
     shape: tuple[Aff, ...]
     dtype: torch.dtype
     interval: Interval = ANY
@@ -227,6 +244,28 @@ class Leaves:
         low, high = inner.interval
         interval = (min(low, 0.0), max(high, 0.0))
         return self.intern(Extended(of), Leaf(Extended(of), inner.shape, inner.dtype, interval, inner.rests_on))
+
+    def scalar(self, kind: Scalar, interval: Interval) -> Access:
+        return self.intern(kind, Leaf(kind, (), torch.float64, interval)), ()
+
+    def at_position(self, place: Aff, length: Aff) -> Access:
+        """A position as data; they have as many entries as are asked for."""
+        return self.intern(Positions(), Leaf(Positions(), (length,), torch.float64)), (place,)
+
+    def tensors(self, accesses: Iterable[Access]) -> tuple[Access, ...]:
+        """Those that are more than one number, which is a factor as a coefficient is."""
+        return tuple(a for a in accesses if not self._one_number(a))
+
+    def _one_number(self, access: Access) -> bool:
+        leaf, idx = access
+        return self.counts(leaf) and not any(v < FIRST_SYMBOL for i in idx for v, _ in i.terms)
+
+    def counts(self, leaf: int) -> bool:
+        """Whether it is made of nothing but positions, and numbers that sizes decide."""
+        kind = self[leaf].kind
+        return isinstance(kind, Scalar | Positions) or (
+            bool(made := self.made_of(leaf)) and all(map(self.counts, made))
+        )
 
     def symbol(self, op: Any, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Access | None:
         """The access of ``op(*args)`` where an argument is an ``(Access, dtype it is used in)`` pair or a number.

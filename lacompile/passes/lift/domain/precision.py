@@ -59,7 +59,8 @@ def _known(leaves: Leaves, t: Term) -> bool:
 
 def _of_tables(leaves: Leaves, t: Term) -> bool:
     if t.accs:
-        return any(isinstance(leaves[leaf].kind, Table) for leaf, _ in t.accs)
+        moving = leaves.tensors(t.accs)
+        return not moving or any(isinstance(leaves[leaf].kind, Table) or leaves.counts(leaf) for leaf, _ in moving)
     rates = t.exp.monos
     return all(isinstance(leaves[leaf].kind, Table) for m in rates for leaf, _ in m)
 

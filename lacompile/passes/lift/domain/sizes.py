@@ -92,6 +92,8 @@ class Sizes:
         low, high = max(low, least), min(high, most)
         low = -(-low // divisor) if math.isfinite(low) else low
         high = high // divisor if math.isfinite(high) else high
+        if low == high:  # as many chunks of whole tokens as a loop was traced for
+            return Aff.lit(int(low) * divisor)
         return Aff.var(self.space.symbol(low, high)) * divisor
 
     def _learn(self, guards: Any) -> None:

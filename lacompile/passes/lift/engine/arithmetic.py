@@ -36,6 +36,18 @@ class Arithmetic(Symbols):
             return constant(v.shape, 0)
         return v if k == 1 else v.with_terms(lambda t: t.but(coef=t.coef * k))
 
+    def times_number(self, v: Val, number: Access) -> Val:
+        """Every reading of ``v`` times one number, which is for it what a coefficient is."""
+
+        def times(t: Term) -> Term:
+            if not math.isinf(t.coef):
+                return bounded(t.but(accs=tuple(sorted((*t.accs, number)))))
+            if not self.interval(number[0])[0] > 0:
+                raise GiveUp("infinity times a number of unknown sign")
+            return t
+
+        return v.with_terms(times)
+
     def multiply(self, a: Val, b: Val) -> Val:
         """The product of two values of one shape."""
         a, b = (v if self.index_only(w) else self._numbers_of_heads(v) for v, w in ((a, b), (b, a)))

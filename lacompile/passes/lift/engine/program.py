@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import torch
 
 from ...._compat import hint
-from ..domain.affine import ONE, ZERO, Aff
-from ..domain.intervals import Interval
-from ..domain.leaves import Leaf, Leaves, Opaque
+from ..domain.affine import INF, ONE, ZERO, Aff
+from ..domain.exponent import Access
+from ..domain.intervals import ANY, Interval
+from ..domain.leaves import Leaf, Leaves, Opaque, Scalar
 from ..domain.sizes import Sizes
 from ..domain.term import Precision, Term, Val, value
 from ..normal.algebra import Algebra
@@ -25,9 +27,11 @@ class Program(Algebra):
         super().__init__()
         self.leaves = Leaves(self.leaf_shapes)
         self.sizes = Sizes(self.space)
+        self.endless = Aff.var(self.space.symbol(1, INF))  # as many positions as are asked for
         self.symints: dict[Aff, torch.SymInt] = {}
         self._seen: dict[Aff, Aff] = {}
         self.size_nodes: dict[Aff, Any] = {}  # sizes that are inputs of the graph
+        self.number_nodes: dict[Any, Any] = {}  # PyTorch's expression -> the first Dynamo node that is that number
         self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
         self.view_maps: dict[tuple[tuple[Aff, ...], tuple[Aff, ...]], dict[int, Aff]] = {}  # from old and new sizes
         self.narrowed: set[int] = set()  # leaves of what was cast to a narrower format
@@ -51,6 +55,22 @@ class Program(Algebra):
                 self._seen[found] = Aff.lit(number) if (number := hint(size)) else found
             return found
         raise GiveUp(f"index of type {type(size).__name__}")
+
+    def scalar(self, number: torch.SymInt | torch.SymFloat, inverse: bool = False) -> Access:
+        """A number of the traced program, or one over it, as a factor of data.
+
+        Raises:
+            GiveUp: it is none of the graph's values, or may be 0 where one over it is asked for.
+        """
+        expr = number.node.expr
+        if expr not in self.number_nodes:
+            raise GiveUp("a number that no value of the graph is")
+        low, high = within = _bounds(number)
+        if inverse:
+            if not low > 0:
+                raise GiveUp("division by a number that is not known to be positive")
+            within = max(1 / high, sys.float_info.min), 1 / low  # a size is finite
+        return self.leaves.scalar(Scalar(expr, inverse), within)
 
     def shape(self, tensor: torch.Tensor) -> tuple[Aff, ...]:
         return tuple(self.aff(n) for n in tensor.shape)
@@ -85,3 +105,10 @@ class Program(Algebra):
 
     def own_index(self, shape: Sequence[Aff]) -> tuple[Aff, ...]:
         return tuple(ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape))
+
+
+def _bounds(number: torch.SymInt | torch.SymFloat) -> Interval:
+    """What PyTorch knows of a number in every run of the traced program."""
+    found = number.node.shape_env.bound_sympy(number.node.expr)
+    low, high = (float(end) if end.is_Rational or end.is_Float else None for end in (found.lower, found.upper))
+    return ANY[0] if low is None else low, ANY[1] if high is None else high

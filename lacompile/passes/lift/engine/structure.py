@@ -150,7 +150,8 @@ class Structure(Program):
         """Whether a part of the features, such as those of a head, is multiplied by a matrix, all of which is read."""
         if not self._projection(t):
             return False
-        return any(self.projects_by(m, of) and self._summed_whole(t, m) for m, of in (t.accs, t.accs[::-1]))
+        data = self.leaves.tensors(t.accs)
+        return any(self.projects_by(m, of) and self._summed_whole(t, m) for m, of in (data, data[::-1]))
 
     def _summed_whole(self, t: Term, a: Access) -> bool:
         """Whether each summed index runs over a whole dimension of this factor, and nothing else is asked of any."""
@@ -192,9 +193,10 @@ class Structure(Program):
         return any(found) and all(p or self.plain_term(t) for p, t in zip(found, v.terms, strict=True))
 
     def _projection(self, t: Term) -> bool:
-        if len(t.accs) != 2 or t.exp:
+        data = self.leaves.tensors(t.accs)
+        if len(data) != 2 or t.exp:
             return False
-        return bool(t.bound(self.space)) and any(map(self.projects_by, t.accs, reversed(t.accs)))
+        return bool(t.bound(self.space)) and any(map(self.projects_by, data, reversed(data)))
 
     def weighs_columns(self, v: Val, w: Val) -> bool:
         """Whether a weight moves along a free dimension of what ``v`` projects by, if that is no parameter.
@@ -205,7 +207,8 @@ class Structure(Program):
         for t in (t for c in w.cases for t in c.terms):
             affs = (*t.guards, *(f for _, f in t.exp.lin), *(p for (_, p), _ in t.exp.sums))
             moving |= self.space.vars_of(affs)
-        pairs = [p for t in v.terms if len(t.accs) == 2 for p in (t.accs, t.accs[::-1])]
+        read = [self.leaves.tensors(t.accs) for t in v.terms]
+        pairs = [p for data in read if len(data) == 2 for p in (data, data[::-1])]
         one_way = [m for m, of in pairs if self.projects_by(m, of) and not self.projects_by(of, m)]
         matrices = [m for m in one_way if not self.leaves[m[0]].parameter]
         return any(x >= 0 and x in moving for m in matrices for x in self.space.vars_of(m[1]))
@@ -236,7 +239,7 @@ class Structure(Program):
 
     def _sums_products(self, t: Term) -> bool:
         # exp of plain data, as of a feature map, is a factor like any other
-        factors = [*t.accs, *(a for m, f in t.exp.lin if f.is_const for a in m)]
+        factors = [*self.leaves.tensors(t.accs), *(a for m, f in t.exp.lin if f.is_const for a in m)]
         factors += {a for (m, _), _ in t.exp.sums for a in m if any(x < 0 for x in self.space.vars_of(a[1]))}
         return len(factors) >= 2 and any(x < 0 for _, idx in factors for a in idx for x, _ in a.terms)
 

@@ -14,10 +14,10 @@ from ...._compat import takes_no_number
 from ..domain.affine import Aff
 from ..domain.exponent import Access, Exponent, Mono
 from ..domain.leaves import Number, Symbol, Table
-from ..domain.precision import jumps
+from ..domain.precision import SMOOTH, jumps
 from ..domain.term import Case, Precision, Term, Val, value
 from ..normal.logs import log_summands
-from .limits import GiveUp
+from .limits import MAX_TABLE, GiveUp
 from .tables import Tables
 
 aten = torch.ops.aten
@@ -34,7 +34,7 @@ class Symbols(Tables):
     def whole(self, v: Val) -> Val:
         """What can be looked into, as the leaf that it is."""
         assert v.alt is not None
-        self.taken_whole.append(v.alt.accs[0][0])
+        self.taken_whole.extend(leaf for leaf, _ in v.alt.accs)
         return value(v.shape, [v.alt])
 
     def access(self, v: Val, dtype: torch.dtype | None = None) -> tuple[Access, torch.dtype | None] | float:
@@ -44,7 +44,7 @@ class Symbols(Tables):
             GiveUp: ``v`` holds a contraction, a guard or a moving weight.
         """
         if v.alt is not None:
-            self.taken_whole.append(v.alt.accs[0][0])
+            self.taken_whole.extend(leaf for leaf, _ in v.alt.accs)
             return self.term_access(v.alt, dtype)
         if not v.single or not self.plain(v):
             if self.index_only(v):
@@ -65,7 +65,8 @@ class Symbols(Tables):
             nonlocal out
             out = other if out is None else (self._symbol(aten.mul.Tensor, [out, other], dtype), None)
 
-        for a in t.accs:
+        data = self.leaves.tensors(t.accs)
+        for a in data:
             times((a, dtype))
         for mono, f in t.exp.lin:
             if not f.is_const:
@@ -77,6 +78,9 @@ class Symbols(Tables):
                 times((self._symbol(aten.exp.default, [inner], dtype), None))
         for (mono, pos), c in t.exp.sums:
             raise GiveUp(f"a prefix sum over {mono} up to {pos} times {c} inside a pointwise function")
+        for a in t.accs:
+            if a not in data:
+                times((a, None))
         if out is None:
             return coef
         if abs(coef - 1) > 1e-12:
@@ -94,7 +98,7 @@ class Symbols(Tables):
         """The value of the graph that a sum of products is, if one holds it: it is asked what it is by itself."""
         if v.own is None:
             return None
-        self.taken_whole.append(v.own.accs[0][0])
+        self.taken_whole.extend(leaf for leaf, _ in v.own.accs)
         return value(v.shape, [v.own])
 
     def _symbol(
@@ -113,7 +117,9 @@ class Symbols(Tables):
 
     def _common_format(self, args: Sequence[Any]) -> torch.dtype:
         """The format of a product or a sum that no node of the program has."""
-        dtypes = [self.leaves[a[0][0]].dtype for a in args if isinstance(a, tuple)]
+        dtypes = [
+            self.leaves[leaf].dtype for leaf, _ in self.leaves.tensors(a[0] for a in args if isinstance(a, tuple))
+        ]
         found = reduce(torch.promote_types, dtypes, torch.bool)
         numbers = any(isinstance(a, float) for a in args)
         return torch.float64 if numbers and not found.is_floating_point else found
@@ -141,6 +147,8 @@ class Symbols(Tables):
         """
         if any(isinstance(x, Val) for x in kwargs.values()):
             raise GiveUp("a tensor among the keyword arguments")
+        if any(isinstance(x, torch.SymInt | torch.SymFloat) for x in (*args, *kwargs.values())):
+            raise GiveUp("a number that may be another one in the next call")
         if (found := self._of_padded(op, args, kwargs, out, dtypes)) is not None:
             return found
         shape = self.shape(out)
@@ -151,13 +159,41 @@ class Symbols(Tables):
         if jumps(self.leaves, op, vals, dtypes or [out.dtype], out.dtype):
             raise GiveUp("a decision by numbers that rounding may have changed")
         if all(self.index_only(v) and v.alt is None for v in vals if isinstance(v, Val)):
-            return self.folded(op, vals, kwargs, shape)
+            try:
+                return self.folded(op, vals, kwargs, shape)
+            except GiveUp:
+                if (counted := self._of_positions(op, vals)) is None:
+                    raise
+                vals = counted
         spec = [self.access(v, d) if isinstance(v, Val) else v for v, d in zip(vals, used, strict=True)]
         formats = [d or out.dtype for d in dtypes] or [out.dtype] * len(args)
         for n, x in enumerate(spec):
             if isinstance(vals[n], Val) and isinstance(x, int | float) and takes_no_number(op, n):
                 spec[n] = Number(float(x), formats[n], scalars[n])
         return value(shape, [Term(accs=(self._symbol(op, spec, out.dtype, kwargs),))])
+
+    def _of_positions(self, op: Any, vals: Sequence[Any]) -> list[Any] | None:
+        """The arguments of a smooth function of positions whose number is not known, as data; None if it is another."""
+        found: list[Any] = []
+        for v in vals:
+            if isinstance(v, Val):
+                t = v.one
+                if t is None or t.accs or t.exp or t.guards or math.isinf(t.coef):
+                    return None
+                if not t.poly.is_const:
+                    if not all(float(c).is_integer() for c in (t.poly.const, *(c for _, c in t.poly.terms))):
+                        return None
+                    v = value(v.shape, [Term(t.coef, accs=(self.leaves.at_position(t.poly, self.endless),))])
+            found.append(v)
+        smooth = getattr(op, "overloadpacket", op) in SMOOTH
+        return found if smooth and any(isinstance(v, Val) and self._uncounted(v) for v in vals) else None
+
+    def _uncounted(self, v: Val) -> bool:
+        """Whether it is made of positions, more of them than a table holds, or nobody knows how many."""
+        used = {x for t in v.terms for x in self.space.vars(t.poly)}
+        if not all(0 <= x < len(v.shape) and v.shape[x].is_const for x in used):
+            return True
+        return math.prod(int(v.shape[x].const) for x in used) > MAX_TABLE
 
     def _of_padded(
         self, op: Any, args: Sequence[Any], kwargs: dict[str, Any], out: torch.Tensor, dtypes: Sequence[Any]

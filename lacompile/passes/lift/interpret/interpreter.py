@@ -88,6 +88,8 @@ class Interpreter:
             example = node.meta.get("example_value")
             if node.op == "placeholder" and isinstance(example, torch.SymInt):
                 self.engine.size_nodes.setdefault(self.engine.aff(example), node)
+            if isinstance(example, torch.SymInt | torch.SymFloat):
+                self.engine.number_nodes.setdefault(example.node.expr, node)
         if self.read_buffers:
             inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
             self.statics = Statics(self.engine, inputs, example_inputs, self.reading)

@@ -73,16 +73,13 @@ class Proof:
         return self.roles[N_ROLE], math.prod(sizes)
 
     @property
-    def is_part(self) -> bool:
-        """Whether some operand is read in half of its length at most: more than what a convolution leaves over."""
-        length = self.roles[N_ROLE]
-        sizes = [self._position_size(a) for a in (*self.q, *self.k, *self.v)]
-        beyond = [n - length * 2 for n in sizes if n is not None]
-        return any(b.is_const and b.const >= 0 for b in beyond)
+    def length(self) -> Aff:
+        return self.roles[N_ROLE]
 
-    def _position_size(self, a: Access) -> Aff | None:
-        at = [n for n, i in enumerate(a[1]) if i.coef(N_ROLE)]
-        return self.shapes[a[0]][at[0]] if at else None
+    def lengths(self) -> list[Aff]:
+        """Those of the tensors that q, k and v are read from, along their positions."""
+        read = [(a[0], [n for n, i in enumerate(a[1]) if i.coef(N_ROLE)]) for a in (*self.q, *self.k, *self.v)]
+        return [self.shapes[leaf][at[0]] for leaf, at in read if at]
 
     @property
     def leaves(self) -> set[int]:

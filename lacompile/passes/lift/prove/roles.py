@@ -170,6 +170,10 @@ class Roles:
                 raise Refused("separable", "keys and values in separate tensors", "one factor with both features", 4)
             into = (p.v if with_e else p.k) if self._holds(a, self.j) else p.q if with_d else p.outer
             into.append(self._renamed(a))
+        numbers = [a for a in p.outer if not self.engine.leaves.tensors([a])]
+        if p.q:
+            # A number scales the queries, as it did in the program: sums that it keeps small may not fit their format.
+            p.q, p.outer = [*p.q, *numbers], [a for a in p.outer if a not in numbers]
         if not self.features:
             # One key feature: what depends on i is the query, what depends on j alone the key.
             p.q = [a for a in p.outer if self._has_role(a, N_ROLE) and not self._has_role(a, E_ROLE)]

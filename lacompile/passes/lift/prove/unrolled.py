@@ -29,7 +29,7 @@ def unrolled(engine: Engine, facts: Iterable[Fact]) -> tuple[Fact, Refused] | No
         if (found := _in_a_row(_by_place(engine, fact, read))) >= FEWEST:
             return fact, _refused(found)
         for counted in ([(t, 1) for t, _ in read], read) if read else ():
-            key = counted is read, fact.node.op, fact.node.target, tuple(fact.tensor.shape)
+            key = counted is read, fact.node.op, fact.node.target, fact.value.shape
             steps.setdefault(key, {}).setdefault(sum(n for _, n in counted), fact)
     for alike in steps.values():
         if (found := _in_a_row(alike)) >= FEWEST:

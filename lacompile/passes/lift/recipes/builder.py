@@ -89,7 +89,7 @@ class Builder:
             log_decay = Call(torch.cat, ([no_row(log_decay), rows(log_decay, 0, -1)], 2))
         state = None
         if p.state is not None:
-            piece = self.emitter.product(p.state) or self.emitter.number(p.state_number, _exact(dtype))
+            piece = self.emitter.product(p.state) or self.emitter.numbers.constant(p.state_number, _exact(dtype))
             state = self.emitter.assemble(piece.to(_exact(dtype)), [batch, heads, p.key_features, e_group])
         row_factor, added = self._around(p, residual)
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
@@ -240,7 +240,7 @@ class Builder:
             coef = t.coef * math.exp(sum(float(f.const) for m, f in t.exp.lin if not m))
             piece = self._summed_product(p, t)
             if not t.poly.is_const:
-                counted = self.emitter.index(t.poly)
+                counted = self.emitter.numbers.index(t.poly)
                 piece = counted if piece is None else piece * counted
             if piece is None:
                 added.append(coef)
@@ -255,10 +255,10 @@ def _log_decay(emitter: Emitter, p: Proof, batch: list[int], heads: list[int]) -
     total: Piece | None = None
     for mono, c in (*p.fixed, *p.tokens):
         piece = emitter.product(mono, rate=True)
-        piece = emitter.number(c, exact) if piece is None else piece.to(exact).scaled(c)
+        piece = emitter.numbers.constant(c, exact) if piece is None else piece.to(exact).scaled(c)
         total = piece if total is None else total + piece
     if total is None:
-        total = emitter.number(0.0, exact)
+        total = emitter.numbers.constant(0.0, exact)
     return emitter.assemble(total, [batch, heads, [N_ROLE]] if p.tokens else [heads])
 
 

@@ -10,7 +10,7 @@ from torch import fx
 from ...names import spoken
 from ..domain.affine import ONE
 from ..domain.exponent import Mono
-from ..domain.leaves import Argument, Extended, Leaves, Opaque, Symbol
+from ..domain.leaves import Argument, Extended, Leaves, Opaque, Positions, Scalar, Symbol
 from ..prove.proof import N_ROLE, Proof
 
 
@@ -43,7 +43,9 @@ def source(leaves: Leaves, mono: Mono, c: float) -> str:
             return f"{getattr(op, '__name__', op)}({inner})"
         if isinstance(kind, Extended):
             return name(kind.of)
-        return "a table of numbers"
+        if isinstance(kind, Scalar):
+            return f"1 / {kind.of}" if kind.inverse else str(kind.of)
+        return "positions" if isinstance(kind, Positions) else "a table of numbers"
 
     factors = " * ".join(name(leaf) for leaf, _ in mono)
     return factors if c == 1 else f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"

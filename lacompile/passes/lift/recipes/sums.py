@@ -12,6 +12,7 @@ from ..domain.affine import Aff
 from ..domain.exponent import Access
 from ..domain.term import Term, value
 from ..interpret import Fact
+from ..prove.fragments import is_part
 from ..prove.obligations import prove
 from ..prove.proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
 from ..prove.roles import sequence_index
@@ -87,6 +88,6 @@ def _alone(builder: Builder, fact: Fact, terms: list[Term]) -> tuple[Proof, Deca
     part = Fact(fact.node, value(fact.value.shape, terms), fact.tensor, fact.compute, fact.after)
     try:
         proof = prove(builder.engine, part, queries=False)
-        return None if proof.is_part else (proof, *builder.build(proof))
+        return None if is_part(builder.engine.space, proof) else (proof, *builder.build(proof))
     except Refused:
         return None

@@ -76,7 +76,9 @@ def neg(op: Op) -> Val:
 
 @rule(aten.div)
 def div(op: Op) -> Val:
-    mode = op.kwargs.get("rounding_mode")
+    mode, by = op.kwargs.get("rounding_mode"), op.args[1]
+    if mode is None and isinstance(by, torch.SymInt | torch.SymFloat):
+        return op.engine.times_number(operand(op, 0), op.engine.scalar(by, inverse=True))
     a, b = operand(op, 0), operand(op, 1)
     divisor = number(b)
     if mode is not None:

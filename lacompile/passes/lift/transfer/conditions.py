@@ -254,6 +254,11 @@ def mul(op: Op) -> Val:
         op.engine.weighed = True
         if op.engine.weighed_whole:
             raise GiveUp("features times known numbers, which are taken as they are")
+    number = op.args[1]
+    if isinstance(number, torch.SymInt | torch.SymFloat):
+        v = operand(op, 0)
+        if isinstance(number, torch.SymFloat) or not op.engine.index_only(v):  # of positions a size is one more
+            return op.engine.times_number(v, op.engine.scalar(number))
     return op.engine.multiply(operand(op, 0), operand(op, 1))
 
 

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from ....facts import Call, Const, Expr, Value
+from ....facts import Call, Expr, Value
 from ...domain.affine import ONE, Aff
 from ...domain.exponent import Access, Mono
+from ...domain.leaves import Scalar
 from ...engine import Engine
 from ..holders import Place
 from .calls import permuted, squeezed
 from .digits import Digits
-from .lengths import size_of
+from .lengths import number_of, size_of
+from .numbers import Numbers
 from .pieces import CannotEmit, Piece
 from .reader import Reader
 from .views import Views
@@ -47,47 +49,27 @@ class Emitter:
         computed: Callable[[int], Expr],
     ):
         self.engine = engine
-        self.like = Value(like)
         self.digits = Digits(engine.space, roles, accesses)
-        self.reader = Reader(engine, Views(engine, self.digits), held, self.like, exact, computed)
+        self.numbers = Numbers(engine, self.digits, Value(like), exact)
+        self.reader = Reader(engine, Views(engine, self.digits), held, self.numbers, computed)
 
     # ----------------------------------------------------------------------------------------------------- products
-
-    def number(self, c: float, dtype: torch.dtype) -> Piece:
-        expr: Expr = Const(c, self.like, dtype)
-        for _ in self.digits.order:
-            expr = Call(torch.unsqueeze, (expr, 0))
-        return Piece(expr, frozenset(), dtype)
-
-    def index(self, form: Aff) -> Piece:
-        """The numbers of an index form over roles."""
-        over = self.digits.over(form)
-        total = self.number(float(over.const), self.reader.exact)
-        for digit, c in over.terms:
-            total = total + self._counted(digit).scaled(c)
-        return total
-
-    def _counted(self, digit: int) -> Piece:
-        """0, 1, 2, ... along one digit."""
-        if digit not in self.digits.order:
-            raise CannotEmit("a form of positions", f"a form that holds {Aff.var(digit)}")
-        lengths = [size_of(self.engine, self.digits.sizes[d]) if d == digit else 1 for d in self.digits.order]
-        exact = self.reader.exact
-        ones = Call(torch.broadcast_to, (self.number(1.0, exact).expr, lengths))
-        counted = Call(torch.sub, (Call(torch.cumsum, (ones, self.digits.order.index(digit))), 1.0))
-        return Piece(counted, frozenset({digit}), exact)
 
     def product(self, accesses: Sequence[Access], factors: Sequence[Piece] = (), *, rate: bool = False) -> Piece | None:
         """The product of accesses; None for the empty product. Where a condition does not hold nothing is read.
 
-        That of a ``rate`` will be exponentiated.
+        That of a ``rate`` will be exponentiated. Numbers of the program multiply what is there, in its format.
         """
-        pieces = [*(self.reader.read(a, rate) for a in accesses), *factors]
+        kinds = [self.engine.leaves[leaf].kind for leaf, _ in accesses]
+        numbers = [number_of(self.engine, kind) for kind in kinds if isinstance(kind, Scalar)]
+        read = [a for a, kind in zip(accesses, kinds, strict=True) if not isinstance(kind, Scalar)]
+        pieces = [*(self.reader.read(a, rate) for a in read), *factors]
         data = [p for p in pieces if p.dtype is not torch.bool]
         conditions = [p for p in pieces if p.dtype is torch.bool]
-        if not data:
+        if not data and not numbers:
             return reduce(mul, conditions) if conditions else None
-        return reduce(Piece.where, conditions, reduce(mul, data))
+        product = reduce(Piece.scaled, numbers, reduce(mul, data or [self.numbers.constant(1.0, self.numbers.exact)]))
+        return reduce(Piece.where, conditions, product)
 
     def exponential(self, mono: Mono, coef: float) -> Piece:
         """In fp32 at least: what the program computed it in is not known, and it grows with the number of steps."""
@@ -116,7 +98,7 @@ class Emitter:
         """A product of accesses and exponentials; of one head for several, where it is ``shared`` and has no more."""
         piece = self.product(accesses, [self.exponential(m, c) for m, c in weights])
         if piece is None:
-            piece = self.number(1.0, dtype)
+            piece = self.numbers.constant(1.0, dtype)
         return self.assemble(piece.to(dtype), groups, shrink=(1,) if shared else ())
 
     def assemble(self, piece: Piece, groups: Sequence[Sequence[int]], shrink: Sequence[int] = ()) -> Expr:

@@ -1,14 +1,21 @@
-"""Sizes as numbers, or as recipes that compute them from the sizes among the inputs of the graph."""
+"""Sizes as numbers, or as recipes that compute them from the sizes among the inputs of the graph; and other numbers."""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
 
-from ....facts import Call, Value
+from ....facts import Call, Expr, Value
 from ...domain.affine import FIRST_DIV, FIRST_MIXED, Aff
+from ...domain.leaves import Scalar
 from ...engine import Engine
 from .pieces import CannotEmit
+
+
+def number_of(engine: Engine, kind: Scalar) -> Expr:
+    """A number of the traced program, by the value of the graph that it is."""
+    number = Value(engine.number_nodes[kind.of])
+    return Call(operator.truediv, (1.0, number)) if kind.inverse else number
 
 
 def size_of(engine: Engine, size: Aff) -> Any:

@@ -31,7 +31,7 @@ class Piece:
             return self
         return Piece(Call(torch.Tensor.to, (self.expr, dtype)), self.present, dtype)
 
-    def scaled(self, c: float) -> Piece:
+    def scaled(self, c: float | Expr) -> Piece:
         return self if c == 1 else replace(self, expr=Call(torch.mul, (self.expr, c)))
 
     def exp(self) -> Piece:

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from ....._compat import takes_no_number
 from ....facts import Call, Const, Expr, Value
 from ...domain.affine import ZERO, Aff
 from ...domain.exponent import Access
-from ...domain.leaves import Extended, Number, Opaque, Series, Symbol, Table
+from ...domain.leaves import Extended, Number, Opaque, Positions, Scalar, Series, Symbol, Table
 from ...engine import Engine
 from ..holders import Place, place_of
+from .lengths import number_of
+from .numbers import Numbers
 from .pieces import CannotEmit, Piece
 from .series import joined_pieces
 from .views import Views
@@ -36,12 +39,11 @@ class Reader:
         engine: Engine,
         views: Views,
         held: Mapping[int, Place],
-        like: Expr,
-        exact: torch.dtype,
+        numbers: Numbers,
         computed: Callable[[int], Expr],
     ):
         self.engine, self.leaves, self.views, self.held = engine, engine.leaves, views, held
-        self.like, self.exact, self.computed = like, exact, computed
+        self.numbers, self.computed = numbers, computed
 
     def read(self, access: Access, rate: bool = False) -> Piece:
         """What an access reads; of a ``rate``, which is exponentiated, logarithms stay finite."""
@@ -59,10 +61,15 @@ class Reader:
                 if found is not None:
                     return found
         if isinstance(kind, Table):
-            numbers = Const(_nested(self.leaves.made(leaf_id)), self.like, self.exact)
-            return self.views.indexed(numbers, leaf.shape, idx, self.exact)
+            exact = self.numbers.exact
+            numbers = Const(_nested(self.leaves.made(leaf_id)), self.numbers.like, exact)
+            return self.views.indexed(numbers, leaf.shape, idx, exact)
+        if isinstance(kind, Positions):
+            return self.numbers.index(idx[0])
         if isinstance(kind, Extended):
             return self._extended(kind.of, idx)
+        if isinstance(kind, Scalar):
+            return self.numbers.constant(1.0, self.numbers.exact).scaled(number_of(self.engine, kind))
         assert isinstance(kind, Symbol)
         return self._symbol(kind, idx, leaf.dtype, rate)
 
@@ -126,9 +133,14 @@ class Reader:
         args: list[Any] = []
         present: frozenset[int] = frozenset()
         chosen = kind.op is aten.where.self
+        tensors = len(self.leaves.tensors(a[0] for a in kind.given(idx) if isinstance(a, tuple)))
         for n, arg in enumerate(kind.given(idx)):
             if isinstance(arg, tuple):
                 access, used = arg
+                of = self.leaves[access[0]].kind
+                if isinstance(of, Scalar) and tensors and not takes_no_number(kind.op, n):
+                    args.append(number_of(self.engine, of))  # as in the program, where it has no format
+                    continue
                 piece = self.read(access, rate and kind.op in OF_RATES and not (chosen and n == 0))
                 if used is not None:
                     piece = piece.to(used)
@@ -138,7 +150,7 @@ class Reader:
                 args.append(piece.expr)
                 present |= piece.present
             elif isinstance(arg, Number):
-                args.append(Const(arg.value if arg.scalar else (arg.value,), self.like, arg.dtype))
+                args.append(Const(arg.value if arg.scalar else (arg.value,), self.numbers.like, arg.dtype))
             else:
                 args.append(arg)
         return Piece(Call(kind.op, tuple(args), dict(kind.kwargs)), present, dtype)

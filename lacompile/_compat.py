@@ -23,6 +23,12 @@ class AnotherInEachCall(Exception):
         return "a number that may be another one in the next call"
 
 
+def forgotten_symbols(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
+    """Symbols for what data says (``x.item()``) that are made inside are looked for in no result of the program."""
+    env = getattr(fake_mode, "shape_env", None)
+    return contextlib.nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
+
+
 @contextlib.contextmanager
 def no_number_for_a_symbol(fake_mode: Any, *, no_answer: bool = False) -> Iterator[None]:
     """A symbol has no number inside, where a guard that keeps it would not be added: it is an error to ask for one.

@@ -80,8 +80,13 @@ def decide(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, 
 
 @contextmanager
 def _asking_nothing(mode: Any) -> Iterator[None]:
-    """Inside no guard is added, no symbol has a number, and nothing is collected."""
-    with _compat.suppressed_guards(mode), _compat.no_number_for_a_symbol(mode), no_collection():
+    """Inside no guard is added, no symbol has a number or stays, and nothing is collected."""
+    with (
+        _compat.suppressed_guards(mode),
+        _compat.forgotten_symbols(mode),
+        _compat.no_number_for_a_symbol(mode),
+        no_collection(),
+    ):
         yield
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import lacompile
 from lacompile.backend import decide
 from lacompile.options import Options
 from lacompile.passes.lift.domain.affine import Aff
@@ -196,3 +197,31 @@ def test_a_number_is_not_that_of_the_first_call(name, symbolic):
     q, k, v = (torch.randn(2, 7, 3, generator=generator, dtype=torch.float64) for _ in range(3))
     for n in (8, 9, 3, 5, 2):
         assert relative_error(made(q, k, v, n), program(q, k, v, n)) < 1e-12, n
+
+
+def scaled_by_data(q, k, v, x):
+    return (q @ k.mT).tril() @ v * x.sum().item()
+
+
+def beside_as_many_zeros_as_data_says(q, k, v, x):
+    n = x.max().int().item()
+    torch._check(n >= 0)
+    return (q @ k.mT).tril() @ v, torch.zeros(n)
+
+
+def nothing_to_rewrite(q, k, v, x):
+    return (q @ k.mT).softmax(-1) @ v * x.sum().item()
+
+
+@pytest.mark.parametrize("program", [scaled_by_data, beside_as_many_zeros_as_data_says, nothing_to_rewrite])
+@torch._dynamo.config.patch(capture_scalar_outputs=True)
+def test_numbers_that_data_says(program):
+    """The analysis makes symbols of its own for them, which no result of the program has."""
+    q, k, v = torch.randn(3, 1, 2, 8, 4, generator=torch.Generator().manual_seed(0))
+    torch._dynamo.reset()
+    made = torch.compile(program, backend="lightning", fullgraph=True)
+    for x in (torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])):
+        torch.testing.assert_close(made(q, k, v, x), program(q, k, v, x))
+    report = lacompile.last_report()
+    assert report is not None and len(report.rewrites) == (program is not nothing_to_rewrite)
+    assert "internal" not in str(report)

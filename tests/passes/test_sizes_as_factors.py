@@ -59,6 +59,29 @@ def times_one_over_the_length(s, q):
     return s * (1 / q.shape[2])
 
 
+@whole
+def queries_times_the_length(q, k, v):
+    return (q * q.shape[2] @ k.mT).tril() @ v
+
+
+@whole
+def values_times_the_length(q, k, v):
+    return (q @ k.mT).tril() @ (v * q.shape[2])
+
+
+@whole
+def a_mask_times_the_length(q, k, v):
+    n = q.shape[2]
+    return (q @ k.mT * (torch.ones(n, n).tril() * n)) @ v
+
+
+@whole
+def a_decay_of_as_many_steps_as_there_are(q, k, v):
+    slopes, i = torch.tensor([0.1, 0.2, 0.3])[:, None, None], torch.arange(q.shape[2])
+    weights = torch.exp(-slopes * (i[:, None] - i)).tril()
+    return (q @ k.mT * weights) @ v * torch.exp(-slopes * q.shape[2])
+
+
 @scores
 def times_the_length(s, q):
     return s * q.shape[2]

@@ -234,7 +234,7 @@ ROWS = [
     row("`naive_chunk_rwkv6`", "decay per feature", rwkv6_chunks, 16, 0, "decay", grads=False),
     row("`naive_recurrent_hgrn`", "decay per feature", hgrn, 8, 0, "separable"),
     row("`naive_recurrent_gsa`", "decay per feature", gsa, 6, 1, "decay"),
-    row("`naive_cumsum_abc`", "other", abc, 12, 0, "separable"),
+    row("`naive_cumsum_abc`", "other", abc, 12, 2),
     row("`delta_rule_recurrence`", "delta rule", delta("delta_rule_recurrence", False), 6, 0, "recurrence"),
     row("`delta_rule_chunkwise`", "delta rule", delta("delta_rule_chunkwise", True), 16, 0, "recurrence"),
     row("`delta_rule_parallel`", "delta rule", delta("delta_rule_parallel", True), 64, 0, "recurrence"),

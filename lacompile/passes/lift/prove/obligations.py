@@ -17,17 +17,18 @@ Every obligation that fails is a :class:`~lacompile.passes.facts.Refusal` naming
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from ...names import spoken
-from ..domain.affine import Aff
+from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
 from ..domain.leaves import Opaque, Symbol, Table
 from ..domain.prefix import counted_from
 from ..domain.term import Term
-from ..engine import Engine
+from ..engine import Engine, GiveUp
 from ..interpret import Fact
 from .addends import Addends
 from .backwards import from_the_end
@@ -47,7 +48,7 @@ def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, quer
     """
     if not fact.value.single:
         raise Refused("one-case", "one sum", f"{len(fact.value.cases)} disjoint regions", 0)
-    terms = [_from_their_starts(engine, t) for t in fact.value.terms]
+    terms = [_sizes_as_numbers(engine, _from_their_starts(engine, t)) for t in fact.value.terms]
     if not any(sequence_index(engine, t) for t in terms) and (step := prove_step(engine, fact, terms)) is not None:
         return step
     main = _main_term(engine, terms, set() if explained is None else explained)
@@ -101,6 +102,14 @@ def _from_zero_on(engine: Engine, pos: Aff, low: Aff) -> bool:
     """Whether a position counted from ``low`` is never before it, and holds nothing more that ``low`` depends on."""
     apart = engine.space.vars(pos).isdisjoint(engine.space.vars(low))
     return apart and pos.const >= 0 and all(c > 0 for _, c in pos.terms)
+
+
+def _sizes_as_numbers(engine: Engine, t: Term) -> Term:
+    """A size that a sum is multiplied by is one number for all of it, like a coefficient, and no position."""
+    size = None if t.poly.is_const else engine.symints.get(t.poly)
+    with suppress(GiveUp):
+        return t if size is None else t.but(poly=ONE, accs=tuple(sorted((*t.accs, engine.scalar(size)))))
+    return t
 
 
 def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Term:

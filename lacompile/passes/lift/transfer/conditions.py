@@ -257,7 +257,8 @@ def mul(op: Op) -> Val:
     number = op.args[1]
     if isinstance(number, torch.SymInt | torch.SymFloat):
         v = operand(op, 0)
-        if isinstance(number, torch.SymFloat) or not op.engine.index_only(v):  # of positions a size is one more
+        # a size is a number of tokens beside rates and positions: exp(-slope * n) is the decay of so many
+        if isinstance(number, torch.SymFloat) or op.engine.contracts(v):
             return op.engine.times_number(v, op.engine.scalar(number))
     return op.engine.multiply(operand(op, 0), operand(op, 1))
 

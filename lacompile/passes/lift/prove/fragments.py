@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ..domain.affine import Aff
 from ..domain.space import Space
 from ..domain.term import Term
 from ..engine import Engine
@@ -31,15 +32,16 @@ def is_part(space: Space, p: Proof) -> bool:
 def _reads_an_earlier_chunk(engine: Engine, terms: Iterable[Term], p: Proof) -> bool:
     terms = [t for t in terms if p.leaves.intersection(t.leaves)]
     rows = [(t, found) for t in terms if (found := sequence_index(engine, t)) is not None]
-    return any(_is_of_all_tokens(engine, t, row, j) for row, (j, _) in rows for t in terms if t is not row)
+    return any(_is_of_all_tokens(engine, t, row, j, p.length) for row, (j, _) in rows for t in terms if t is not row)
 
 
-def _is_of_all_tokens(engine: Engine, t: Term, row: Term, j: int) -> bool:
-    """Whether a term sums what another one sums over the tokens up to the row, of the same tensors over all tokens."""
+def _is_of_all_tokens(engine: Engine, t: Term, row: Term, j: int, length: Aff) -> bool:
+    """Whether a term sums over as many tokens as there are what another one sums over those up to the row."""
     if t.signature != row.signature or sequence_index(engine, t) is not None:
         return False
     summed = {(leaf, n) for leaf, idx in row.accs for n, i in enumerate(idx) if i.coef(j)}
-    bound = t.bound(engine.space)
+    ends = {v: engine.bounds(v, t.guards).ends for v in t.bound(engine.space)}
+    whole = {v for v, end in ends.items() if end is not None and end[1] - end[0] + 1 == length}
     return bool(summed) and all(
-        any(leaf == of and not bound.isdisjoint(engine.space.vars(idx[n])) for of, idx in t.accs) for leaf, n in summed
+        any(leaf == of and not whole.isdisjoint(engine.space.vars(idx[n])) for of, idx in t.accs) for leaf, n in summed
     )

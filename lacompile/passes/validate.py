@@ -202,9 +202,8 @@ def _compare(
     )
     read = {n.meta["example_value"].dtype for n in by_value | short_numbers(region)}
     tolerance = max([EXACT, *(LOW_PRECISION[dtype] for dtype in read if dtype in LOW_PRECISION)])
-    if match.fitted or any(
-        map(_writes_fractions, region.nodes)
-    ):  # the rate of each step may be off by as much as its format rounds
+    # the rate of each step may be off by as much as its format rounds
+    if match.fitted or any(map(_writes_fractions, region.nodes)):
         steps = max(plain_int(f.length) for f in match.facts)
         tolerance = max(tolerance, LOW_PRECISION[torch.float32], torch.finfo(torch.float32).eps * steps)
     says_something = not near or bool(want.any())

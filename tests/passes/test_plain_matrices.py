@@ -217,22 +217,21 @@ def one_head_of_another_token(q, k, v):
     return torch.cat(out, 2)
 
 
-def heads_exchanged_at_one_token(q, k, v):
+def exchanged_at_one_token(q, k, v, dim):
     state, out = torch.zeros(*q.shape[:2], D, D), []
     for t in range(N):
-        v_t = v[:, :, t : t + 1].flip(1) if t == 3 else v[:, :, t : t + 1]
+        v_t = v[:, :, t : t + 1].flip(dim) if t == 3 else v[:, :, t : t + 1]
         state = GAMMA * state + k[:, :, t : t + 1].mT @ v_t
         out.append(q[:, :, t : t + 1] @ state)
     return torch.cat(out, 2)
+
+
+def heads_exchanged_at_one_token(q, k, v):
+    return exchanged_at_one_token(q, k, v, 1)
 
 
 def batches_exchanged_at_one_token(q, k, v):
-    state, out = torch.zeros(*q.shape[:2], D, D), []
-    for t in range(N):
-        v_t = v[:, :, t : t + 1].flip(0) if t == 3 else v[:, :, t : t + 1]
-        state = GAMMA * state + k[:, :, t : t + 1].mT @ v_t
-        out.append(q[:, :, t : t + 1] @ state)
-    return torch.cat(out, 2)
+    return exchanged_at_one_token(q, k, v, 0)
 
 
 def weights_of_keys_turned(q, k, v):

@@ -16,7 +16,7 @@ cancels by linear algebra. Coefficients are ints for indices and floats in expon
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 Number = int | float
@@ -172,6 +172,10 @@ class Aff:
                 return f"x{v}"
             return "t" if v == TAU else f"s{v - FIRST_SYMBOL}" if v < FIRST_DIV else f"div{v - FIRST_DIV}"
 
+        return self.spelled(name)
+
+    def spelled(self, name: Callable[[int], str]) -> str:
+        """The form with its variables by their names."""
         parts = [f"{'' if c == 1 else '-' if c == -1 else f'{c}*'}{name(v)}" for v, c in self.terms]
         if self.const or not parts:
             parts.append(str(self.const))

@@ -47,23 +47,25 @@ class Constants:
         self.fitted: dict[fx.Node, None] = {}
         self._looked_at: set[tuple[Record, int]] = set()  # and how often they had been written into
         self._rests_on: dict[fx.Node, frozenset[fx.Node]] = {}
+        self._given: dict[fx.Node, torch.Tensor] = {}
         self._waiting: list[fx.Node] = []
         self._held: dict[fx.Node, Any] = {}
 
     def hold(self, node: fx.Node, real: torch.Tensor) -> None:
-        """A tensor that belongs to the graph; the program may write into it, so this is another one."""
+        """A tensor that belongs to the graph; the program may write into it, so another one is written into here."""
         if real.numel() <= MAX_NUMBERS:
-            self._rests_on[node], self._held[node] = frozenset(), real.detach().clone()
+            self._rests_on[node], self._given[node] = frozenset(), real
+            self._waiting.append(node)
 
     def are_read_by(self, node: fx.Node) -> bool:
         """Whether a node is computed from nothing but numbers that the program writes, and no input."""
         return all(n in self._rests_on for n in node.all_input_nodes)
 
-    def note(self, node: fx.Node, made: Iterable[torch.Tensor]) -> None:
-        """A call of operations of PyTorch that draw nothing by chance, and the tensors that it has made."""
+    def note(self, node: fx.Node, makes: bool) -> None:
+        """A call of operations of PyTorch on such nodes alone; ``makes``: it has made tensors."""
         effects, memory = self.capture.effects, self.capture.memory
         writes = effects.writes.get(node, NOWHERE)
-        if not (writes or any(True for _ in made)) or not self.are_read_by(node) or not _is_small(node):
+        if not (makes or writes) or not _is_small(node):
             return
         given = [self.results[n].tensor for n in node.all_input_nodes if n in self.results]
         writers = {w for t in given for w in memory.record(t).root.writers} - {node}
@@ -133,6 +135,9 @@ class Constants:
 
     def _run(self, node: fx.Node) -> None:
         """A node that cannot run here costs those that read its result, or what it has written into."""
+        if node in self._given:
+            self._held[node] = self._given[node].detach().clone()
+            return
         try:
             args, kwargs = map_arg((node.args, node.kwargs), self._held.__getitem__)
             if node.op == "call_function":

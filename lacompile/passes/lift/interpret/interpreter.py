@@ -70,7 +70,7 @@ class Interpreter:
     _given: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs and constants
     _constants: Constants = field(init=False)
     _of_numbers: bool = False  # whether the node is computed from numbers that the program writes, and no input
-    _is_fixed: bool = True  # whether all that the node has run are operations of PyTorch that draw nothing by chance
+    _runs_pytorch: bool = True  # whether all that the node has run are operations of PyTorch
     _leaves: int = 0  # how many there were when the last node had been run
     _wholes: dict[fx.Node, Val] = field(default_factory=dict)  # of which parts are called with, as leaves
 
@@ -125,7 +125,7 @@ class Interpreter:
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         op = Op(self.engine, func, args, kwargs, out, dtypes)
         self._repeatable &= func.namespace == "aten"
-        self._is_fixed &= func.namespace == "aten" and torch.Tag.nondeterministic_seeded not in func.tags
+        self._runs_pytorch &= func.namespace == "aten"
         self.engine.running = self._node
         try:
             # a kernel of PyTorch may ask whether a size is 1, which Dynamo did before; a rule has not been asked before
@@ -204,9 +204,9 @@ class Interpreter:
         if node.op == "output":
             self._demand(node.all_input_nodes)
             return []
-        is_fixed, self._is_fixed = self._is_fixed, True
-        if is_fixed:
-            self._constants.note(node, (tensor for tensor, _ in outputs))
+        if self._of_numbers and self._runs_pytorch:
+            self._constants.note(node, makes=bool(outputs))
+        self._runs_pytorch = True
         gave_up, self._gave_up = self._gave_up, None
         repeatable, self._repeatable = self._repeatable, True
         if gave_up is not None:

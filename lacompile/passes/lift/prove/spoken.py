@@ -11,10 +11,7 @@ from ..engine import Engine
 
 def spoken(engine: Engine, form: Aff, names: Mapping[int, str]) -> str:
     """``i-16*(j // 16)``, say; ``names`` are those of variables, of which others are called by their dimension."""
-    parts = [f"{'' if c == 1 else '-' if c == -1 else f'{c}*'}{_variable(engine, v, names)}" for v, c in form.terms]
-    if form.const or not parts:
-        parts.append(str(form.const))
-    return "+".join(parts).replace("+-", "-")
+    return form.spelled(lambda v: _variable(engine, v, names))
 
 
 def _variable(engine: Engine, v: int, names: Mapping[int, str]) -> str:

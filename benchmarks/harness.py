@@ -170,9 +170,13 @@ def graphed(f: Callable[[], object]) -> Callable[[], object]:
 
 
 def extra_bytes(f: Callable[[], object]) -> int:
-    """How much memory one call needs at its peak beyond what is there before it; 0 on a CPU."""
+    """How much memory a call needs at its peak beyond what is there before it; 0 on a CPU.
+
+    Not the first one: kernels are compiled, tried and checked in that.
+    """
     if not GPU:
         return 0
+    f()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

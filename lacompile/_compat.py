@@ -75,6 +75,15 @@ def symbolic_kernels(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
     return enable_python_dispatcher() if has_symbols(fake_mode) else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def of_fakes(fake_mode: Any) -> Iterator[None]:
+    """What is called inside with fake tensors makes one, as Dynamo would, and adds no guards to the traced program."""
+    import torch
+
+    with fake_mode, suppressed_guards(fake_mode), symbolic_kernels(fake_mode), torch.no_grad():
+        yield
+
+
 def has_symbols(fake_mode: Any) -> bool:
     """Whether a size of the traced program is, or was, a symbol."""
     return bool(getattr(getattr(fake_mode, "shape_env", None), "var_to_range", None))

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .._compat import suppressed_guards
+from .._compat import of_fakes
 from .joins import Join
 from .layouts import example_of
 from .rewrite import same_strides
@@ -168,8 +168,7 @@ def _made(
     node = graph.create_node(op, target, args, kwargs)
     node.meta = copy.copy(like.meta)
     fakes = map_arg(args, lambda n: n.meta["example_value"])
-    mode = like.meta["example_value"].fake_mode
-    with mode, suppressed_guards(mode), torch.no_grad():
+    with of_fakes(like.meta["example_value"].fake_mode):
         called = getattr(fakes[0], target)(*fakes[1:], **kwargs) if op == "call_method" else target(*fakes, **kwargs)
         node.meta["example_value"] = called
     return node

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .._compat import always_equal, hint, suppressed_guards
+from .._compat import always_equal, hint, of_fakes
 from .effects import ANYWHERE, NOWHERE, overlap
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
 from .schedule import Schedule
@@ -248,8 +248,7 @@ class _Writer:
         """What AOTAutograd's cache wants to see on every node."""
         fakes = map_arg((args, kwargs), lambda n: n.meta["example_value"])
         assert self.origin is not None
-        mode = self.origin.meta["example_value"].fake_mode
-        with mode, suppressed_guards(mode), torch.no_grad():
+        with of_fakes(self.origin.meta["example_value"].fake_mode):
             return op(*fakes[0], **fakes[1])
 
 

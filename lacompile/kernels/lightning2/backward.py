@@ -30,7 +30,6 @@ from .tiles import of_head
         "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "do_b", "do_h", "do_t",
         "dq_b", "dq_h", "dq_t", "dk_b", "dk_h", "dk_t", "dv_b", "dv_h", "dv_t", "g_b", "g_h", "g_t",
         "scale", "rows", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments", "span",
-        "slots",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -47,8 +46,8 @@ def backward_kernel(
     g_ptr,
     q_rows_ptr,  # [blocks, rows, N] fp32: sums of q * dq over a block's columns
     k_rows_ptr,  # the same of k * dk
-    start_ptr,  # [rows, slots, DK, DV] fp32: states before each segment
-    d_start_ptr,  # [rows, slots, DK, DV] fp32: gradients of the states; the last slots are those after each segment
+    start_ptr,  # [rows, segments, DK, DV] fp32: states before each segment
+    d_start_ptr,  # [rows, segments, DK, DV] fp32: gradients of the states after each segment
     marks_ptr,  # [rows, spans, DK, DV]: states after each span of tokens
     d_marks_ptr,  # the same: gradients of the states before each span
     d_end_ptr,  # [rows, DK, DV] fp32: gradient of the initial state
@@ -86,7 +85,6 @@ def backward_kernel(
     segment,
     segments,
     span,
-    slots,
     DK: tl.constexpr,
     DV: tl.constexpr,
     K_FULL: tl.constexpr,  # blocks of a contraction over DK and over DV, of columns out of DK and out of DV
@@ -124,8 +122,8 @@ def backward_kernel(
     g_head = 0.0 if PER_TOKEN else to_log2(tl.load(g_at))
     begin = part * segment
     stop = tl.minimum(begin + segment, length)
-    start_at = start_ptr + (row * slots + part) * (DK * DV)
-    d_start_at = d_start_ptr + (row * slots + tl.minimum(part + 1, slots - 1)) * (DK * DV)
+    start_at = start_ptr + (row * segments + part) * (DK * DV)
+    d_start_at = d_start_ptr + (row * segments + part) * (DK * DV)
     marks = row * tl.cdiv(length, span) * (DK * DV)
     if use < k_blocks:
         attend(
@@ -234,10 +232,9 @@ def _prepare(
     k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
     programs = rows * (2 * k_blocks + v_blocks)
     split = launch.split(length, programs, q.device, for_v, uses=3)
-    states, slots = None, 1
+    states = None
     if split.count > 1:
         states = segment_states(k, v, log_decay, initial_state, split, Backwards(q, do, d_state, scale))
-        slots = split.count + 1
     # Whoever starts from a state stores one, so that the self-check runs this very kernel. And Triton 3.6 pipelines
     # heads of 256 into more shared memory than there is unless the last state is stored.
     starts = states is not None or has_start
@@ -245,7 +242,7 @@ def _prepare(
     decay_strides, factors = launch.decay_strides(log_decay), None
     numbers = [
         scale, rows, heads, *(heads // n for n in own_heads), length,
-        split.tokens, split.count, span, slots,
+        split.tokens, split.count, span,
     ]  # fmt: skip
     constants = {
         "DK": dk, "DV": dv, "CHUNK": chunk, "PER_TOKEN": per_token,

@@ -26,7 +26,7 @@ from .tiles import of_head
 @triton.jit(
     do_not_specialize=[
         "q_b", "q_h", "q_t", "k_b", "k_h", "k_t", "v_b", "v_h", "v_t", "o_b", "o_h", "o_t", "g_b", "g_h", "g_t",
-        "scale", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments", "start_slots",
+        "scale", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -60,7 +60,6 @@ def forward_kernel(
     length,
     segment,
     segments,
-    start_slots,
     DK: tl.constexpr,
     DV: tl.constexpr,
     BK: tl.constexpr,
@@ -75,7 +74,7 @@ def forward_kernel(
 ):
     """One program per (batch and head, segment, block of columns), the blocks of a head next to each other.
 
-    Tensors ``[B,*,N,D]`` with strides in units of UNIT elements; states ``[B,H,slots,DK,DV]`` fp32, contiguous.
+    Tensors ``[B,*,N,D]`` with strides in units of UNIT elements; states ``[B,H,segments,DK,DV]`` fp32, contiguous.
     """
     blocks: tl.constexpr = (DV + BV - 1) // BV
     pid = tl.program_id(0)
@@ -95,7 +94,7 @@ def forward_kernel(
     stop = tl.minimum(begin + segment, length)
     attend(
         q_at, k_at, v_at, o_at, q_at, end_ptr, end_ptr, g_at,
-        start_ptr + (row * start_slots + part) * (DK * DV), end_ptr + row * (DK * DV),
+        start_ptr + (row * segments + part) * (DK * DV), end_ptr + row * (DK * DV),
         b, h // q_group, h // k_group, h // v_group, h, h,
         q_t * UNIT, k_t * UNIT, v_t * UNIT, o_t * UNIT, q_t * UNIT, g_t, g_head, scale,
         begin, stop, length, segment, part == segments - 1, block,
@@ -150,13 +149,13 @@ def _prepare(
     tiles, _ = launch.config("forward", dk, dv, q.dtype, q.device, tma, per_token)
     programs = batch * heads * launch.blocks(dv, tiles.bv)
     split = launch.split(length, programs, q.device, tiles)
-    states, slots = None, 1
+    states = None
     if split.count > 1:
-        states, slots = segment_states(k, v, log_decay, initial_state, split), split.count + 1
+        states = segment_states(k, v, log_decay, initial_state, split)
     decay_strides, factors = launch.decay_strides(log_decay), None
     numbers = [
         scale, heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
-        length, split.tokens, split.count, slots,
+        length, split.tokens, split.count,
     ]  # fmt: skip
     constants = {
         "DK": dk, "DV": dv, "BK": tiles.bk, "BV": tiles.bv, "CHUNK": tiles.chunk, "PER_TOKEN": per_token,

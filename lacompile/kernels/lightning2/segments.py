@@ -216,8 +216,8 @@ def scan_kernel(
     g_ptr,
     first_ptr,  # [rows, DK, DV] state to begin with, if HAS_FIRST
     d_last_ptr,  # [rows, DK, DV] gradient of the last state, if HAS_D_LAST
-    states_ptr,  # [rows, borders + 2, DK, DV] fp32: the states before, between and after the segments
-    d_states_ptr,  # their gradients
+    states_ptr,  # [rows, borders + 1, DK, DV] fp32: the state before each segment
+    d_states_ptr,  # the gradient of the state after each segment
     heads,
     g_h,
     length,
@@ -236,7 +236,7 @@ def scan_kernel(
 ):
     """One program per (batch and head, tile of the state, side): ``S <- exp(total) S + contribution`` over the pieces.
 
-    Segment s leads to slot s + 1 forwards and to slot s backwards.
+    Segment s leads to slot s + 1 forwards and to slot s - 1 backwards.
     """
     tiles: tl.constexpr = (DKV + TILE - 1) // TILE
     reverse, pid = side(tl.program_id(0), BOTH)
@@ -252,8 +252,8 @@ def scan_kernel(
             state += tl.load(d_last_ptr + row * DKV + e, mask=inside & reverse, other=0.0).to(tl.float32)
         if reverse:
             contributions_ptr, totals_ptr, states_ptr = d_contributions_ptr, d_totals_ptr, d_states_ptr
-    slots = states_ptr + row * (borders + 2) * DKV + e
-    tl.store(slots + tl.where(reverse, borders + 1, 0).to(tl.int64) * DKV, state, mask=inside)
+    slots = states_ptr + row * (borders + 1) * DKV + e
+    tl.store(slots + tl.where(reverse, borders, 0).to(tl.int64) * DKV, state, mask=inside)
     for step in range(borders):
         part = tl.where(reverse, borders - step, step)
         start = part * segment
@@ -269,7 +269,7 @@ def scan_kernel(
                 total = whole.to(tl.float32) * g_head
             here = inside & (end > first)
             state = state * tl.exp2(total) + tl.load(contributions_ptr + slot * DKV + e, mask=here, other=0.0)
-        tl.store(slots + tl.where(reverse, part, part + 1).to(tl.int64) * DKV, state, mask=inside)
+        tl.store(slots + tl.where(reverse, part - 1, part + 1).to(tl.int64) * DKV, state, mask=inside)
 
 
 @dataclass(frozen=True)
@@ -285,11 +285,10 @@ class Backwards:
 def segment_states(
     k: Tensor, v: Tensor, log_decay: Tensor, first: Tensor | None, split: launch.Segments, back: Backwards | None = None
 ) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Makes of tensors like these the states at the borders of the segments and, of ``back``, their gradients.
+    """Makes of tensors like these the state before each segment and, of ``back``, the gradient of that after each.
 
     The result takes k, v, log_decay and ``first``, the state before token 0; then q, do and the gradient of the state
-    after the last token. It returns ``[B,H,segments + 1,Dk,Dv]`` fp32 twice, the same twice without ``back``. The last
-    slot of the states and slot 0 of their gradients are left unset.
+    after the last token. It returns ``[B,H,segments,Dk,Dv]`` fp32 twice, the same twice without ``back``.
     """
     per_token = log_decay.dim() == 3
     heads = log_decay.shape[1 if per_token else 0]
@@ -335,7 +334,7 @@ def segment_states(
             return [torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(directions)]
 
         contributions, totals = memory(rows, borders, pieces, dk, dv), memory(rows, borders, pieces)
-        made = memory(batch, heads, split.count + 1, dk, dv)
+        made = memory(batch, heads, split.count, dk, dv)
         sources = k, v, k if q is None else q, v if do is None else do
         contribute(*sources, log_decay, contributions[0], totals[0], contributions[-1], totals[-1])
         scan(

@@ -15,7 +15,7 @@ from .tiles import log2_of
 @gluon.jit(
     do_not_specialize=[
         "g_h", "scale", "rows", "heads", "q_group", "k_group", "v_group", "length", "segment",
-        "segments", "span", "slots",
+        "segments", "span",
     ]
 )  # fmt: skip
 def backward_kernel(
@@ -32,8 +32,8 @@ def backward_kernel(
     decays_ptr,  # those of factors.py if PER_TOKEN, else a log-decay for each head
     q_rows_ptr,  # [blocks, rows, N] fp32: sums of q * dq over a block's columns
     k_rows_ptr,  # the same of k * dk
-    start_ptr,  # [rows, slots, DK, DV] fp32: states before each segment
-    d_start_ptr,  # [rows, slots, DK, DV] fp32: gradients of the states; the last slots are those after each segment
+    start_ptr,  # [rows, segments, DK, DV] fp32: states before each segment
+    d_start_ptr,  # [rows, segments, DK, DV] fp32: gradients of the states after each segment
     marks_ptr,  # [rows, spans, DK, DV]: states after each span of tokens
     d_marks_ptr,  # the same: gradients of the states before each span
     d_end_ptr,  # [rows, DK, DV] fp32: gradient of the initial state
@@ -48,7 +48,6 @@ def backward_kernel(
     segment,
     segments,
     span,
-    slots,
     DK: gl.constexpr,
     DV: gl.constexpr,
     BK: gl.constexpr,
@@ -86,8 +85,8 @@ def backward_kernel(
     factors_ptr = decays_ptr + row * (gl.cdiv(length, CHUNK) * CHUNK * FACTORS)
     begin = part * segment
     stop = gl.minimum(begin + segment, length)
-    start_at = start_ptr + (row * slots + part) * (DK * DV)
-    d_start_at = d_start_ptr + (row * slots + gl.minimum(part + 1, slots - 1)) * (DK * DV)
+    start_at = start_ptr + (row * segments + part) * (DK * DV)
+    d_start_at = d_start_ptr + (row * segments + part) * (DK * DV)
     marks = row * gl.cdiv(length, span) * (DK * DV)
     if use < k_blocks:
         attend(

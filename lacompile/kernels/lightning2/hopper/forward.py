@@ -15,7 +15,6 @@ from .tiles import log2_of
 @gluon.jit(
     do_not_specialize=[
         "g_h", "scale", "heads", "q_group", "k_group", "v_group", "length", "segment", "segments",
-        "start_slots",
     ]
 )  # fmt: skip
 def forward_kernel(
@@ -35,7 +34,6 @@ def forward_kernel(
     length,
     segment,
     segments,
-    start_slots,
     DK: gl.constexpr,
     DV: gl.constexpr,
     BK: gl.constexpr,
@@ -62,7 +60,7 @@ def forward_kernel(
     stop = gl.minimum(begin + segment, length)
     attend(
         q_source, k_source, v_source, o_target, q_source, factors_ptr, end_ptr, end_ptr,
-        start_ptr + (row * start_slots + part) * (DK * DV), end_ptr + row * (DK * DV),
+        start_ptr + (row * segments + part) * (DK * DV), end_ptr + row * (DK * DV),
         b, h // q_group, h // k_group, h // v_group, h, h, g_head, scale,
         begin, stop, length, segment, part == segments - 1, block,
         DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=False, PER_TOKEN=PER_TOKEN,

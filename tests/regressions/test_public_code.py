@@ -196,3 +196,118 @@ def test_projections_by_slices_of_one_parameter(shift):
     else:
         report = assert_rewritten(f, x, weight, compiled=False)
         assert report.rewrites[0].dk == D
+
+
+class Stacked(torch.nn.Module):
+    """Retention over tokens, whose projections are parts of one parameter."""
+
+    def __init__(self, heads: int = 1, keeps: float = 0.9):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.nn.Parameter(torch.randn(3, heads, 16, D, generator=generator) / 4)
+        self.heads, self.keeps = heads, keeps
+
+    def forward(self, x):
+        heads = []
+        for h in range(self.heads):
+            state, out = x.new_zeros(B, D, D), []
+            for t in range(x.shape[1]):
+                q, k, v = (x[:, t : t + 1] @ w[h] for w in self.weight.unbind(0))
+                state = self.keeps * state + k.mT @ v
+                out.append(q @ state)
+            heads.append(torch.cat(out, 1))
+        return torch.cat(heads, -1)
+
+
+@pytest.mark.parametrize(("heads", "length"), [(1, 4), (1, 12), (3, 12)])
+def test_a_loop_that_projects_by_parts_of_one_parameter(heads, length):
+    x = torch.randn(B, length, 16, generator=torch.Generator().manual_seed(1))
+    report = assert_rewritten(Stacked(heads), x, compiled=False)
+    assert not report.near_misses and f"H={heads} Dk={D}" in str(report)
+
+
+def test_a_loop_that_projects_by_parts_of_one_parameter_and_grows():
+    x = torch.randn(B, 12, 16, generator=torch.Generator().manual_seed(1))
+    assert_refused(Stacked(keeps=1.1), x, options=OFF)
+
+
+# --------------------------------------------------------------------------------------------------------------- chunks
+
+
+class SplitBefore(torch.nn.Module):
+    """Retention in chunks, which are made before the projections."""
+
+    CHUNK = 4
+
+    def __init__(self, order: str, keeps: float = 0.9**CHUNK, between: type[torch.nn.Module] = torch.nn.Identity):
+        super().__init__()
+        self.qkv, self.between, self.order, self.keeps = torch.nn.Linear(D, 3 * D), between(), order, keeps
+
+    def forward(self, x):
+        x = x.unflatten(1, (-1, self.CHUNK))
+        x = x.transpose(0, 1) if self.order == "chunks first" else x
+        qkv = self.between(self.qkv(x))
+        q, k, v = (qkv.transpose(0, 1) if self.order == "chunks first" else qkv).chunk(3, -1)
+        i = torch.arange(self.CHUNK)
+        inner = (q @ k.mT * (0.9 ** distance(self.CHUNK)).tril()) @ v
+        state, out = torch.zeros(B, D, D), []
+        for c in range(q.shape[1]):
+            out.append(inner[:, c] + q[:, c] @ state * (0.9 ** (i + 1))[:, None])
+            state = self.keeps * state + k[:, c].mT @ (v[:, c] * (0.9 ** (self.CHUNK - 1 - i))[:, None])
+        return torch.cat(out, 1)
+
+
+@pytest.mark.parametrize("between", [torch.nn.Identity, torch.nn.SiLU, lambda: torch.nn.LayerNorm(3 * D)])
+@pytest.mark.parametrize("order", ["as they are", "chunks first"])
+def test_chunks_that_are_made_before_the_projections(order, between):
+    x = torch.randn(B, 12, D, generator=torch.Generator().manual_seed(1))
+    report = assert_rewritten(SplitBefore(order, between=between), x, compiled=False)
+    assert not report.near_misses and "N=12 H=1" in str(report)
+
+
+def test_chunks_that_are_made_before_the_projections_and_decay_otherwise():
+    x = torch.randn(B, 12, D, generator=torch.Generator().manual_seed(1))
+    assert_refused(SplitBefore("as they are", keeps=0.9**3), x, options=OFF)
+
+
+def in_place(keeps):
+    """Chunks that are written into a tensor as long as the inputs."""
+
+    def f(q, k, v):
+        length, i = 4, torch.arange(4)
+        state, out = torch.zeros(B, H, D, E), torch.zeros_like(v)
+        own = (0.9 ** distance(length)).tril()
+        for c in range(q.shape[2] // length):
+            a, b, x = (t[:, :, c * length : (c + 1) * length] for t in (q, k, v))
+            out[:, :, c * length : (c + 1) * length] = (a @ b.mT * own) @ x + a @ state * (0.9 ** (i + 1))[:, None]
+            state = keeps * state + (b * (0.9 ** (length - 1 - i))[:, None]).mT @ x
+        return out
+
+    return f
+
+
+def test_chunks_that_are_written_into_place_at_a_second_length():
+    """How many chunks there are does not say how many tokens; the program is one of this length."""
+    report = assert_rewritten(in_place(0.9**4), *qkv(16), after=qkv(12), compiled=False)
+    assert "N=16" in str(report)
+
+
+def test_chunks_that_are_written_into_place_where_the_last_is_not_whole():
+    """What is behind the last whole chunk stays zero."""
+    assert_rewritten(in_place(0.9**4), *qkv(18), after=qkv(12), count=0, compiled=False)
+
+
+def test_chunks_that_are_written_into_place_and_decay_otherwise():
+    assert_rewritten(in_place(0.9**3), *qkv(16), after=qkv(12), count=0, compiled=False)
+
+
+@pytest.mark.parametrize("hidden", [float("-inf"), float("inf")])
+def test_a_mask_that_is_compared_with_minus_infinity_at_any_length(hidden):
+    def f(q, k, v):
+        seen = (torch.triu(torch.ones(q.shape[2], q.shape[2])) == 1).transpose(0, 1)
+        added = seen.float().masked_fill(seen == 0, float("-inf"))
+        scores = (q.exp() @ k.exp().mT).masked_fill(added == hidden, 0)
+        return scores / scores.sum(-1, keepdim=True).clamp(min=1e-6) @ v
+
+    hides = hidden < 0  # else nothing is hidden
+    assert_rewritten(f, *qkv(), after=qkv(16), count=2 if hides else 0, compiled=False)

@@ -86,6 +86,9 @@ def _other_readings(
     inputs = gm.graph.find_nodes(op="placeholder")
     if may_be_equal and (equal := alike(inputs, example_inputs)):
         yield {"equal": equal}
+    confined = first.engine.sizes.confined
+    if may_be_equal and confined and (numbers := alike(inputs, example_inputs, confined)) != equal:
+        yield {"equal": numbers}
 
 
 def _multiplied(interpreter: Interpreter, leaves: set[int]) -> bool:

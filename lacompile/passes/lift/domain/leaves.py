@@ -74,6 +74,8 @@ class Opaque:
     """The format its sums were computed in."""
     series: Series | None = None
     """The values of the graph that are its pieces; of one that no single node holds."""
+    joined: tuple[int, int] | None = None
+    """Dimensions of the node, of chunks and of their tokens, that are one of the leaf, in the place of the second."""
 
     @property
     def unmerged(self) -> bool:

@@ -186,7 +186,9 @@ def _digits(numbers: Iterable[float]) -> int | None:
 
 
 def literal(x: float, dtype: torch.dtype) -> bool:
-    """Whether a number of the program is one of the format's, and short."""
+    """Whether a number of the program is one of the format's, and short; so is an infinite one."""
+    if math.isinf(x):
+        return dtype.is_floating_point
     return _digits([x]) is not None and (not dtype.is_floating_point or abs(x) <= EXACT_UP_TO.get(dtype, 0))
 
 

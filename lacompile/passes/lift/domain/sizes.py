@@ -41,6 +41,11 @@ class Sizes:
             found = self._known[expr] = self._made(expr, env)
         return found
 
+    @property
+    def confined(self) -> set[Any]:
+        """Sizes of which the guards leave a few numbers, as of so many chunks, the last of which may not be whole."""
+        return {size for size, (low, high) in self._within.items() if low < high < INF}
+
     def name(self, v: int) -> str | None:
         """What PyTorch calls the size that a variable is."""
         return next((str(expr) for expr, form in self._known.items() if form == Aff.var(v)), None)

@@ -128,7 +128,8 @@ class Structure(Program):
         fixed = 0  # factors that are read at one place, as those of one token are
         for leaf, idx in t.accs:
             sizes = self.leaf_shapes[leaf]
-            fixed += any(a.is_const and size != ONE for a, size in zip(idx, sizes, strict=True))
+            of_one_place = any(a.is_const and size != ONE for a, size in zip(idx, sizes, strict=True))
+            fixed += of_one_place and not self.leaves[leaf].parameter  # of which that is one matrix of several
             for size, a in zip(sizes, idx, strict=True):
                 for v, c in a.terms:
                     if v < 0:

@@ -3,11 +3,14 @@
 Dynamo may give each input of a function a symbol of its own for the length that all of them have, or a number to one of
 them and symbols to the others, where the program loops over that one. Nothing says that they are the same, until a
 guard does.
+
+So it is with a length of which Dynamo knows how many chunks there are, as of a loop over ``n // 8``: what is behind the
+last chunk need not be empty.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -24,8 +27,13 @@ Places = dict[Any, set[tuple[fx.Node, int]]]
 """A symbol, and the inputs and dimensions that have it as their size."""
 
 
-def alike(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> tuple[Equal, ...]:
-    """The sizes of arguments that could be one: those in the same dimension first, and never two of one tensor."""
+def alike(
+    placeholders: Sequence[fx.Node], example_inputs: Sequence[Any], confined: Collection[Any] = ()
+) -> tuple[Equal, ...]:
+    """The sizes of arguments that could be one: those in the same dimension first, and never two of one tensor.
+
+    What could be one with a ``confined`` symbol, and that itself, could be the number that it is in this call.
+    """
     env: Any = None
     by_number: dict[int, Places] = {}
     fixed: dict[int, set[int]] = {}  # a number, and the dimensions that have it
@@ -36,7 +44,9 @@ def alike(placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]) -> tup
             elif size.node.expr.is_Symbol and (number := hint(size)) > 1:
                 env = size.node.shape_env
                 by_number.setdefault(number, {}).setdefault(size.node.expr, set()).add((node, d))
-    return tuple(e for n, places in sorted(by_number.items()) for e in _equal(n, places, fixed.get(n, set()), env))
+    return tuple(
+        e for n, places in sorted(by_number.items()) for e in _equal(n, places, fixed.get(n, set()), confined, env)
+    )
 
 
 def argument_sizes(node: fx.Node, real: Any) -> Sequence[Any]:
@@ -47,13 +57,14 @@ def argument_sizes(node: fx.Node, real: Any) -> Sequence[Any]:
     return () if isinstance(real, torch.Tensor) and belongs_to_module(node, real) else tuple(example.shape)
 
 
-def _equal(number: int, places: Places, fixed: set[int], env: Any) -> Iterator[Equal]:
+def _equal(number: int, places: Places, fixed: set[int], confined: Collection[Any], env: Any) -> Iterator[Equal]:
     """What the symbols that are this number may be taken for, given the dimensions of which it is known."""
     groups = [([symbol], places[symbol]) for symbol in sorted(places, key=str)]
     for same_dimension in (True, False):
         groups = _joined(groups, same_dimension)
     for symbols, at in groups:
-        if not fixed.isdisjoint(d for _, d in at) and not any(must_stay_symbolic(env, s) for s in symbols):
+        is_number = not fixed.isdisjoint(d for _, d in at) or any(s in confined for s in symbols)
+        if is_number and not any(must_stay_symbolic(env, s) for s in symbols):
             yield from ((s, number) for s in symbols)
         else:
             yield from ((s, symbols[0]) for s in symbols[1:])

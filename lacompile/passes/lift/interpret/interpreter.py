@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ..inputs.statics import Statics
 from ..transfer import Op, transfer
 from .constants import Constants
 from .numbers import MAX_BAKED, Numbers
-from .own import leaves_of, own_leaf, readable, rooted, whole_if_inside
+from .own import leaves_of, own_leaf, readable, rooted, unsplit, whole_if_inside
 from .series import Circumstances, SeriesTable
 from .windows import window
 from .writes import written_through
@@ -222,6 +222,7 @@ class Interpreter:
             compute = self._compute(node, tensor)
             val = rooted(self.engine, node, val, tensor) if single else val
             val = whole_if_inside(self.engine, node, val, tensor, self._born_since()) if single else val
+            val = unsplit(self.engine, node, val, self._known_of(node)) if single else val
             val = self._beside_others(node, val, tensor, repeatable) if single else val
             val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.sums(val)):
@@ -304,7 +305,7 @@ class Interpreter:
         """What a loop computes for a token from a window of them, as a piece of one tensor for all."""
         if node.op not in CALLS or node in self._memory.record(tensor).root.writers:
             return val
-        found = window(self.engine, val, (self.facts[n].value for n in node.all_input_nodes if n in self.facts))
+        found = window(self.engine, val, self._known_of(node))
         if found is None:
             return val
         kind = Opaque(None, node.name, leaves_of([val]))
@@ -314,6 +315,10 @@ class Interpreter:
             return val
         piece = value(val.shape, [Term(accs=(access,))], precision=Precision.EXACT)
         return piece if val.alt is None else replace(val, alt=piece.one, own=piece.one)
+
+    def _known_of(self, node: fx.Node) -> Iterator[Val]:
+        """The values that a call is given."""
+        return (self.facts[n].value for n in node.all_input_nodes if n in self.facts)
 
     def _circumstances(self, node: fx.Node, tensor: torch.Tensor, repeatable: bool) -> Circumstances:
         assert self.capture is not None

@@ -6,14 +6,15 @@ looked into keeps the node that it is the result of as another reading.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import fx
 
+from ..domain.affine import ONE, Aff
 from ..domain.leaves import Opaque
-from ..domain.term import Val
+from ..domain.term import Val, value
 from ..engine import Engine
 
 
@@ -38,6 +39,51 @@ def rooted(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val
         fresh = engine.leaf(tensor, replace(kind, node=node))
         return replace(val, alt=fresh.one) if t is val.alt else fresh
     return val
+
+
+def unsplit(engine: Engine, node: fx.Node, val: Val, given: Iterable[Val]) -> Val:
+    """The node's leaf with chunks and their tokens in one dimension, as what it is computed from has them.
+
+    Of ``linear(x.reshape(b, n, c, d))`` the parts that a loop reads are then parts of one sequence, as those of
+    ``linear(x).reshape(b, n, c, d)`` are. Which dimensions are taken for these is a name, and nothing rests on it.
+    """
+    for t in (val.alt, val.one):
+        if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or not t.poly.is_const:
+            continue
+        leaf, idx = t.accs[0]
+        found = engine.leaves[leaf]
+        kind = found.kind
+        if not isinstance(kind, Opaque) or kind.node is not node or kind.joined or idx != engine.own_index(found.shape):
+            continue
+        split = next((s for v in given for s in _split(engine, v, found.shape)), None)
+        if split is None:
+            continue
+        chunk, token = split
+        at, sizes = list(idx), list(found.shape)
+        at[token] = engine.space.times(at[chunk], sizes[token]) + at[token]
+        sizes[token] = engine.space.times(sizes[chunk], sizes[token])
+        del at[chunk], sizes[chunk]
+        new = engine.leaves.add(replace(found, kind=replace(kind, joined=split), shape=tuple(sizes)))
+        term = t.but(accs=((new, tuple(at)),))
+        return replace(val, alt=term) if t is val.alt else value(val.shape, [term], precision=val.precision)
+    return val
+
+
+def _split(engine: Engine, v: Val, shape: Sequence[Aff]) -> Iterator[tuple[int, int]]:
+    """The dimensions of chunks and of their tokens that ``v``, which is read along one, and ``shape`` have.
+
+    Sequences in front of tokens, or heads in front of features, are split off alike.
+    """
+    t = v.one if v.alt is None else v.alt
+    for leaf, idx in () if t is None else t.accs:
+        for a, size in zip(idx[1:-1], engine.leaf_shapes[leaf][1:-1], strict=True):
+            pair = sorted(a.terms, key=lambda term: -term[1])
+            if len(pair) != 2 or a.const or pair[1][1] != 1 or any(not 0 <= x < len(shape) - 1 for x, _ in pair):
+                continue
+            (chunk, length), (token, _) = pair
+            if shape[token] == Aff.lit(length) and len(v.shape) == len(shape) and size != ONE:
+                if all(v.shape[x] == shape[x] for x in (chunk, token)):
+                    yield chunk, token
 
 
 def whole_if_inside(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor, born: Iterable[int]) -> Val:

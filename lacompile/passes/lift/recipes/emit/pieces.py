@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ....facts import Call, Expr
+from ....facts import Call, Expr, Value
+from ...domain.leaves import Opaque
 
 
 class CannotEmit(Exception):
@@ -59,3 +60,13 @@ class Piece:
     def _with(self, op: Callable[..., torch.Tensor], other: Piece) -> Piece:
         dtype = torch.promote_types(self.dtype, other.dtype)
         return Piece(Call(op, (self.expr, other.expr)), self.present | other.present, dtype)
+
+
+def held_by(kind: Opaque) -> Expr:
+    """The value of the graph that is this leaf."""
+    assert kind.node is not None
+    if kind.joined is None:
+        return Value(kind.node)
+    chunk, token = kind.joined
+    at = token - (chunk < token)
+    return Call(torch.flatten, (Call(torch.movedim, (Value(kind.node), chunk, at)), at, at + 1))

@@ -18,7 +18,7 @@ from ...engine import Engine
 from ..holders import Place, place_of
 from .lengths import number_of
 from .numbers import Numbers
-from .pieces import CannotEmit, Piece
+from .pieces import CannotEmit, Piece, held_by
 from .series import joined_pieces
 from .views import Views
 
@@ -76,7 +76,7 @@ class Reader:
     def _value(self, leaf_id: int, kind: Opaque) -> Expr:
         """An opaque leaf as it is in the graph, or computed if it is known what it is."""
         if kind.node is not None:
-            return Value(kind.node)
+            return held_by(kind)
         if kind.reading is not None:
             return self.computed(leaf_id)
         raise CannotEmit("a value of the traced graph", f"a value inside an operation ({kind.label})")
@@ -94,7 +94,7 @@ class Reader:
         """A leaf read beyond its ends too, where it is zero: a value of the graph, padded."""
         leaf = self.leaves[leaf_id]
         if isinstance(leaf.kind, Opaque) and leaf.kind.node is not None:
-            return self.views.indexed(Value(leaf.kind.node), leaf.shape, idx, leaf.dtype, padded=True)
+            return self.views.indexed(held_by(leaf.kind), leaf.shape, idx, leaf.dtype, padded=True)
         if leaf_id in self.held:
             node, pattern = self.held[leaf_id]
             has_all = self._has_all(node, pattern, leaf.shape, idx)

@@ -19,7 +19,7 @@ from ....facts import Call, Expr, Value
 from ....rows import width
 from ...domain.affine import ONE, ZERO, Aff
 from ...domain.leaves import HERE, Leaves, Opaque, Series
-from .pieces import CannotEmit
+from .pieces import CannotEmit, held_by
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _rows(leaves: Leaves, series: Series, examples: Sequence[torch.Tensor], star
     if kind.node is None:
         return None
     whole = start == 0 and shape[dim] == Aff.lit(end)
-    return Value(kind.node) if whole else Call(torch.narrow, (Value(kind.node), dim, start, end - start))
+    return held_by(kind) if whole else Call(torch.narrow, (held_by(kind), dim, start, end - start))
 
 
 def _recipe(arg: Any) -> Any:

@@ -270,6 +270,26 @@ def test_chunks_that_are_made_before_the_projections_and_decay_otherwise():
     assert_refused(SplitBefore("as they are", keeps=0.9**3), x, options=OFF)
 
 
+@pytest.mark.parametrize("equation", ["bhte,rhem->bhtrm", "bhte,rhem->rbhtm", "bhte,rhem->brhtm"])
+def test_chunks_that_each_head_projects_by_matrices_of_its_own(equation):
+    """The heads' matrices are no window of the features, and the tokens may be in another dimension of the product."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, H, 12, 8, generator=generator).requires_grad_() for _ in range(3))
+    weight = torch.nn.Parameter(torch.randn(3, H, 8, 6, generator=generator))
+    of_matrices = equation.split(">")[1].index("r")
+
+    def f(q, k, v, weight):
+        state, out = torch.zeros(B, H, 6, 8), []
+        for a, b, c in zip(*(x.split(4, 2) for x in (q, k, v)), strict=True):
+            a, b = (torch.sigmoid(torch.einsum(equation, x, weight)).sum(of_matrices) for x in (a, b))
+            out.append((a @ b.mT).tril() @ c + a @ state)
+            state = state + b.mT @ c
+        return torch.cat(out, 2)
+
+    report = assert_rewritten(f, q, k, v, weight, compiled=False)
+    assert not report.near_misses and "N=12 H=2 Dk=6" in str(report)
+
+
 def in_place(keeps):
     """Chunks that are written into a tensor as long as the inputs."""
 
@@ -311,3 +331,25 @@ def test_a_mask_that_is_compared_with_minus_infinity_at_any_length(hidden):
 
     hides = hidden < 0  # else nothing is hidden
     assert_rewritten(f, *qkv(), after=qkv(16), count=2 if hides else 0, compiled=False)
+
+
+# --------------------------------------------------------------------------------------------------------------- tokens
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_state_to_which_the_token_before_is_added_too(before):
+    """The trapezoidal rule: what the token before brings decays once, and is weighed by numbers of the later one."""
+
+    def f(q, k, v, gates):
+        decay, early, own = torch.sigmoid(gates).unbind(0)
+        state, added, out = torch.zeros(B, H, D, E), [torch.zeros(B, H, D, E)] * before, []
+        for t in range(q.shape[2]):
+            update = k[:, :, t, :, None] * v[:, :, t, None, :]
+            keep, share, now = (x[:, :, t, None, None] for x in (decay, early, own))
+            state = keep * state + share * added[-before] + now * update
+            added.append(update)
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(out, 2)
+
+    gates = torch.randn(3, B, H, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    assert_rewritten(f, *qkv(), gates, compiled=False, count=before == 1)

@@ -303,7 +303,7 @@ class Interpreter:
 
     def _of_a_window(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
         """What a loop computes for a token from a window of them, as a piece of one tensor for all."""
-        if node.op not in CALLS or node in self._memory.record(tensor).root.writers:
+        if node.op not in CALLS or node in self._memory.record(tensor).root.writers or self._is_piece(val):
             return val
         found = window(self.engine, val, self._known_of(node))
         if found is None:
@@ -315,6 +315,12 @@ class Interpreter:
             return val
         piece = value(val.shape, [Term(accs=(access,))], precision=Precision.EXACT)
         return piece if val.alt is None else replace(val, alt=piece.one, own=piece.one)
+
+    def _is_piece(self, val: Val) -> bool:
+        """Whether it is beside others of its kind already."""
+        t = val.alt or val.one
+        kinds = [self.engine.leaves[leaf].kind for leaf, _ in (() if t is None else t.accs)]
+        return len(kinds) == 1 and isinstance(kinds[0], Opaque) and kinds[0].series is not None
 
     def _known_of(self, node: fx.Node) -> Iterator[Val]:
         """The values that a call is given."""

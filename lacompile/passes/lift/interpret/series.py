@@ -100,7 +100,7 @@ class SeriesTable:
             key, place, numbers = self._named(node, value_of)
         except NoPlace:
             return None
-        dim = place.dim
+        dim = _dimension_of(place, shape)
         if dim > len(shape):
             return None
         stacked = dim == len(shape) or shape[dim] != Aff.lit(place.length)
@@ -204,6 +204,17 @@ class SeriesTable:
         for a, size in zip(idx, found.shape, strict=True):
             yield a, None if found.parameter else _place(a, size, shape, behind)
             behind = max([behind, *(v + 1 for v, _ in a.terms if 0 <= v < len(shape))])
+
+
+def _dimension_of(place: Place, shape: Sequence[Aff]) -> int:
+    """The dimension of a result along which its places are: that of what it is made of, or the only one as long.
+
+    A product may put a dimension of the weights in front, and a function its arguments' in another order.
+    """
+    dim, length = place.dim, Aff.lit(place.length)
+    if place.length == 1 or (dim < len(shape) and shape[dim] == length) or list(shape).count(length) != 1:
+        return dim
+    return list(shape).index(length)
 
 
 def _known(value_of: Callable[[fx.Node], Val | None], arg: fx.Node) -> Val:

@@ -167,6 +167,9 @@ class Decay(Roles):
             if own:
                 ends[up] = ends.pop(up + 1)
                 self.proof.q_weights.append((self._renamed_mono(at_position(mono)), float(ends[up])))
+            if self.later and set(ends) == {up + 1, down + 1}:  # of keys that come a token later than they decay
+                mono = sub_mono(self.space, mono, {TAU: Aff.var(TAU) + 1})
+                ends = {up: ends[up + 1], down: ends[down + 1]}
             if set(ends) != {up, down} or abs(ends[up] + ends[down]) > 1e-9:
                 if set(ends) == {up}:
                     self._refuse_bounded_keys()

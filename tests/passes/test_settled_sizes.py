@@ -96,3 +96,26 @@ def test_a_state_that_counts_before_it_is_read():
         return torch.stack(out, 1)
 
     assert_rewritten(program, tokens(LONG), after=[tokens(SHORT)], compiled=False, count=0)
+
+
+def padded(x, keep=1.0, view=False):
+    """Chunks of a sequence that the program pads to a multiple of theirs."""
+    n, behind = x.shape[1], -x.shape[1] % C
+    q, k, v = (nn.functional.pad(t, (0, 0, 0, behind)) for t in x.chunk(3, -1))
+    state, out = torch.zeros(B, H * D, H * D), []
+    for i in range((n + behind) // C):
+        a, b, c = (t.unflatten(1, (-1, C))[:, i] if view else t[:, i * C : (i + 1) * C] for t in (q, k, v))
+        out.append((a @ b.mT).tril() @ c + a @ state)
+        state = keep * state + b.mT @ c
+    return torch.cat(out, 1)[:, :n]
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("length", [LONG, LONG - 3])
+def test_a_length_that_the_program_pads(length, view):
+    report = assert_rewritten(lambda x: padded(x, view=view), tokens(length), after=[tokens(SHORT)], compiled=False)
+    assert [r.length for r in report.rewrites] == [str(length)]
+
+
+def test_a_length_that_the_program_pads_and_a_state_that_decays_by_chunks():
+    assert_rewritten(lambda x: padded(x, 0.9), tokens(LONG - 3), after=[tokens(SHORT)], compiled=False, count=0)

@@ -113,7 +113,7 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
         real: the inputs at hand of those placeholders that are none of the region's inputs.
     """
     held = region.with_copies(env)
-    numbers = short_numbers(region)
+    numbers = rounded_numbers(region)
     for node in region.nodes:
         if node.op == "placeholder":
             held[node] = plain(_own(real[node]))
@@ -136,8 +136,12 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
     return held
 
 
-def short_numbers(region: Region) -> set[fx.Node]:
-    """What the program computes in a short format from its own numbers alone: the analysis rounds these too."""
+def rounded_numbers(region: Region) -> set[fx.Node]:
+    """What the program computes in a short format from its own numbers alone: the analysis rounds these too.
+
+    The graph alone is asked, and not what the analysis took for numbers (``lift/interpret/constants.py``): whether that
+    was right is what the region is run for.
+    """
     numbers: set[fx.Node] = set()
     for node in region.nodes:
         known = all(n.op == "get_attr" or n in numbers for n in node.all_input_nodes)

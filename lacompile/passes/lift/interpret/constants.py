@@ -2,7 +2,8 @@
 
 A mask may be written down in more ways than there are rules for: at ``tril_indices``, diagonal by diagonal, as strides
 over a vector, as an inverse. What it is in each call is what it is in this one, and its numbers are read as those of a
-buffer are.
+buffer are. So what is wanted here is more than that a node reads no input, of which validation knows by itself
+(``region.py: rounded_numbers``): it can be run, and its result is what was written into it too.
 """
 
 from __future__ import annotations

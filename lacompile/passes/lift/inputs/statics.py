@@ -16,7 +16,7 @@ from torch import fx
 
 from ...._compat import is_fake, outside_modes
 from ...facts import Assumption, unchanged
-from ...names import from_a_closure, source_name, spoken
+from ...names import from_a_closure, readable_name, source_name
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
 from ..domain.leaves import Opaque
@@ -131,10 +131,10 @@ class Statics:
         """What a rewrite takes for granted that rests on these inputs, and on the signs of those looked at."""
         for node in dict.fromkeys((*(n for n in nodes if n in self._used), *looked_at)):
             if node in self._passed:
-                text = f"the values of {spoken(node)}, which is passed in"
+                text = f"the values of {readable_name(node)}, which is passed in"
                 yield Assumption(node, "argument", text, self._still(node))
             elif node in self.real:
-                yield Assumption(node, "values", f"the values of {spoken(node)}", unchanged(self.real[node]))
+                yield Assumption(node, "values", f"the values of {readable_name(node)}", unchanged(self.real[node]))
 
     def _still(self, node: fx.Node) -> Callable[[torch.Tensor], bool]:
         """Whether another tensor is the mask that this argument is; one without a slope may be of any length."""

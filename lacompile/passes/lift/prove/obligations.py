@@ -22,7 +22,7 @@ from dataclasses import replace
 
 import torch
 
-from ...names import spoken
+from ...names import readable_name
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
 from ..domain.leaves import Opaque, Symbol, Table
@@ -192,7 +192,7 @@ def _label(engine: Engine, leaf: int, weights: Sequence[Access]) -> str:
         kind = next((engine.leaves[w].kind for w, _ in weights if w != leaf), kind)
     if not isinstance(kind, Opaque):
         return "a function"
-    return spoken(kind.node) if kind.node is not None and kind.node.op == "placeholder" else kind.label
+    return readable_name(kind.node) if kind.node is not None and kind.node.op == "placeholder" else kind.label
 
 
 def _given(engine: Engine, leaf: int) -> bool:

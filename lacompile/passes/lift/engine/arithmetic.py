@@ -280,8 +280,8 @@ class Arithmetic(Symbols):
         if token is None or not self.plain_term(token):
             return None
         single = len(token.accs) + len(token.exp.lin) == 1
-        if not single and not any(self.space.vars_of(idx) == token.vars(self.space) for _, idx in token.accs):
-            return None  # an outer product
+        if not single and self.outer_product(token):
+            return None
         terms = before.terms if before.alt is None or self.structured(before) else (before.alt,)
         named = {tuple(leaf for leaf, _ in m) for m, _ in token.exp.lin}
         terms = [t.but(exp=self.placed(t.exp, lambda m: tuple(leaf for leaf, _ in m) in named)) for t in terms]

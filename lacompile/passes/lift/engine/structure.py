@@ -62,6 +62,11 @@ class Structure(Program):
         leaf, idx = access
         return [i for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if i.is_const and n != ONE]
 
+    def outer_product(self, t: Term) -> bool:
+        """Whether no factor has all dimensions of the product, as in what a token adds to a state."""
+        dims = t.vars(self.space)
+        return not any(self.space.vars_of(idx) == dims for _, idx in t.accs)
+
     def in_part(self, v: Val) -> bool:
         """Plain data that is read at one place of a longer tensor, or from a part of it that is no part of features."""
         outer = range(len(v.shape) - 1)

@@ -218,10 +218,7 @@ class Statics:
             return
         shape = self.engine.shape(node.meta["example_value"])
         index = tuple(Aff.var(d) for d, n in enumerate(shape) if n != ONE)
-        if slopes.shape:
-            known = Term(accs=((self.engine.numbered(slopes, tuple(map(Aff.lit, slopes.shape))), index),))
-        else:
-            known = Term(float(slopes))
+        known = Term(accs=((self.engine.numbered(slopes), index),)) if slopes.shape else Term(float(slopes))
         self._values[node] = value(shape, [known if how == "slope" else known.but(coef=-known.coef)])
         self._used.add(node)
 

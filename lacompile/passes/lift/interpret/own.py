@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from ..domain.leaves import Opaque
+from ..domain.space import own_index
 from ..domain.term import Val
 from ..engine import Engine
 
@@ -32,7 +33,7 @@ def rooted(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val
         if not isinstance(kind, Opaque) or kind.node is not None or kind.series is not None:
             continue
         shape = engine.shape(tensor)
-        if idx == engine.own_index(engine.leaf_shapes[leaf]) and shape == engine.leaf_shapes[leaf]:
+        if idx == own_index(engine.leaf_shapes[leaf]) and shape == engine.leaf_shapes[leaf]:
             kind.node = node
             return val
         fresh = engine.leaf(tensor, replace(kind, node=node))

@@ -27,7 +27,7 @@ class Slopes(Rates):
         super().__init__()
         self._formulas: dict[int, Aff] = {}  # leaf of numbers -> its entry at the free dimensions 0, 1, ...
 
-    def numbered(self, values: np.ndarray, shape: tuple[Aff, ...]) -> int:
+    def numbered(self, values: np.ndarray) -> int:
         """The leaf of these numbers."""
         raise NotImplementedError
 
@@ -56,7 +56,7 @@ class Slopes(Rates):
         formula = Aff.of({n: c for n, (_, c) in enumerate(linear.terms)}, linear.const)
         at = np.ogrid[tuple(map(slice, sizes))]
         values = sum((x * c for x, (_, c) in zip(at, linear.terms, strict=True)), np.zeros(sizes)) + linear.const
-        leaf = self.numbered(values, tuple(map(Aff.lit, sizes)))
+        leaf = self.numbered(values)
         self._formulas.setdefault(leaf, formula)
         return ((leaf, tuple(map(Aff.var, heads))),), ONE
 

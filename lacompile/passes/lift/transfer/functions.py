@@ -16,6 +16,7 @@ import torch
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access, Exponent, Mono
 from ..domain.leaves import Argument, Leaf, Opaque, Symbol
+from ..domain.space import own_index
 from ..domain.term import Guards, Term, Val, value
 from ..engine import Engine, GiveUp
 from ..normal.begun import opened_beside
@@ -160,7 +161,7 @@ def _leaf(engine: Engine, joined: Val, dtype: torch.dtype, compute: torch.dtype)
     reading = value(shape, joined.terms)
     kind = Opaque(None, "a sum that the program holds piece by piece", reading=reading, compute=compute)
     leaf = engine.leaves.intern((reading, dtype, compute), Leaf(kind, shape, dtype))
-    return leaf, engine.own_index(shape)
+    return leaf, own_index(shape)
 
 
 def _format(engine: Engine, a: Access) -> torch.dtype:

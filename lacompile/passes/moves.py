@@ -16,9 +16,9 @@ from torch.fx.node import map_arg
 from .._compat import suppressed_guards
 from .joins import Join
 from .layouts import example_of
-from .rewrite import same_strides
 from .rows import BATCHED, OPAQUE
 from .schedule import Schedule
+from .strides import same_strides
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ..domain.leaves import Opaque
 from ..domain.term import Case, Term, Val
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
 from . import Op, rule
-from .arith import added, operand
+from .arith import added
 from .exponentials import exponential
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ def _of_matrices(op: Op, a: Val, b: Val) -> Val:
 
 def _onto(op: Op, product: Val) -> Val:
     beta, alpha = op.kwargs.get("beta", 1), op.kwargs.get("alpha", 1)
-    return added(op, op.engine.scale(operand(op, 0), float(beta)), op.engine.scale(product, float(alpha)))
+    return added(op, op.engine.scale(op.operand(0), float(beta)), op.engine.scale(product, float(alpha)))
 
 
 def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int, int], sum_a: int, sum_b: int) -> Val:

@@ -9,7 +9,7 @@ buffer are. So what is wanted here is more than that a node reads no input, of w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,17 +23,11 @@ from ..domain.leaves import Opaque
 from ..domain.term import Val
 from ..engine import FEW_CASES, Engine
 from ..inputs.fitted import fitted_constant
+from .fact import Fact
 from .own import leaves_of
 
 MAX_NUMBERS = 2**26
 """Of one tensor."""
-
-
-class Result(Protocol):
-    """A node's own result."""
-
-    @property
-    def tensor(self) -> torch.Tensor: ...
 
 
 class Constants:
@@ -43,7 +37,7 @@ class Constants:
         fitted: those that are known by their numbers.
     """
 
-    def __init__(self, engine: Engine, capture: Capture, results: Mapping[fx.Node, Result]) -> None:
+    def __init__(self, engine: Engine, capture: Capture, results: Mapping[fx.Node, Fact]) -> None:
         self.engine, self.capture, self.results = engine, capture, results
         self.fitted: dict[fx.Node, None] = {}
         self._looked_at: set[tuple[Record, int]] = set()  # and how often they had been written into

@@ -10,7 +10,7 @@ import torch
 
 from ..domain.affine import Aff
 from ..domain.exponent import Access
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import NO_GUARDS, Case, Term, Val, value
 from ..normal.ends import two_points
 from ..normal.multiples import gathered, mixture

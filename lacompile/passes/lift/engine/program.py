@@ -12,7 +12,8 @@ from ...._compat import hint
 from ..domain.affine import INF, Aff
 from ..domain.exponent import Access
 from ..domain.intervals import ANY, Interval
-from ..domain.leaves import Leaf, Leaves, Opaque, Scalar
+from ..domain.kinds import Opaque, Scalar
+from ..domain.leaves import Leaf, Leaves
 from ..domain.sizes import Sizes
 from ..domain.space import own_index
 from ..domain.term import Precision, Term, Val, value

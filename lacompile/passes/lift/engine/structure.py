@@ -9,7 +9,8 @@ from itertools import combinations
 from ..domain.affine import ONE, Aff
 from ..domain.digits import digits_of
 from ..domain.exponent import NO_EXPONENT, Access
-from ..domain.leaves import POSITIVE_OF_POSITIVE, Argument, Number, Opaque, Symbol, Table
+from ..domain.kinds import Argument, Number, Opaque, Symbol, Table
+from ..domain.leaves import POSITIVE_OF_POSITIVE
 from ..domain.term import Term, Val
 from .program import Program
 

@@ -13,7 +13,7 @@ from ...._compat import outside_modes
 from ..domain.affine import ONE, Aff
 from ..domain.evaluate import Evaluator
 from ..domain.exponent import Access
-from ..domain.leaves import Table
+from ..domain.kinds import Table
 from ..domain.term import Term, Val, constant, number_of, value
 from .cases import Cases
 from .limits import MAX_TABLE, GiveUp

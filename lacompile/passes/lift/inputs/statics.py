@@ -19,7 +19,7 @@ from ...facts import Assumption, unchanged
 from ...names import from_a_closure, readable_name, source_name
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.precision import EXACT_UP_TO
 from ..domain.term import Precision, Term, Val, value
 from ..engine import Engine, GiveUp

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ...._compat import outside_modes
 from ...capture import Capture, Record
 from ...effects import NOWHERE, overlap
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Val
 from ..engine import FEW_CASES, Engine
 from ..inputs.fitted import fitted_constant

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ...._compat import AnotherInEachCall, no_number_for_a_symbol
 from ...capture import Capture, Memory, ViewStep, aliases, fake_mode_of
 from ..domain.intervals import interval_of
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Val
 from ..engine import Engine, GiveUp, Unmerged
 from ..inputs.alike import Equal

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from ...capture import Capture
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Precision, Term, Val, value
 from ..engine import Engine
 from .fact import Fact

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.space import own_index
 from ..domain.term import Val
 from ..engine import Engine

@@ -18,7 +18,8 @@ from torch import fx
 
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
-from ..domain.leaves import HERE, Interval, Leaf, Leaves, Opaque, Series
+from ..domain.kinds import HERE, Opaque, Series
+from ..domain.leaves import Interval, Leaf, Leaves
 from ..domain.space import own_index
 from ..domain.term import Term, Val
 from .windows import Window

@@ -25,7 +25,7 @@ import torch
 from ...names import readable_name
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
-from ..domain.leaves import Opaque, Symbol, Table
+from ..domain.kinds import Opaque, Symbol, Table
 from ..domain.prefix import counted_from
 from ..domain.term import Term
 from ..engine import Engine, GiveUp

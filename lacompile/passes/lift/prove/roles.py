@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from ..domain.affine import ONE, ZERO, Aff
 from ..domain.exponent import Access, Mono, sub_access
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.prefix import counted_from
 from ..domain.term import Term
 from ..engine import Engine

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access, sub_access
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Term
 from ..engine import Engine
 from ..interpret import Fact

@@ -10,7 +10,7 @@ from torch import fx
 from ...facts import Assumption, Expr, values_of
 from ...names import readable_name
 from ...schedule import Schedule
-from ..domain.leaves import Opaque, Symbol
+from ..domain.kinds import Opaque, Symbol
 from ..interpret import Interpreter
 from ..prove.proof import Proof, Refused
 from .doubles import Doubles

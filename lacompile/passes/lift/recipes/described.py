@@ -10,7 +10,8 @@ from torch import fx
 from ...names import readable_name
 from ..domain.affine import ONE
 from ..domain.exponent import Mono
-from ..domain.leaves import Argument, Extended, Leaves, Opaque, Positions, Scalar, Symbol
+from ..domain.kinds import Argument, Extended, Opaque, Positions, Scalar, Symbol
+from ..domain.leaves import Leaves
 from ..prove.proof import N_ROLE, Proof
 
 

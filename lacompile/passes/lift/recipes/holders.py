@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ..domain.affine import ONE, Aff
-from ..domain.leaves import Symbol
+from ..domain.kinds import Symbol
 from ..engine import Engine
 from ..interpret import Fact, Interpreter
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..domain.affine import Aff
-from ..domain.leaves import Table
+from ..domain.kinds import Table
 from ..domain.precision import EXACT_UP_TO
 from ..domain.space import box
 from ..domain.term import Case, Precision, Term, Val, constant, value

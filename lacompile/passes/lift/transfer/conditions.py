@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 
 from ..domain.affine import Aff
-from ..domain.leaves import Argument, Symbol
+from ..domain.kinds import Argument, Symbol
 from ..domain.precision import decidable
 from ..domain.term import NO_GUARDS, Case, Guards, Term, Val, constant, number_of, value
 from ..engine import Engine

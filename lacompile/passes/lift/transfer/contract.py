@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Case, Term, Val
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
 from . import Op, rule

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..domain.leaves import Table
+from ..domain.kinds import Table
 from ..domain.precision import EXACT_UP_TO, WIDE, ends
 from ..domain.term import Case, Term, Val
 from ..engine import Engine, GiveUp

@@ -15,7 +15,8 @@ import torch
 
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access, Exponent, Mono
-from ..domain.leaves import Argument, Leaf, Opaque, Symbol
+from ..domain.kinds import Argument, Opaque, Symbol
+from ..domain.leaves import Leaf
 from ..domain.space import own_index
 from ..domain.term import Guards, Term, Val, value
 from ..engine import Engine, GiveUp

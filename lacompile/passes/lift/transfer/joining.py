@@ -11,7 +11,7 @@ from torch import fx
 
 from ..domain.affine import ONE, ZERO, Aff
 from ..domain.exponent import Exponent
-from ..domain.leaves import Extended, Opaque
+from ..domain.kinds import Extended, Opaque
 from ..domain.term import NO_GUARDS, Case, Term, Val, value
 from ..engine import Engine
 from . import Op, rule

@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 
 from ..domain.affine import TAU, Aff
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Case, Term, Val, constant, value
 from ..engine import GiveUp
 from ..normal.logs import known_positive, log_summands

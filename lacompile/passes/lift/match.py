@@ -19,7 +19,7 @@ from .prove.proof import Proof, Refused
 from .prove.roles import sequence_index
 from .prove.step import prove_step
 from .prove.unrolled import unrolled
-from .recipes.builder import Builder
+from .recipes.builder import Builder, Proved
 from .recipes.holders import Holders
 from .recipes.segments import prove_segments
 from .recipes.states import final_states, looks_like_state
@@ -87,7 +87,7 @@ class Search:
         self.matches: list[Match] = []
         self.refusals: list[Refusal] = []
         self.done: set[fx.Node] = set()  # the targets of matches
-        self._proofs: list[tuple[Proof, DecayedAttention]] = []  # behind the matches
+        self._proofs: list[Proved] = []  # behind the matches
         self._causes = Causes(interpreter.engine)
         self._explained: set[int] = set()
         # what can be judged only when all attentions are known:
@@ -172,7 +172,7 @@ class Search:
                 return True
         return False
 
-    def _take(self, fact: Fact, replacement: Expr, proofs: list[tuple[Proof, DecayedAttention]]) -> None:
+    def _take(self, fact: Fact, replacement: Expr, proofs: list[Proved]) -> None:
         self.matches.append(Match(fact.node, replacement, attentions_of(replacement), fact.after))
         self._proofs += proofs
         self.done.add(fact.node)

@@ -85,10 +85,10 @@ def _from_their_starts(engine: Engine, t: Term) -> Term:
     constant length, k[.., 48 h + d], or over the rows of one sequence among those of all, k[n b + j].
     """
     for v in sorted(t.bound(engine.space)):
-        ends = engine.bounds(v, t.guards)
-        if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or ends.low[0].is_const:
+        ends = engine.bounds(v, t.guards).ends
+        if ends is None or ends[0].is_const:
             continue
-        (low,), (high,) = ends.low, ends.high
+        low, high = ends
         if engine.space.is_size(high - low):
             t = t.sub(engine.space, {v: Aff.var(v) + low})
         elif not engine.space.is_size(low) and engine.space.vars(high - low).isdisjoint(engine.space.vars(low)):

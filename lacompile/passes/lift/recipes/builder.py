@@ -27,6 +27,8 @@ from .positions import Positions, no_row, rows
 
 MOST_PRODUCTS = 256
 
+Proved = tuple[Proof, DecayedAttention]
+
 
 class Builder:
     """Turns a proof into the recipe that replaces its target."""

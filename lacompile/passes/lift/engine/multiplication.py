@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from ..domain.affine import ONE, Aff
+from ..domain.affine import MAX_DIMS, ONE, Aff
 from ..domain.exponent import Access, Exponent
 from ..domain.term import Term, Val, constant, value
 from .limits import MAX_TERMS, GiveUp, bounded
@@ -84,7 +84,7 @@ class Multiplication(Symbols):
         if x.poly.is_const or y.poly.is_const:
             return x, y
         free = [self.space.vars(t.poly) for t in (x, y)]
-        if any(not 0 <= v < 100 or not shape[v].is_const for vs in free for v in vs):
+        if any(not 0 <= v < MAX_DIMS or not shape[v].is_const for vs in free for v in vs):
             return x, y
         pair = [x, y]
         steps = [[t.coef * c for _, c in t.poly.terms] for t in pair]

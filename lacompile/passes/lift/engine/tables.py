@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...._compat import outside_modes
-from ..domain.affine import ONE, Aff
+from ..domain.affine import MAX_DIMS, ONE, Aff
 from ..domain.evaluate import Evaluator
 from ..domain.exponent import Access
 from ..domain.kinds import Table
@@ -114,7 +114,7 @@ class Tables(Cases):
         used: set[int] = set()
         for c in v.cases:
             for a in (*c.guards, *(a for t in c.terms for a in t.affs())):
-                used |= {x for x in self.space.vars(a) if 0 <= x < 100}
+                used |= {x for x in self.space.vars(a) if 0 <= x < MAX_DIMS}
         dims = sorted(used)
         lengths = [self.length(v.shape[d]) for d in dims]
         if math.prod(lengths) > MAX_TABLE:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..domain.affine import ONE, ZERO, Aff
+from ..domain.affine import MAX_DIMS, ONE, ZERO, Aff
 from ..domain.exponent import Access, Exponent
 from ..domain.prefix import Lin
-from .rates import FREE, Rates
+from .rates import Rates
 
 MOST = 4096  # heads, or products of dimensions of heads
 
@@ -62,7 +62,7 @@ class Slopes(Rates):
 
     def _is_head_of(self, v: int, accs: Sequence[Access]) -> bool:
         """Whether a variable is a head: every factor is at it, or at its group, and some are at a token, or summed."""
-        if not 0 <= v < FREE or len(accs) < 2:
+        if not 0 <= v < MAX_DIMS or len(accs) < 2:
             return False
         for _, idx in accs:
             held = [i for i in idx if v in self.space.vars(i)]

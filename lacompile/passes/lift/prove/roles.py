@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..domain.affine import ONE, ZERO, Aff
+from ..domain.affine import MAX_DIMS, ONE, ZERO, Aff
 from ..domain.exponent import Access, Mono, sub_access
 from ..domain.kinds import Opaque
 from ..domain.prefix import counted_from
@@ -22,7 +22,7 @@ def sequence_index(engine: Engine, t: Term) -> tuple[int, int] | None:
     """(bound index, free dimension) where a guard ties the range of the one to the other."""
     for g in sorted(t.guards):
         bound = [v for v in engine.space.vars(g) if v < 0]
-        free = [v for v in engine.space.vars(g) if 0 <= v < 100]
+        free = [v for v in engine.space.vars(g) if 0 <= v < MAX_DIMS]
         if len(bound) == 1 and free:
             return bound[0], free[0]
     return None

@@ -55,6 +55,11 @@ class Op:
         """The result as a pointwise function of the arguments, not looked into."""
         return self.engine.pointwise(self.func, self.args, self.kwargs, self.out, self.dtypes)
 
+    def position(self, n: int, size: Aff) -> Aff:
+        """Argument ``n`` as a place in a dimension of this size, from whose end a negative number counts."""
+        at = self.engine.aff(self.args[n])
+        return at + size if at.is_const and at.const < 0 else at
+
     def dim(self, d: int, rank: int) -> int:
         return d % rank if rank else 0
 

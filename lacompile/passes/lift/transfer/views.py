@@ -31,24 +31,22 @@ def detach(op: Op) -> Val:
     return op.engine.detached(op.args[0])
 
 
-@rule(aten.permute)
+@rule(aten.permute, aten.transpose, aten.t)
 def permute(op: Op) -> Val:
-    v, dims = op.args[0], [op.dim(d, len(op.args[0].shape)) for d in op.args[1]]
-    return reorder(op.engine, v, dims)
+    return reorder(op.engine, op.args[0], order_of(op))
 
 
-@rule(aten.transpose)
-def transpose(op: Op) -> Val:
+def order_of(op: Op) -> list[int]:
+    """The dimensions of what is transposed, as they follow each other in the result."""
     rank = len(op.args[0].shape)
-    dims = list(range(rank))
+    if op.func.overloadpacket is aten.permute:
+        return [op.dim(d, rank) for d in op.args[1]]
+    order = list(range(rank))
+    if op.func.overloadpacket is aten.t:
+        return order[::-1]
     a, b = op.dim(op.args[1], rank), op.dim(op.args[2], rank)
-    dims[a], dims[b] = dims[b], dims[a]
-    return reorder(op.engine, op.args[0], dims)
-
-
-@rule(aten.t, aten.numpy_T, aten.mT)
-def t(op: Op) -> Val:
-    return reorder(op.engine, op.args[0], list(reversed(range(len(op.args[0].shape)))))
+    order[a], order[b] = order[b], order[a]
+    return order
 
 
 def reorder(engine: Engine, v: Val, dims: Sequence[int]) -> Val:
@@ -80,13 +78,11 @@ def expand(op: Op) -> Val:
 
 @rule(aten.select)
 def select(op: Op) -> Val:
-    v, d, at = op.args[0], op.dim(op.args[1], len(op.args[0].shape)), op.engine.aff(op.args[2])
-    return select_at(op.engine, v, d, at)
+    v, d = op.args[0], op.dim(op.args[1], len(op.args[0].shape))
+    return select_at(op.engine, v, d, op.position(2, v.shape[d]))
 
 
 def select_at(engine: Engine, v: Val, d: int, at: Aff) -> Val:
-    if at.is_const and at.const < 0:
-        at = at + v.shape[d]
     shape = (*v.shape[:d], *v.shape[d + 1 :])
     mapping = {k: Aff.var(k - 1) for k in range(d + 1, len(v.shape)) if v.shape[k] != ONE}
     if v.shape[d] != ONE:

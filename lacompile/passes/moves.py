@@ -14,8 +14,8 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .._compat import suppressed_guards
+from .examples import example_of
 from .joins import Join
-from .layouts import example_of
 from .rows import BATCHED, OPAQUE
 from .schedule import Schedule
 from .strides import same_strides

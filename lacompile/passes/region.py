@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 
 from .capture.modes import AUTOCAST, GRAD_MODE, INFERENCE_MODE
 from .effects import NOWHERE
+from .examples import is_floating
 from .facts import Match, values_of
 from .schedule import Schedule
 
@@ -51,14 +52,9 @@ def cuts(schedule: Schedule, match: Match) -> Iterator[list[fx.Node]]:
     if len(independent) < len(read):
         yield independent
     above = schedule.ancestors(match.target, ()).union(*(schedule.ancestors(n, ()) for n in read))
-    given = [n for n in schedule.inputs if n in above and _is_floating(n)]
+    given = [n for n in schedule.inputs if n in above and is_floating(n)]
     if any(n not in given for n in independent):
         yield given
-
-
-def _is_floating(node: fx.Node) -> bool:
-    example = node.meta.get("example_value")
-    return isinstance(example, Tensor) and example.is_floating_point()
 
 
 def region_of(schedule: Schedule, match: Match, inputs: Sequence[fx.Node]) -> Region:

@@ -10,7 +10,7 @@ from ..engine import Engine, GiveUp
 from ..transfer import Op
 from ..transfer.reshaping import view_map
 from ..transfer.scatter import written, written_at
-from ..transfer.views import order_of, reorder, slice_bounds
+from ..transfer.views import permutation, reorder, slice_bounds
 
 aten = torch.ops.aten
 
@@ -39,6 +39,6 @@ def written_through(engine: Engine, base: Val, view: ViewStep, new: Val, made_to
     if packet in (aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze):
         return engine.index(new, view_map(engine, new.shape, base.shape), base.shape)
     if packet in (aten.permute, aten.transpose, aten.t):
-        order = order_of(op)
+        order = permutation(op)
         return reorder(engine, new, [order.index(d) for d in range(rank)])
     raise GiveUp(f"a write through {packet}")

@@ -33,10 +33,10 @@ def detach(op: Op) -> Val:
 
 @rule(aten.permute, aten.transpose, aten.t)
 def permute(op: Op) -> Val:
-    return reorder(op.engine, op.args[0], order_of(op))
+    return reorder(op.engine, op.args[0], permutation(op))
 
 
-def order_of(op: Op) -> list[int]:
+def permutation(op: Op) -> list[int]:
     """The dimensions of what is transposed, as they follow each other in the result."""
     rank = len(op.args[0].shape)
     if op.func.overloadpacket is aten.permute:

@@ -28,6 +28,7 @@ from .positions import Positions, no_row, rows
 MOST_PRODUCTS = 256
 
 Proved = tuple[Proof, DecayedAttention]
+"""What was proved of a value, and the fact that a recipe holds of it."""
 
 
 class Builder:

@@ -8,16 +8,12 @@ from typing import Any
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
-from ..domain.space import box
+from ..domain.space import box, own_index
 from ..domain.term import Val
 from ..engine import Engine, GiveUp
 from . import Op, rule
 
 aten = torch.ops.aten
-
-
-def _own(shape: Sequence[Aff], d: int) -> Aff:
-    return ZERO if shape[d] == ONE else Aff.var(d)
 
 
 @rule(aten.alias, aten.clone, aten.contiguous, aten.lift_fresh, aten.lift_fresh_copy, aten.positive)
@@ -129,7 +125,7 @@ def slice_at(engine: Engine, v: Val, d: int, start: Aff, step: int, length: Aff)
     shape = (*v.shape[:d], length, *v.shape[d + 1 :])
     if start == ZERO and step == 1 and length == v.shape[d]:
         return v
-    mapping = {} if v.shape[d] == ONE else {d: _own(shape, d) * step + start}
+    mapping = {} if v.shape[d] == ONE else {d: own_index(shape)[d] * step + start}
     return engine.index(v, mapping, shape)
 
 
@@ -195,9 +191,8 @@ def repeat_interleave(op: Op) -> Val:
 @rule(aten.unfold)
 def unfold(op: Op) -> Val:
     v, d, step = op.args[0], op.dim(op.args[1], len(op.args[0].shape)), op.args[3]
-    shape = op.shape
-    at = _own(shape, d) * step + _own(shape, len(shape) - 1)
-    return op.engine.index(v, {d: at} if v.shape[d] != ONE else {}, shape)
+    own = own_index(op.shape)
+    return op.engine.index(v, {d: own[d] * step + own[-1]} if v.shape[d] != ONE else {}, op.shape)
 
 
 @rule(aten.diagonal)
@@ -208,7 +203,7 @@ def diagonal(op: Op) -> Val:
     shape = op.shape
     kept = [d for d in range(rank) if d not in (a, b)]
     mapping = {d: Aff.var(n) for n, d in enumerate(kept) if v.shape[d] != ONE}
-    x = _own(shape, rank - 2)
+    x = own_index(shape)[-1]
     for d, at in ((a, x + max(-offset, 0)), (b, x + max(offset, 0))):
         if v.shape[d] != ONE:
             mapping[d] = at

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import lacompile
 from lacompile.passes.lift.domain.affine import Aff
 from lacompile.passes.lift.domain.evaluate import Evaluator
-from lacompile.passes.lift.domain.leaves import Opaque
+from lacompile.passes.lift.domain.kinds import Opaque
 from lacompile.passes.lift.domain.term import Term
 from lacompile.passes.lift.engine import Engine
 from lacompile.passes.lift.normal.merge import merge_sum

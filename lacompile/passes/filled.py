@@ -17,6 +17,7 @@ from torch import fx
 
 from .._compat import always_equal
 from .effects import ANYWHERE, NOWHERE, overlap
+from .examples import example_of
 from .schedule import Schedule
 
 FACTORIES = frozenset[Any]({
@@ -135,8 +136,7 @@ def _write(node: fx.Node) -> Write | None:
         return None
     if not isinstance(tensor, fx.Node) or tensor.target not in FACTORIES or tensor.kwargs.get("requires_grad"):
         return None
-    whole = tensor.meta.get("example_value")
-    given = part.meta.get("example_value") if isinstance(part, fx.Node) else None
+    whole, given = example_of(tensor), example_of(part)
     if not isinstance(part, fx.Node) or not isinstance(whole, torch.Tensor) or not isinstance(given, torch.Tensor):
         return None
     place = _place(index, whole.shape)

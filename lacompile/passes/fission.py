@@ -18,8 +18,9 @@ from torch import fx
 from .._compat import always_equal
 from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
+from .examples import example_of
 from .joins import Join, joins
-from .layouts import REORDERS, SIDE_BY_SIDE, example_of, order_of, reshapes, side_by_side
+from .layouts import REORDERS, SIDE_BY_SIDE, order_of, reshapes, side_by_side
 from .moves import Kept, Moved, Turned, functions, move
 from .rows import BATCHED, width
 from .schedule import Schedule

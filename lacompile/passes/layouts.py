@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from .._compat import always_equal
+from .examples import example_of
 
 RESHAPES = frozenset[Any]({
     *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
@@ -54,8 +55,3 @@ def side_by_side(node: fx.Node) -> tuple[int, int] | None:
         return None
     dim = dims[0] if dims else 0
     return (dim % example_of(node).dim(), len(tensors)) if isinstance(dim, int) else None
-
-
-def example_of(arg: Any) -> Any:
-    """The example of a value of the graph, where it is a tensor or a size; None of what is no value."""
-    return arg.meta.get("example_value") if isinstance(arg, fx.Node) else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import fx
 
 from .effects import NOWHERE
+from .examples import is_floating
 from .facts import Match, Refusal, values_of
 from .schedule import Schedule
 
@@ -44,7 +44,7 @@ def settled(schedule: Schedule, match: Match) -> Match | Refusal:
             return _refusal(match, "unaliased", f"{node.name} shares its memory and is used later")
     modes = schedule.records_gradients
     for node in schedule.ancestors(match.target, read):
-        if not modes[node] and modes[match.target] and node.all_input_nodes and _is_float(node):
+        if not modes[node] and modes[match.target] and node.all_input_nodes and is_floating(node):
             return _refusal(match, "one-grad-mode", f"{node.name} is computed without gradients inside the region")
     return match
 
@@ -56,11 +56,6 @@ def _written(schedule: Schedule, read: set[fx.Node], at: int) -> tuple[fx.Node, 
         for writer in schedule.writers(lives, schedule.order[node], at):
             return writer, node
     return None
-
-
-def _is_float(node: fx.Node) -> bool:
-    example = node.meta.get("example_value")
-    return isinstance(example, torch.Tensor) and example.is_floating_point()
 
 
 def _refusal(match: Match, obligation: str, found: str) -> Refusal:

@@ -14,11 +14,11 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .._compat import of_fakes
+from .examples import example_of
 from .joins import Join
-from .layouts import example_of
-from .rewrite import same_strides
 from .rows import BATCHED, OPAQUE
 from .schedule import Schedule
+from .strides import same_strides
 
 
 @dataclass(frozen=True)

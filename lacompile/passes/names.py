@@ -24,7 +24,7 @@ def from_a_closure(node: fx.Node) -> bool:
     return bool(getattr(source, "is_derefed_cell_contents", False)) and not getattr(source, "is_input", False)
 
 
-def spoken(node: fx.Node) -> str:
+def readable_name(node: fx.Node) -> str:
     """A short readable name: ``self.layers.0.slope`` for an input of the graph, else the node's own name."""
     name = source_name(node)
     if "___stack" in name:

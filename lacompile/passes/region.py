@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 
 from .capture.modes import AUTOCAST, GRAD_MODE, INFERENCE_MODE
 from .effects import NOWHERE
+from .examples import is_floating
 from .facts import Match, values_of
 from .schedule import Schedule
 
@@ -51,14 +52,9 @@ def cuts(schedule: Schedule, match: Match) -> Iterator[list[fx.Node]]:
     if len(independent) < len(read):
         yield independent
     above = schedule.ancestors(match.target, ()).union(*(schedule.ancestors(n, ()) for n in read))
-    given = [n for n in schedule.inputs if n in above and _is_floating(n)]
+    given = [n for n in schedule.inputs if n in above and is_floating(n)]
     if any(n not in given for n in independent):
         yield given
-
-
-def _is_floating(node: fx.Node) -> bool:
-    example = node.meta.get("example_value")
-    return isinstance(example, Tensor) and example.is_floating_point()
 
 
 def region_of(schedule: Schedule, match: Match, inputs: Sequence[fx.Node]) -> Region:
@@ -113,7 +109,7 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
         real: the inputs at hand of those placeholders that are none of the region's inputs.
     """
     held = region.with_copies(env)
-    numbers = short_numbers(region)
+    numbers = rounded_numbers(region)
     for node in region.nodes:
         if node.op == "placeholder":
             held[node] = plain(_own(real[node]))
@@ -136,8 +132,12 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
     return held
 
 
-def short_numbers(region: Region) -> set[fx.Node]:
-    """What the program computes in a short format from its own numbers alone: the analysis rounds these too."""
+def rounded_numbers(region: Region) -> set[fx.Node]:
+    """What the program computes in a short format from its own numbers alone: the analysis rounds these too.
+
+    The graph alone is asked, and not what the analysis took for numbers (``lift/interpret/constants.py``): whether that
+    was right is what the region is run for.
+    """
     numbers: set[fx.Node] = set()
     for node in region.nodes:
         known = all(n.op == "get_attr" or n in numbers for n in node.all_input_nodes)

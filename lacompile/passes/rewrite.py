@@ -11,10 +11,11 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .._compat import always_equal, hint, of_fakes
-from .effects import ANYWHERE, NOWHERE, overlap
+from .._compat import hint, of_fakes
+from .dead_code import CopiedMemory, erase_dead
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
 from .schedule import Schedule
+from .strides import decide_values, known_by_strides, same_strides
 
 OpCall = Callable[..., Any]
 
@@ -44,14 +45,14 @@ def rewrite(schedule: Schedule, matches: Sequence[Match], operator_call: OpCall)
     new_output = graph.output(output)
     new_output.meta = copy.copy(old_output.meta)
     mapping[old_output] = new_output
+    # A module attribute that the copy does not name would be lost: constants and submodules are shared.
     copied = fx.GraphModule(gm, graph)
     copied.meta = gm.meta
-    # A module attribute that the copy does not name would be lost: constants and submodules are shared.
     finals = {id(f) for m in matches for f in _facts_with_final_state(m.replacement)}
     writer = _Writer(copied, mapping, operator_call, finals, schedule)
     for match in sorted(matches, key=lambda m: schedule.order[m.behind]):
         writer.replace(match)
-    _erase_dead(graph, _Memory({new: old for old, new in mapping.items()}, writer.stand_ins, schedule))
+    erase_dead(graph, CopiedMemory({new: old for old, new in mapping.items()}, writer.stand_ins, schedule))
     graph.lint()
     copied.recompile()
     alive = set(graph.nodes)
@@ -61,62 +62,6 @@ def rewrite(schedule: Schedule, matches: Sequence[Match], operator_call: OpCall)
 def _facts_with_final_state(expr: Expr) -> list[DecayedAttention]:
     own = [expr.fact] if isinstance(expr, Attend) and expr.index == 1 else []
     return own + [f for e in children(expr) for f in _facts_with_final_state(e)]
-
-
-MADE_ANEW = (torch.nn.functional.linear, torch.matmul, operator.matmul, torch.bmm)
-"""Functions whose results have strides of their own, whatever those of their arguments are."""
-BY_STRIDES = ("view", "view_as", "view_as_complex", "as_strided", "as_strided_", "unflatten")
-"""Functions whose result, or whether they have one, depends on the strides of their argument."""
-
-
-def _known_by_strides(schedule: Schedule) -> set[fx.Node]:
-    """The values of which the program can tell which strides they have.
-
-    A result of the graph shows them; a ``view`` needs them; a ``reshape`` goes by them whether it copies, which a later
-    write into its result reveals; what an operator outside PyTorch does with them is not known.
-    """
-    told: set[fx.Node] = set()
-    for user in reversed(schedule.nodes):
-        foreign = isinstance(user.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
-        shows = user.op == "output" or user in schedule.effects.writes or foreign
-        if (
-            shows
-            or getattr(user.target, "__name__", user.target) in BY_STRIDES
-            or (user in told and user.target not in MADE_ANEW and not _contracts(user))
-        ):
-            told.update(user.all_input_nodes)
-    return told
-
-
-def _contracts(node: fx.Node) -> bool:
-    """Whether it is an einsum of two tensors that sums over what both have: else that is a product entry by entry."""
-    if node.target is not torch.einsum or len(node.args) != 3 or not isinstance(equation := node.args[0], str):
-        return False
-    operands, arrow, result = equation.replace(" ", "").partition("->")
-    first = operands.split(",")[0]
-    if not arrow or "." in equation or not isinstance(node.args[1], fx.Node):
-        return False
-    sizes = dict(zip(first, node.args[1].meta["example_value"].shape, strict=True))
-    summed = (set(first) & set(operands.split(",")[1])) - set(result)
-    return any(isinstance(sizes[letter], int) and sizes[letter] > 1 for letter in summed)
-
-
-MAY_COPY = ("reshape", "reshape_as", "flatten", "ravel", "contiguous")
-"""Functions that copy or not, by the strides of their argument."""
-
-
-def _decide_values(schedule: Schedule) -> set[fx.Node]:
-    """The values whose strides decide results: by them what the program writes into was copied before, or not."""
-    lives = schedule.effects.lives
-    deciding: set[fx.Node] = set()
-    for user in reversed(schedule.nodes):
-        name = getattr(user.target, "__name__", user.target)
-        shares = name in MAY_COPY or any(
-            overlap(lives.get(user, NOWHERE), lives.get(n, NOWHERE)) for n in user.all_input_nodes
-        )
-        if user in schedule.effects.writes or name == "as_strided" or (user in deciding and shares):
-            deciding.update(user.all_input_nodes)
-    return deciding
 
 
 class _Writer:
@@ -130,7 +75,7 @@ class _Writer:
     ):
         self.gm, self.mapping, self.operator_call, self.finals = gm, mapping, operator_call, finals
         self.order = schedule.order
-        self.known_by_strides, self.deciding = _known_by_strides(schedule), _decide_values(schedule)
+        self.known_by_strides, self.deciding = known_by_strides(schedule), decide_values(schedule)
         self.place = {new: schedule.order[old] for old, new in mapping.items()}  # of the nodes that were copied
         self.made: dict[int, fx.Node] = {}
         self.stand_ins: dict[fx.Node, tuple[fx.Node, int]] = {}  # by target: its new value, and from where on
@@ -252,89 +197,5 @@ class _Writer:
             return op(*fakes[0], **fakes[1])
 
 
-def same_strides(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Whether two tensors of one shape lie alike in memory, at any length; dimensions of length 1 do not count."""
-    return all(
-        always_equal(n, 1) or always_equal(a, b) for n, a, b in zip(got.shape, got.stride(), want.stride(), strict=True)
-    )
-
-
 def _as_list(values: Any) -> Any:
     return [_as_list(v) for v in values] if isinstance(values, tuple) else values
-
-
-# -------------------------------------------------------------------------------------------------------- dead code
-
-
-class _Memory:
-    """Which memory each node of the copy lives in or writes into.
-
-    What stands in for a target has memory of its own, and from there on it is that which the program's views of the
-    target and its writes into it are about: storages are counted anew behind each such place.
-    """
-
-    def __init__(
-        self, origin: dict[fx.Node, fx.Node], stand_ins: dict[fx.Node, tuple[fx.Node, int]], schedule: Schedule
-    ):
-        self.origin, self.order, self.effects = origin, schedule.order, schedule.effects
-        self.stand_ins = {new: (target, at) for target, (new, at) in stand_ins.items()}
-        self.cuts: dict[int, set[int]] = {}
-        for target, at in self.stand_ins.values():
-            for storage in self.effects.lives.get(target, NOWHERE):
-                self.cuts.setdefault(storage, set()).add(at)
-
-    def of(self, node: fx.Node) -> frozenset[tuple[int, int]]:
-        """The storages of a node, each with how often it had been replaced by then."""
-        if node in self.stand_ins:
-            target, at = self.stand_ins[node]
-            storages, behind = self.effects.lives.get(target, NOWHERE), at + 1
-        elif (old := self.origin.get(node)) is not None:
-            storages = self.effects.lives.get(old, NOWHERE) | self.effects.writes.get(old, NOWHERE)
-            behind = self.order[old]
-        else:
-            return frozenset()
-        return frozenset((s, sum(cut < behind for cut in self.cuts.get(s, ()))) for s in storages)
-
-    def writes(self, node: fx.Node) -> bool:
-        return self.origin.get(node) in self.effects.writes
-
-    def is_impure(self, node: fx.Node) -> bool:
-        return self.origin.get(node) in self.effects.impure
-
-    def is_outside(self, storage: tuple[int, int]) -> bool:
-        """Whether it may be seen from outside of the graph."""
-        return storage[0] == ANYWHERE or storage[0] in self.effects.outside
-
-
-def _erase_dead(graph: fx.Graph, memory: _Memory) -> None:
-    """Removes what nobody reads: pure nodes, and writes into tensors made in this graph that nobody reads."""
-    while True:
-        for node in reversed(graph.nodes):
-            pure = not memory.is_impure(node) and not memory.writes(node)
-            if pure and not node.users and node.op not in ("placeholder", "output"):
-                graph.erase_node(node)
-        dead = _dead_memory(graph, memory)
-        if not dead:
-            return
-        for node in reversed(dead):
-            graph.erase_node(node)
-
-
-def _dead_memory(graph: fx.Graph, memory: _Memory) -> list[fx.Node]:
-    """The nodes, in order, of storages made in this graph whose every user only views or writes the same storage."""
-    where = {node: memory.of(node) for node in graph.nodes}
-    members: dict[tuple[int, int], list[fx.Node]] = {}
-    for node, storages in where.items():
-        for storage in storages:
-            members.setdefault(storage, []).append(node)
-    dead = {
-        storage
-        for storage, nodes in members.items()
-        if not memory.is_outside(storage)
-        and any(memory.writes(n) for n in nodes)
-        and all(
-            not memory.is_impure(n) and where[n] == {storage} and all(where.get(u) == {storage} for u in n.users)
-            for n in nodes
-        )
-    }
-    return [n for n in graph.nodes if where[n] & dead]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from .examples import example_of
+
 
 def width(node: fx.Node) -> int | None:
     """How many of the last dimensions a call works on; for each place in those before it does the same.
@@ -51,8 +53,7 @@ def _along(n: int) -> Callable[[fx.Node], int | None]:
 
 
 def _times_a_matrix(node: fx.Node) -> int | None:
-    other = node.args[1] if len(node.args) == 2 else None
-    example = other.meta.get("example_value") if isinstance(other, fx.Node) else None
+    example = example_of(node.args[1]) if len(node.args) == 2 else None
     return 1 if isinstance(example, torch.Tensor) and example.dim() == 2 else None
 
 

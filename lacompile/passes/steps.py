@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import fx
 
+from .examples import is_floating
 from .facts import DecayedAttention, Expr, Match, Refusal, values_of
 from .schedule import Schedule
 
@@ -37,13 +37,8 @@ def _is_step(schedule: Schedule, fact: DecayedAttention, trained: set[fx.Node]) 
         return False
     state, keys = (_above(schedule, e) for e in (fact.initial_state, fact.k))
     given = {n for n in state & keys if n.op in ("placeholder", "get_attr")} - trained
-    return bool(given) and any(sum(map(_is_data, n.all_input_nodes)) > 1 for n in state - trained)
+    return bool(given) and any(sum(map(is_floating, n.all_input_nodes)) > 1 for n in state - trained)
 
 
 def _above(schedule: Schedule, expr: Expr) -> set[fx.Node]:
     return set().union(*(schedule.ancestors(v.node, ()) for v in values_of(expr)))
-
-
-def _is_data(node: fx.Node) -> bool:
-    example = node.meta.get("example_value")
-    return isinstance(example, torch.Tensor) and example.is_floating_point()

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
-from .region import Region, cuts, in_fp64_on_cpu, is_constant, plain, plain_int, region_of, run, short_numbers
+from .region import Region, cuts, in_fp64_on_cpu, is_constant, plain, plain_int, region_of, rounded_numbers, run
 from .schedule import Schedule
 
 Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
@@ -200,7 +200,7 @@ def _compare(
         ),
         default=0.0,
     )
-    read = {n.meta["example_value"].dtype for n in by_value | short_numbers(region)}
+    read = {n.meta["example_value"].dtype for n in by_value | rounded_numbers(region)}
     tolerance = max([EXACT, *(LOW_PRECISION[dtype] for dtype in read if dtype in LOW_PRECISION)])
     # the rate of each step may be off by as much as its format rounds
     if match.fitted or any(map(_writes_fractions, region.nodes)):

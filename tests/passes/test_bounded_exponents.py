@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lacompile
-from lacompile.passes.lift.domain.leaves import Opaque
+from lacompile.passes.lift.domain.kinds import Opaque
 from lacompile.passes.lift.domain.term import Precision
 from lacompile.passes.lift.interpret import Interpreter
 from lacompile.testing import assert_refused, assert_rewritten

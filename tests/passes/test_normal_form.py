@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lacompile.passes.lift.domain.evaluate import Evaluator
-from lacompile.passes.lift.domain.leaves import Argument, Extended, Opaque, Positions, Symbol, Table
+from lacompile.passes.lift.domain.kinds import Argument, Extended, Opaque, Positions, Symbol, Table
 from lacompile.passes.lift.interpret import Interpreter
 
 B, H, N, D = 2, 3, 24, 4

@@ -17,7 +17,8 @@ import programs
 ROOT = str(Path(lacompile.__file__).parent)
 ABOUT_MATCHES = (
     *("decision.py", "report.py", "passes/schedule.py", "passes/legality.py", "passes/validate.py", "passes/batch.py"),
-    *("passes/rewrite.py", "passes/lift/match.py", "passes/lift/recipes/builder.py"),
+    *("passes/rewrite.py", "passes/strides.py", "passes/dead_code.py"),
+    *("passes/lift/match.py", "passes/lift/recipes/builder.py"),
     *("passes/lift/recipes/states.py", "passes/lift/recipes/assumptions.py", "passes/lift/recipes/emit/"),
 )
 """What runs for each match, which is a small part of all: a walk over the graph for each of them would not be seen."""

@@ -59,8 +59,9 @@ def analyse(
             other = Interpreter(read_buffers=interpreter.read_buffers, **settings)
             other.run(gm, example_inputs)
             found, left = search(schedule, other, holders(other))
-            if _missing(lengths, found, left) < _missing(lengths, matches, refusals):
-                matches, refusals, equal = found, left, tuple(other.equal)
+            these = _lengths(gm, example_inputs, other.equal)
+            if _missing(these, found, left) < _missing(lengths, matches, refusals):
+                matches, refusals, equal, lengths = found, left, tuple(other.equal), these
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal(
             "lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}"
@@ -101,13 +102,14 @@ def _multiplied(interpreter: Interpreter, leaves: set[int]) -> bool:
 def _missing(lengths: set[str], matches: Sequence[Match], refusals: Sequence[Refusal]) -> tuple[int, ...]:
     """What a reading leaves to be wished for: of two the one that is less is better."""
     rows = sum(hint(f.heads) * hint(f.length) for m in matches for f in m.facts)
-    return not matches, _parts(lengths, matches), len(refusals), -rows, len(matches)
+    parts = _parts(lengths, matches)
+    return parts == sum(len(m.facts) for m in matches), parts, len(refusals), -rows, len(matches)
 
 
-def _lengths(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[str]:
+def _lengths(gm: fx.GraphModule, example_inputs: Sequence[Any], equal: Sequence[Equal] = ()) -> set[str]:
     """How long sequences may be: of each argument the longest dimension but features, and those that are no number.
 
-    A chunk may be as long as a batch is large, or a matrix wide.
+    A chunk may be as long as a batch is large, or a matrix wide. Those that some are taken for are among them.
     """
     found: set[str] = set()
     for node, real in zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=False):
@@ -115,7 +117,7 @@ def _lengths(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> set[str]:
             sizes = sizes[:-1] if node.meta["example_value"].is_floating_point() else sizes
             longest = max((n for n in sizes if isinstance(n, int)), default=0)
             found |= {str(n) for n in sizes if not isinstance(n, int) or n == longest}
-    return found
+    return found | {str(number) for size, number in equal if str(size) in found}
 
 
 def _parts(lengths: set[str], matches: Sequence[Match]) -> int:

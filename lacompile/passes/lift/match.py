@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -19,7 +19,7 @@ from .prove.proof import Proof, Refused
 from .prove.roles import sequence_index
 from .prove.step import prove_step
 from .prove.unrolled import unrolled
-from .recipes.builder import Builder
+from .recipes.builder import Builder, Proved
 from .recipes.holders import Holders
 from .recipes.segments import prove_segments
 from .recipes.states import final_states, looks_like_state
@@ -31,107 +31,188 @@ EXPLAINED = 1  # progress of a refusal that names a tensor of the program, and n
 
 def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple[list[Match], list[Refusal]]:
     """Every decayed attention among the values that something opaque consumes, and the reasons for the others."""
-    builder = Builder(schedule, interpreter, held)
-    matches: list[Match] = []
-    refusals: list[Refusal] = []
-    proofs: list[tuple[Proof, DecayedAttention]] = []
-    done: set[fx.Node] = set()
-    states: list[Fact] = []
-    explained: set[int] = set()
-    causes = Causes(interpreter.engine)
-    elementwise: list[Fact] = []
-    row_sums: list[Fact] = []
+    found = Search(interpreter, Builder(schedule, interpreter, held))
     for node in interpreter.demanded:
-        fact = interpreter.facts[node]
-        if node in done:
-            continue
-        if not interpreter.engine.contracts(fact.value):
-            (elementwise if any(t.accs for c in fact.value.cases for t in c.terms) else row_sums).append(fact)
-            continue
-        best: Refusal | None = None
-        found = False
-        steps: list[fx.Node] = []
-        if looks_like_state(interpreter.engine, fact):
-            steps = _steps_behind(interpreter, node)
-            if not steps:
-                states.append(fact)
-                if all(len(t.accs) < 2 for c in fact.value.cases for t in c.terms):
-                    elementwise.append(fact)
-                    continue
-                try:
-                    explain_missing(interpreter.engine, fact.value.terms, explained)
-                except Refused as r:
-                    best = _refusal(node, r)
-                refusals += _told(causes, fact, best)
-                continue
-        frontier, seen, whole = steps or [node], set(), fact.tensor.numel()
-        follows = False  # whether it is computed from an attention that was found
-        missed = 0  # how often the value at hand was none
-        sums: list[Fact] = []  # values of several sums, if none behind them is an attention
-        refused: list[Fact] = []
-        in_chunks = False
-        while frontier and missed < MAX_STEPS_BACK:
+        if node not in found.done:
+            found.look_at(interpreter.facts[node])
+    found.tell_elementwise()
+    found.tell_unrolled()
+    found.add_states_and_row_sums()
+    matches = [replace(m, fitted=_fitted(schedule, interpreter, m)) for m in found.matches]
+    inside = _inside(schedule, matches)
+    return matches, sorted((r for r in found.refusals if r.node not in inside), key=lambda r: -r.progress)
+
+
+@dataclass
+class Walk:
+    """What was met on the way back from one value that something opaque consumes."""
+
+    elements: int
+    """Of that value."""
+    found: bool = False
+    follows: bool = False
+    """Whether the value is computed from an attention that was found before."""
+    in_chunks: bool = False
+    """Whether parts of a sum over chunks were met, each of which would be an attention by itself."""
+    refused: list[Fact] = field(default_factory=list)
+    sums: list[Fact] = field(default_factory=list)
+    """Those refused as they are several sums."""
+    best: Refusal | None = None
+    """That which came nearest to an attention."""
+
+    def refuse(self, fact: Fact, r: Refused) -> bool:
+        """Notes that this value is none; whether what it is computed from may be: of a view, a cast, a factor."""
+        self.refused.append(fact)
+        if r.obligation == "single-term":
+            self.sums.append(fact)
+        refusal, size = _refusal(fact.node, r), fact.tensor.numel()
+        if self.best is None or (refusal.progress > self.best.progress and size >= self.elements):
+            self.best = refusal
+        return bool(r.progress) or size == self.elements
+
+    def reason(self) -> Refusal | None:
+        """What there is to say of the value; nothing where what it is computed from is an attention."""
+        if self.best is None or self.found or (self.follows and self.best.progress > EXPLAINED):
+            return None
+        if not self.in_chunks:
+            return self.best
+        return replace(self.best, hint=f"{self.best.hint}; {CHUNKS}" if self.best.hint else CHUNKS)
+
+
+class Search:
+    """What was found so far among the values of one graph."""
+
+    def __init__(self, interpreter: Interpreter, builder: Builder) -> None:
+        self.interpreter, self.engine, self.builder = interpreter, interpreter.engine, builder
+        self.matches: list[Match] = []
+        self.refusals: list[Refusal] = []
+        self.done: set[fx.Node] = set()  # the targets of matches
+        self._proofs: list[Proved] = []  # behind the matches
+        self._causes = Causes(interpreter.engine)
+        self._explained: set[int] = set()
+        # what can be judged only when all attentions are known:
+        self._states: list[Fact] = []
+        self._elementwise: list[Fact] = []
+        self._row_sums: list[Fact] = []
+
+    def look_at(self, fact: Fact) -> None:
+        """One value that something opaque consumes, and those behind it."""
+        if not self.engine.contracts(fact.value):
+            data = any(t.accs for c in fact.value.cases for t in c.terms)
+            (self._elementwise if data else self._row_sums).append(fact)
+        elif not looks_like_state(self.engine, fact):
+            self._walk_back(fact, [fact.node])
+        elif steps := _steps_behind(self.interpreter, fact.node):
+            self._walk_back(fact, steps)
+        else:
+            self._look_at_state(fact)
+
+    def _look_at_state(self, fact: Fact) -> None:
+        self._states.append(fact)
+        if all(len(t.accs) < 2 for c in fact.value.cases for t in c.terms):
+            self._elementwise.append(fact)
+            return
+        try:
+            explain_missing(self.engine, fact.value.terms, self._explained)
+        except Refused as r:
+            self._tell(fact, _refusal(fact.node, r))
+        else:
+            self._tell(fact, None)
+
+    def _walk_back(self, fact: Fact, begin: list[fx.Node]) -> None:
+        """Takes the attentions behind a value, from these nodes on, or tells why there are none."""
+        walk = self._attentions_behind(fact, begin)
+        if not walk.found:
+            walk.found = self._take_several_sums(walk)
+        if (reason := walk.reason()) is not None:
+            self._tell(fact, reason)
+
+    def _attentions_behind(self, fact: Fact, begin: list[fx.Node]) -> Walk:
+        walk, frontier, seen = Walk(fact.tensor.numel()), list(begin), set[fx.Node]()
+        while frontier and len(walk.refused) < MAX_STEPS_BACK:
             at = frontier.pop(0)
-            follows |= at in done
-            if at in seen or at in done:
+            walk.follows |= at in self.done
+            if at in seen or at in self.done:
                 continue
             seen.add(at)
-            fact = interpreter.facts.get(at)
-            if fact is None or not interpreter.engine.contracts(fact.value):
+            behind = self.interpreter.facts.get(at)
+            if behind is None or not self.engine.contracts(behind.value):
                 continue
             try:
-                proof = prove(interpreter.engine, fact, explained)
-                part = best is not None and best.progress >= 2 and is_part(interpreter.engine.space, proof)
-                if part or is_fragment(interpreter.engine, refused, proof):
-                    in_chunks = True
+                proof = prove(self.engine, behind, self._explained)
+                if self._is_part_of_refused(walk, proof):
+                    walk.in_chunks = True
                     continue
-                attention, replacement = builder.build(proof)
+                attention, replacement = self.builder.build(proof)
             except Refused as r:
-                missed += 1
-                refused.append(fact)
-                if r.obligation == "single-term":
-                    sums.append(fact)
-                refusal = _refusal(at, r)
-                size = fact.tensor.numel()
-                if best is None or (refusal.progress > best.progress and size >= whole):
-                    best = refusal
-                if r.progress or len(seen) == 1 or size == whole:  # a view, a cast, a factor
-                    frontier += interpreter.sources(at)
+                if walk.refuse(behind, r) or len(seen) == 1:
+                    frontier += self.interpreter.sources(at)
                 continue
-            proof, attention, replacement = _closest(interpreter, builder, proof, attention, replacement)
-            at = proof.fact.node
-            if at in done:
-                follows = True
+            proof, attention, replacement = _closest(self.interpreter, self.builder, proof, attention, replacement)
+            if proof.fact.node in self.done:
+                walk.follows = True
                 continue
-            matches.append(Match(at, replacement, attentions_of(replacement), proof.fact.after))
-            proofs.append((proof, attention))
-            done.add(at)  # and on to what is joined with it: one attention for each head
-            found = True
-        for fact in () if found else sums:
-            several = prove_sum(builder, fact) or (None if follows else prove_segments(builder, fact))
-            if several is not None:
-                found, (summed, replacement) = True, several
-                matches.append(Match(fact.node, replacement, attentions_of(replacement), fact.after))
-                proofs += summed
-                done.add(fact.node)
-                break
-        if best is not None and in_chunks:
-            best = replace(best, hint=f"{best.hint}; {CHUNKS}" if best.hint else CHUNKS)
-        if best is not None and not found and not (follows and best.progress > EXPLAINED):
-            refusals += _told(causes, interpreter.facts[node], best)
-    data = interpreter.engine.leaves.data
-    rewritten = data(leaf for proof, _ in proofs for leaf in proof.leaves)
-    for fact in elementwise:  # the normaliser's state of an attention that was found is no recurrence of its own
-        if not rewritten & data(leaf for c in fact.value.cases for t in c.terms for leaf in t.signature):
-            refusals += _told(causes, fact, None)
-    if not matches and not refusals:
-        told = unrolled(interpreter.engine, (interpreter.facts[n] for n in interpreter.demanded))
-        refusals += [_refusal(told[0].node, told[1])] if told is not None else []
-    matches += final_states(builder, states, proofs)
-    matches += [m for fact in row_sums if matches and (m := _row_sum(interpreter, builder, fact)) is not None]
-    matches = [replace(m, fitted=_fitted(schedule, interpreter, m)) for m in matches]
-    inside = _inside(schedule, matches)
-    return matches, sorted((r for r in refusals if r.node not in inside), key=lambda r: -r.progress)
+            self._take(proof.fact, replacement, [(proof, attention)])
+            walk.found = True  # and on to what is joined with it: one attention for each head
+        return walk
+
+    def _is_part_of_refused(self, walk: Walk, proof: Proof) -> bool:
+        """Whether an attention is a chunk of a value that was refused on the way to it."""
+        if walk.best is not None and walk.best.progress >= 2 and is_part(self.engine.space, proof):
+            return True
+        return is_fragment(self.engine, walk.refused, proof)
+
+    def _take_several_sums(self, walk: Walk) -> bool:
+        """Takes a value of several sums, if these are attentions that are added up, or that lie side by side."""
+        for fact in walk.sums:
+            found = prove_sum(self.builder, fact) or (None if walk.follows else prove_segments(self.builder, fact))
+            if found is not None:
+                proofs, replacement = found
+                self._take(fact, replacement, proofs)
+                return True
+        return False
+
+    def _take(self, fact: Fact, replacement: Expr, proofs: list[Proved]) -> None:
+        self.matches.append(Match(fact.node, replacement, attentions_of(replacement), fact.after))
+        self._proofs += proofs
+        self.done.add(fact.node)
+
+    # ------------------------------------------------------------------------------- when all attentions are known
+
+    def tell_elementwise(self) -> None:
+        """Recurrences without a product; the normaliser's state of an attention that was found is none of its own."""
+        data = self.engine.leaves.data
+        rewritten = data(leaf for proof, _ in self._proofs for leaf in proof.leaves)
+        for fact in self._elementwise:
+            if not rewritten & data(leaf for c in fact.value.cases for t in c.terms for leaf in t.signature):
+                self._tell(fact, None)
+
+    def tell_unrolled(self) -> None:
+        """Where nothing was found or told of any value: whether all of them together are a loop."""
+        if self.matches or self.refusals:
+            return
+        told = unrolled(self.engine, (self.interpreter.facts[n] for n in self.interpreter.demanded))
+        if told is not None:
+            self.refusals.append(_refusal(told[0].node, told[1]))
+
+    def add_states_and_row_sums(self) -> None:
+        """The last states of attentions that were found, and the row sums beside them."""
+        self.matches += final_states(self.builder, self._states, self._proofs)
+        for fact in self._row_sums if self.matches else ():
+            if (found := _row_sum(self.interpreter, self.builder, fact)) is not None:
+                self.matches.append(found)
+
+    def _tell(self, fact: Fact, best: Refusal | None) -> None:
+        """Why this value, which is no attention, is none: its cause, told once for all values with its factors, or
+        else the obligation that was found to fail.
+        """
+        near = best is not None and best.progress > 0
+        for case in fact.value.cases:
+            if (cause := self._causes.of(case.terms, near)) is not None:
+                self.refusals += [] if self._causes.told(case.terms) else [_refusal(fact.node, cause)]
+                return
+        if best is not None and near:
+            self.refusals.append(best)
 
 
 def _row_sum(interpreter: Interpreter, builder: Builder, fact: Fact) -> Match | None:
@@ -171,17 +252,6 @@ def _inside(schedule: Schedule, matches: list[Match]) -> set[fx.Node]:
 
 def _refusal(node: fx.Node, r: Refused) -> Refusal:
     return Refusal("match", r.obligation, node, r.expected, r.found, r.hint, r.progress)
-
-
-def _told(causes: Causes, fact: Fact, best: Refusal | None) -> list[Refusal]:
-    """Why this value, which is no attention, is none: its cause, told once for all values with its factors, or else
-    the obligation that was found to fail.
-    """
-    near = best is not None and best.progress > 0
-    for case in fact.value.cases:
-        if (cause := causes.of(case.terms, near)) is not None:
-            return [] if causes.told(case.terms) else [_refusal(fact.node, cause)]
-    return [best] if best is not None and near else []
 
 
 def _steps_behind(interpreter: Interpreter, node: fx.Node) -> list[fx.Node]:

@@ -7,8 +7,9 @@ digits       what of a divided dimension an index depends on
 sizes        sizes of the traced program
 exponent     accesses of leaves, and weights made of them
 term         terms, cases and values
-leaves       the tensors that terms speak about
+kinds        what a leaf may be: the tensors that terms speak about
 intervals    how large their entries are
+leaves       the table of them
 prefix       rates along tokens, and their prefix sums
 regions      boxes cut by guards, and what they imply
 evaluate     the number of a normal form at one index

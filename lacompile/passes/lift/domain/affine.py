@@ -21,6 +21,7 @@ from functools import lru_cache
 
 Number = int | float
 
+MAX_DIMS = 100  # variables from 0 on below it are dimensions of the tensor at hand
 TAU = 500
 FIRST_SYMBOL = 1_000
 FIRST_DIV = 1_000_000
@@ -168,7 +169,7 @@ class Aff:
         def name(v: int) -> str:
             if v < 0:
                 return f"j{-v}"
-            if v < 100:
+            if v < MAX_DIMS:
                 return f"x{v}"
             return "t" if v == TAU else f"s{v - FIRST_SYMBOL}" if v < FIRST_DIV else f"div{v - FIRST_DIV}"
 

@@ -4,8 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from .affine import FIRST_DIV, FIRST_MIXED, FIRST_SYMBOL, INF, Aff, Number, Ranges
+
+Key = TypeVar("Key")
+
+
+class Interned(dict[int, Key]):
+    """Functions of forms, each of which is one variable from ``first`` on."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self._first = first
+        self._variables: dict[Key, int] = {}
+
+    def variable(self, key: Key) -> int:
+        var = self._variables.get(key)
+        if var is None:
+            var = self._variables[key] = self._first + len(self)
+            self[var] = key
+        return var
 
 
 class Divisions:
@@ -16,8 +35,7 @@ class Divisions:
 
     def __init__(self) -> None:
         self.symbol_range: dict[int, tuple[Number, Number]] = {}
-        self.div_of: dict[int, tuple[Aff, int]] = {}
-        self._divs: dict[tuple[Aff, int], int] = {}
+        self.div_of: Interned[tuple[Aff, int]] = Interned(FIRST_DIV)
         self._deep: dict[int, frozenset[int]] = {}
 
     def symbol(self, low: Number, high: Number) -> int:
@@ -83,12 +101,8 @@ class Divisions:
             # floor((floor(a / n) + k) / m) is floor((a + n k) / (n m))
             inner, n = self.div_of[rest.terms[0][0]]
             return whole + self.floordiv(inner + int(rest.const) * n, n * m, ranges)
-        key = (rest, m)
-        var = self._divs.get(key)
-        if var is None:
-            var = FIRST_DIV + len(self._divs)
-            self._divs[key] = var
-            self.div_of[var] = key
+        var = self.div_of.variable((rest, m))
+        if var not in self._deep:
             self._deep[var] = self.vars(rest)
         return whole + Aff.var(var)
 

@@ -15,7 +15,8 @@ import torch
 
 from ...._compat import outside_modes
 from .intervals import BOUNDS, product
-from .leaves import Leaves, Table
+from .kinds import Table
+from .leaves import Leaves
 from .term import Case, Precision, Term, Val
 
 if TYPE_CHECKING:

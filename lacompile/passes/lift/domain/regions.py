@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from .affine import FIRST_DIV, Aff, Number, Range
+from .affine import FIRST_DIV, MAX_DIMS, Aff, Number, Range
 from .space import Space, box
 from .term import Guards
 
@@ -62,7 +62,7 @@ class Regions:
     def _tightened(self, shape: Shape, guards: Guards) -> dict[int, Range]:
         out = dict(self.box(shape))
         for g in guards:
-            free = [(v, c) for v, c in g.terms if v < 100]
+            free = [(v, c) for v, c in g.terms if v < MAX_DIMS]
             if len(free) != 1 or free[0][0] < 0 or any(v >= FIRST_DIV for v, _ in g.terms):
                 continue
             v, c = free[0]

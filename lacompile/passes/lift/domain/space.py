@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from .affine import FIRST_MIXED, INF, ONE, ZERO, Aff, Number, Range, Ranges
-from .divisions import Divisions
+from .divisions import Divisions, Interned
 
 QUOTIENT, REMAINDER, JOIN = "quotient", "remainder", "join"
 
@@ -31,8 +31,7 @@ class Space(Divisions):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mixed: dict[int, tuple[str, tuple[Aff, ...]]] = {}
-        self._mixed_of: dict[tuple[str, tuple[Aff, ...]], int] = {}
+        self.mixed: Interned[tuple[str, tuple[Aff, ...]]] = Interned(FIRST_MIXED)
         self._factors: dict[int, tuple[Aff, ...]] = {}
         self._product_of: dict[tuple[Aff, ...], Aff] = {}
 
@@ -89,12 +88,8 @@ class Space(Divisions):
     # ----------------------------------------------------------------------------------------------------- mixed radix
 
     def _mix(self, kind: str, *args: Aff) -> Aff:
-        key = (kind, args)
-        var = self._mixed_of.get(key)
-        if var is None:
-            var = FIRST_MIXED + len(self.mixed)
-            self._mixed_of[key] = var
-            self.mixed[var] = key
+        var = self.mixed.variable((kind, args))
+        if var not in self._deep:
             self._deep[var] = self.vars_of(args)
         return Aff.var(var)
 
@@ -163,3 +158,8 @@ class Space(Divisions):
 def box(shape: Iterable[Aff]) -> dict[int, Range]:
     """The ranges of the free dimensions of a tensor of this shape."""
     return {d: (ZERO, n - 1) for d, n in enumerate(shape)}
+
+
+def own_index(shape: Iterable[Aff]) -> tuple[Aff, ...]:
+    """Where a tensor of this shape is read for each of its entries."""
+    return tuple(ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape))

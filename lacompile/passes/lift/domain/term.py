@@ -190,6 +190,11 @@ class Val:
         return self.cases[0].terms[0] if self.single and len(self.cases[0].terms) == 1 else None
 
     @property
+    def number(self) -> float | None:
+        """The number that every entry is, if they are one."""
+        return number_of(self.terms) if self.single else None
+
+    @property
     def taken(self) -> Term | None:
         """The value as it is where it may be taken so, else its only term."""
         return self.one if self.alt is None else self.alt
@@ -201,6 +206,14 @@ class Val:
             alt=None if self.alt is None else f(self.alt),
             own=None if self.own is None else f(self.own),
         )
+
+
+def number_of(terms: tuple[Term, ...]) -> float | None:
+    """The number, perhaps infinite, that a sum is; None if it is none."""
+    if len(terms) > 1:
+        return None
+    t = terms[0] if terms else Term(0.0)
+    return t.coef if not t.accs and not t.exp and not t.guards and t.poly == ONE else None
 
 
 def value(

@@ -1,21 +1,23 @@
-"""Operations on values that every transfer rule is built from, in layers that each know only those below.
+"""Operations on values that every transfer rule is built from, in layers that each know only those above.
 
-program      sizes as affine forms, tensors as leaves
-structure    what kind of value this is
-cases        index maps, merged sums, regions
-tables       known numbers
-symbols      pointwise functions of plain data
-arithmetic   products and sums
+limits          how much is looked into, and how a rule gives up
+program         sizes as affine forms, tensors as leaves
+structure       what kind of value this is
+cases           index maps, merged sums, regions
+tables          known numbers
+symbols         pointwise functions of plain data
+multiplication  products of values
+addition        sums of values
 """
 
 from __future__ import annotations
 
-from .arithmetic import Arithmetic
+from .addition import Addition
 from .limits import FEW_CASES, MAX_TERMS, GiveUp, Unmerged, bounded
 from .structure import SMALLEST
 
 
-class Engine(Arithmetic):
+class Engine(Addition):
     """The algebra of one analysis: one instance per graph."""
 
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...._compat import hint
-from ..domain.affine import INF, ONE, ZERO, Aff
+from ..domain.affine import INF, Aff
 from ..domain.exponent import Access
 from ..domain.intervals import ANY, Interval
-from ..domain.leaves import Leaf, Leaves, Opaque, Scalar
+from ..domain.kinds import Opaque, Scalar
+from ..domain.leaves import Leaf, Leaves
 from ..domain.sizes import Sizes
+from ..domain.space import own_index
 from ..domain.term import Precision, Term, Val, value
 from ..normal.algebra import Algebra
 from .limits import GiveUp
@@ -85,7 +86,7 @@ class Program(Algebra):
         """A fresh leaf holding this tensor."""
         shape = self.shape(tensor)
         leaf = self.leaves.add(Leaf(kind, shape, tensor.dtype, **facts))
-        return value(shape, [Term(accs=((leaf, self.own_index(shape)),))], precision=Precision.EXACT)
+        return value(shape, [Term(accs=((leaf, own_index(shape)),))], precision=Precision.EXACT)
 
     def interval(self, leaf: int) -> Interval:
         """What all entries of a leaf lie in; that the node being lifted was read by it is noted."""
@@ -100,11 +101,8 @@ class Program(Algebra):
     def multiple(self, leaf: int) -> tuple[int, float]:
         return self.leaves.multiple(leaf)
 
-    def numbered(self, values: np.ndarray, shape: tuple[Aff, ...]) -> int:
-        return self.leaves.table(values, shape)
-
-    def own_index(self, shape: Sequence[Aff]) -> tuple[Aff, ...]:
-        return tuple(ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape))
+    def numbered(self, values: np.ndarray) -> int:
+        return self.leaves.table(values, tuple(map(Aff.lit, values.shape)))
 
 
 def _bounds(number: torch.SymInt | torch.SymFloat) -> Interval:

@@ -9,7 +9,8 @@ from itertools import combinations
 from ..domain.affine import ONE, Aff
 from ..domain.digits import digits_of
 from ..domain.exponent import NO_EXPONENT, Access
-from ..domain.leaves import POSITIVE_OF_POSITIVE, Argument, Number, Opaque, Symbol, Table
+from ..domain.kinds import Argument, Number, Opaque, Symbol, Table
+from ..domain.leaves import POSITIVE_OF_POSITIVE
 from ..domain.term import Term, Val
 from .program import Program
 
@@ -61,6 +62,11 @@ class Structure(Program):
         """Where it is read along the dimensions of which it is read at one place."""
         leaf, idx = access
         return [i for i, n in zip(idx, self.leaf_shapes[leaf], strict=True) if i.is_const and n != ONE]
+
+    def outer_product(self, t: Term) -> bool:
+        """Whether no factor has all dimensions of the product, as in what a token adds to a state."""
+        dims = t.vars(self.space)
+        return not any(self.space.vars_of(idx) == dims for _, idx in t.accs)
 
     def in_part(self, v: Val) -> bool:
         """Plain data that is read at one place of a longer tensor, or from a part of it that is no part of features."""

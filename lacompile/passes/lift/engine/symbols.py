@@ -13,7 +13,7 @@ import torch
 from ...._compat import takes_no_number
 from ..domain.affine import Aff
 from ..domain.exponent import Access, Exponent, Mono
-from ..domain.leaves import Number, Symbol, Table
+from ..domain.kinds import Number, Symbol, Table
 from ..domain.precision import SMOOTH, jumps
 from ..domain.term import Case, Precision, Term, Val, value
 from ..normal.logs import log_summands

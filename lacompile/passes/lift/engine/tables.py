@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from ...._compat import outside_modes
-from ..domain.affine import ONE, Aff
+from ..domain.affine import MAX_DIMS, ONE, Aff
 from ..domain.evaluate import Evaluator
 from ..domain.exponent import Access
-from ..domain.leaves import Table
-from ..domain.term import Term, Val, constant, value
+from ..domain.kinds import Table
+from ..domain.term import Term, Val, constant, number_of, value
 from .cases import Cases
 from .limits import MAX_TABLE, GiveUp
 
@@ -26,14 +26,8 @@ class Tables(Cases):
         """A function of known numbers: case by case where they are constants, else a table."""
         tensors = [v for v in vals if isinstance(v, Val)]
 
-        def number(terms: tuple[Term, ...]) -> float | None:
-            if not terms:
-                return 0.0
-            t = terms[0]
-            return t.coef if len(terms) == 1 and not t.accs and not t.exp and t.poly.is_const and not t.guards else None
-
         def fold(groups: list[tuple[Term, ...]]) -> Iterable[Term]:
-            numbers = iter([number(g) for g in groups])
+            numbers = iter([number_of(g) for g in groups])
             with outside_modes():
                 args = [torch.tensor(next(numbers), dtype=torch.float64) if isinstance(v, Val) else v for v in vals]
                 result = float(op(*args, **kwargs))
@@ -41,7 +35,7 @@ class Tables(Cases):
                 raise GiveUp("a mask that is not a number")
             return [Term(result)] if result else []
 
-        if tensors and all(number(c.terms) is not None for v in tensors for c in v.cases):
+        if tensors and all(number_of(c.terms) is not None for v in tensors for c in v.cases):
             return self.zip_cases(tensors, fold)
         vals = [self.broadcast(v, shape) if isinstance(v, Val) else v for v in vals]
 
@@ -120,7 +114,7 @@ class Tables(Cases):
         used: set[int] = set()
         for c in v.cases:
             for a in (*c.guards, *(a for t in c.terms for a in t.affs())):
-                used |= {x for x in self.space.vars(a) if 0 <= x < 100}
+                used |= {x for x in self.space.vars(a) if 0 <= x < MAX_DIMS}
         dims = sorted(used)
         lengths = [self.length(v.shape[d]) for d in dims]
         if math.prod(lengths) > MAX_TABLE:

@@ -2,5 +2,7 @@
 
 statics      inputs whose numbers are looked at
 buffers      masks and decays that a module computed once
+fitted       what was fitted, as a value
+powers       powers that a program writes down
 alike        sizes of several inputs that are one number
 """

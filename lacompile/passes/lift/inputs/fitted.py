@@ -71,5 +71,4 @@ def in_known_steps(engine: Engine, found: Fit, distance: Aff, slopes: np.ndarray
     """A distance in steps of known slopes, and what these are: a table, or 1 for a distance times the only slope."""
     if (slopes == slopes.flat[0]).all():
         return distance * float(slopes.flat[0]), ((), -1)
-    table = engine.numbered(slopes, tuple(map(Aff.lit, slopes.shape)))
-    return distance, (((table, head_index(found)),), -1)
+    return distance, (((engine.numbered(slopes), head_index(found)),), -1)

@@ -16,10 +16,10 @@ from torch import fx
 
 from ...._compat import is_fake, outside_modes
 from ...facts import Assumption, unchanged
-from ...names import from_a_closure, source_name, spoken
+from ...names import from_a_closure, readable_name, source_name
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.precision import EXACT_UP_TO
 from ..domain.term import Precision, Term, Val, value
 from ..engine import Engine, GiveUp
@@ -131,10 +131,10 @@ class Statics:
         """What a rewrite takes for granted that rests on these inputs, and on the signs of those looked at."""
         for node in dict.fromkeys((*(n for n in nodes if n in self._used), *looked_at)):
             if node in self._passed:
-                text = f"the values of {spoken(node)}, which is passed in"
+                text = f"the values of {readable_name(node)}, which is passed in"
                 yield Assumption(node, "argument", text, self._still(node))
             elif node in self.real:
-                yield Assumption(node, "values", f"the values of {spoken(node)}", unchanged(self.real[node]))
+                yield Assumption(node, "values", f"the values of {readable_name(node)}", unchanged(self.real[node]))
 
     def _still(self, node: fx.Node) -> Callable[[torch.Tensor], bool]:
         """Whether another tensor is the mask that this argument is; one without a slope may be of any length."""
@@ -218,10 +218,7 @@ class Statics:
             return
         shape = self.engine.shape(node.meta["example_value"])
         index = tuple(Aff.var(d) for d, n in enumerate(shape) if n != ONE)
-        if slopes.shape:
-            known = Term(accs=((self.engine.numbered(slopes, tuple(map(Aff.lit, slopes.shape))), index),))
-        else:
-            known = Term(float(slopes))
+        known = Term(accs=((self.engine.numbered(slopes), index),)) if slopes.shape else Term(float(slopes))
         self._values[node] = value(shape, [known if how == "slope" else known.but(coef=-known.coef)])
         self._used.add(node)
 

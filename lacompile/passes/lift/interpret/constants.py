@@ -2,13 +2,14 @@
 
 A mask may be written down in more ways than there are rules for: at ``tril_indices``, diagonal by diagonal, as strides
 over a vector, as an inverse. What it is in each call is what it is in this one, and its numbers are read as those of a
-buffer are.
+buffer are. So what is wanted here is more than that a node reads no input, of which validation knows by itself
+(``region.py: rounded_numbers``): it can be run, and its result is what was written into it too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,21 +19,15 @@ from torch.utils._pytree import tree_leaves
 from ...._compat import outside_modes
 from ...capture import Capture, Record
 from ...effects import NOWHERE, overlap
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Val
 from ..engine import FEW_CASES, Engine
 from ..inputs.fitted import fitted_constant
+from .fact import Fact
 from .own import leaves_of
 
 MAX_NUMBERS = 2**26
 """Of one tensor."""
-
-
-class Result(Protocol):
-    """A node's own result."""
-
-    @property
-    def tensor(self) -> torch.Tensor: ...
 
 
 class Constants:
@@ -42,7 +37,7 @@ class Constants:
         fitted: those that are known by their numbers.
     """
 
-    def __init__(self, engine: Engine, capture: Capture, results: Mapping[fx.Node, Result]) -> None:
+    def __init__(self, engine: Engine, capture: Capture, results: Mapping[fx.Node, Fact]) -> None:
         self.engine, self.capture, self.results = engine, capture, results
         self.fitted: dict[fx.Node, None] = {}
         self._looked_at: set[tuple[Record, int]] = set()  # and how often they had been written into

@@ -14,36 +14,21 @@ from torch.utils._pytree import tree_leaves
 from ...._compat import AnotherInEachCall, no_number_for_a_symbol
 from ...capture import Capture, Memory, ViewStep, aliases, fake_mode_of
 from ..domain.intervals import interval_of
-from ..domain.leaves import Opaque
-from ..domain.term import Precision, Term, Val, value
+from ..domain.kinds import Opaque
+from ..domain.term import Val
 from ..engine import Engine, GiveUp, Unmerged
 from ..inputs.alike import Equal
 from ..inputs.statics import Statics
 from ..transfer import Op, transfer
 from .constants import Constants
+from .fact import Fact
+from .loops import LoopResults
 from .numbers import MAX_BAKED, Numbers
 from .own import leaves_of, own_leaf, readable, rooted, unsplit, whole_if_inside
-from .series import Circumstances, SeriesTable
-from .windows import window
 from .writes import written_through
 
 log = logging.getLogger("lacompile")
 aten = torch.ops.aten
-
-CALLS = ("call_function", "call_method", "call_module")
-
-
-@dataclass
-class Fact:
-    """What is known of one Dynamo value."""
-
-    node: fx.Node
-    value: Val
-    tensor: torch.Tensor
-    compute: torch.dtype
-    """The widest format the sums inside it were computed in."""
-    after: fx.Node | None = None
-    """The node that last wrote into it, if it was written after it was made."""
 
 
 @dataclass
@@ -63,26 +48,24 @@ class Interpreter:
     turned_whole: bool = False
     weighed_whole: bool = False
     numbers: Numbers = field(init=False)
-    series: SeriesTable = field(init=False)
     _mode: Any = None  # that Dynamo traced in
     _gave_up: str | None = None
     _repeatable: bool = True  # whether the node has run operations of PyTorch alone, and known ones
-    _given: dict[fx.Node, torch.Tensor] = field(default_factory=dict)  # inputs and constants
     _constants: Constants = field(init=False)
+    _pieces: LoopResults = field(init=False)
     _of_numbers: bool = False  # whether the node is computed from numbers that the program writes, and no input
     _runs_pytorch: bool = True  # whether all that the node has run are operations of PyTorch
     _leaves: int = 0  # how many there were when the last node had been run
-    _wholes: dict[fx.Node, Val] = field(default_factory=dict)  # of which parts are called with, as leaves
 
     def __post_init__(self) -> None:
         self.numbers = Numbers(self.engine)
-        self.series = SeriesTable(self.engine.leaves, lambda v, w: self.weighed_whole and self.engine.of_features(v, w))
         self.engine.sizes.taken_for.update(self.equal)
         self.engine.turned_whole, self.engine.weighed_whole = self.turned_whole, self.weighed_whole
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)
         self._constants = Constants(self.engine, self.capture, self.facts)
+        self._pieces = LoopResults(self.engine, self.capture, self.facts, self._demand)
         self.engine.patience += len(gm.graph.nodes)
         for node in gm.graph.nodes:
             example = node.meta.get("example_value")
@@ -98,7 +81,7 @@ class Interpreter:
     # ------------------------------------------------------------------------------------------------------ observer
 
     def source(self, node: fx.Node, tensor: torch.Tensor, real: Any) -> Val:
-        self._given[node] = tensor
+        self._pieces.given[node] = tensor
         if node.op == "get_attr" and isinstance(real, torch.Tensor) and not real.requires_grad:
             self._constants.hold(node, real)
         if node.op == "get_attr" and isinstance(real, torch.Tensor) and real.numel() <= MAX_BAKED:
@@ -223,11 +206,11 @@ class Interpreter:
             val = rooted(self.engine, node, val, tensor) if single else val
             val = whole_if_inside(self.engine, node, val, tensor, self._born_since()) if single else val
             val = unsplit(self.engine, node, val, self._known_of(node)) if single else val
-            val = self._beside_others(node, val, tensor, repeatable) if single else val
+            val = self._pieces.beside_others(node, val, tensor, repeatable) if single else val
             val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.sums(val)):
                 val = readable(self.engine, node, val, tensor, compute)
-            val = self._of_a_window(node, val, tensor) if single else val
+            val = self._pieces.of_a_window(node, val, tensor) if single else val
             out.append(val)
             if not self.capture.records_gradients and not self.engine.index_only(val):
                 self.without_gradients.append((node, tensor))
@@ -283,89 +266,9 @@ class Interpreter:
                 out += [n for n in writer.all_input_nodes if n is not node and n not in out]
         return out
 
-    def _beside_others(self, node: fx.Node, val: Val, tensor: torch.Tensor, repeatable: bool) -> Val:
-        """What a loop computes for a token or a chunk, of which no more is known, as a piece of one tensor for all."""
-        t = val.taken
-        if t is None or len(t.accs) != 1 or node.op not in CALLS or node in self._memory.record(tensor).root.writers:
-            return val
-        leaf = self.engine.leaves[t.accs[0][0]]
-        kind = leaf.kind
-        if not isinstance(kind, Opaque) or kind.node is not node or kind.unmerged or kind.series is not None:
-            return val
-        call = self._circumstances(node, tensor, repeatable)
-        found = self.series.piece(
-            node, val.shape, tensor.dtype, self._given_to, kind, (leaf.interval, leaf.rests_on), call
-        )
-        if found is None:
-            return val
-        piece = value(val.shape, [Term(accs=(found,))], precision=Precision.EXACT)
-        return piece if val.alt is None else replace(val, alt=piece.one)
-
-    def _of_a_window(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
-        """What a loop computes for a token from a window of them, as a piece of one tensor for all."""
-        if node.op not in CALLS or node in self._memory.record(tensor).root.writers or self._is_piece(val):
-            return val
-        found = window(self.engine, val, self._known_of(node))
-        if found is None:
-            return val
-        kind = Opaque(None, node.name, leaves_of([val]))
-        call = self._circumstances(node, tensor, repeatable=False)
-        access = self.series.of_windows(node, val.shape, tensor.dtype, found, kind, call)
-        if access is None:
-            return val
-        piece = value(val.shape, [Term(accs=(access,))], precision=Precision.EXACT)
-        return piece if val.alt is None else replace(val, alt=piece.one, own=piece.one)
-
-    def _is_piece(self, val: Val) -> bool:
-        """Whether it is beside others of its kind already."""
-        t = val.alt or val.one
-        kinds = [self.engine.leaves[leaf].kind for leaf, _ in (() if t is None else t.accs)]
-        return len(kinds) == 1 and isinstance(kinds[0], Opaque) and kinds[0].series is not None
-
     def _known_of(self, node: fx.Node) -> Iterator[Val]:
         """The values that a call is given."""
         return (self.facts[n].value for n in node.all_input_nodes if n in self.facts)
-
-    def _circumstances(self, node: fx.Node, tensor: torch.Tensor, repeatable: bool) -> Circumstances:
-        assert self.capture is not None
-        given = map(self._tensor_of, node.all_input_nodes)
-        return Circumstances(
-            self.capture.records_gradients,
-            repeatable and node not in self.capture.effects.impure and self._memory.record(tensor).root.node is node,
-            not any(t is not None and self._memory.record(t).root.writers for t in given),
-        )
-
-    def _given_to(self, node: fx.Node) -> Val | None:
-        """What a node's tensor holds now, whoever has written into it.
-
-        A part of what is looked into, as the tokens of another attention or of a residual, is one of a value of the
-        graph.
-        """
-        tensor = self._tensor_of(node)
-        if tensor is None:
-            return None
-        record = self._memory.record(tensor)
-        root = record.root
-        fact = self.facts.get(root.node) if root.node is not None else None
-        if record is root or fact is None or fact.tensor is not root.tensor or root.writers:
-            return self._memory.read(record)
-        if self._reads_places(fact.value):
-            return self._memory.read(record)
-        if fact.node not in self._wholes:
-            self._wholes[fact.node] = own_leaf(self.engine, fact.node, fact.value, fact.tensor)
-            self._demand([fact.node])
-        return self._memory.made_from(record, self._wholes[fact.node])
-
-    def _reads_places(self, v: Val) -> bool:
-        """Whether each factor is read at one place where the value is, or at one token."""
-        t = v.taken
-        if t is None or not self.engine.plain_term(t):
-            return False
-        of_token = [{i for i in a[1] if not i.is_const} if self.engine.places(a) else a[1] for a in t.accs]
-        return all(len(idx) <= len(v.shape) for idx in of_token)
-
-    def _tensor_of(self, node: fx.Node) -> torch.Tensor | None:
-        return self.facts[node].tensor if node in self.facts else self._given.get(node)
 
     def _born_since(self) -> range:
         """The leaves that are new since this was asked for the node before."""

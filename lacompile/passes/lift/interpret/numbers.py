@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...._compat import outside_modes
 from ..domain.affine import ONE
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Precision, Val, constant
 from ..engine import Engine, GiveUp
 from ..inputs.fitted import fitted_constant

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from ..domain.affine import ONE, Aff
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
+from ..domain.space import own_index
 from ..domain.term import Val, value
 from ..engine import Engine
 
@@ -33,7 +34,7 @@ def rooted(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val
         if not isinstance(kind, Opaque) or kind.node is not None or kind.series is not None:
             continue
         shape = engine.shape(tensor)
-        if idx == engine.own_index(engine.leaf_shapes[leaf]) and shape == engine.leaf_shapes[leaf]:
+        if idx == own_index(engine.leaf_shapes[leaf]) and shape == engine.leaf_shapes[leaf]:
             kind.node = node
             return val
         fresh = engine.leaf(tensor, replace(kind, node=node))
@@ -53,7 +54,7 @@ def unsplit(engine: Engine, node: fx.Node, val: Val, given: Iterable[Val]) -> Va
         leaf, idx = t.accs[0]
         found = engine.leaves[leaf]
         kind = found.kind
-        if not isinstance(kind, Opaque) or kind.node is not node or kind.joined or idx != engine.own_index(found.shape):
+        if not isinstance(kind, Opaque) or kind.node is not node or kind.joined or idx != own_index(found.shape):
             continue
         split = next((s for v in given for s in _split(engine, v, found.shape)), None)
         if split is None:

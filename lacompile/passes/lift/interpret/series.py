@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..domain.affine import ONE, ZERO, Aff
+from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
-from ..domain.leaves import HERE, Interval, Leaf, Leaves, Opaque, Series
+from ..domain.kinds import HERE, Opaque, Series
+from ..domain.leaves import Interval, Leaf, Leaves
+from ..domain.space import own_index
 from ..domain.term import Term, Val
 from .windows import Window
 
@@ -116,9 +118,7 @@ class SeriesTable:
         if not again and not series.add(node, place.start, place.length):
             return None
         series.as_made &= call.as_made
-        own = [ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape)]
-        at = Aff.lit(place.start) if stacked else own[dim] + place.start
-        return leaf, (*own[:dim], at, *own[dim if stacked else dim + 1 :])
+        return leaf, _piece_at(place.start, dim, shape, stacked)
 
     def of_windows(
         self,
@@ -141,14 +141,13 @@ class SeriesTable:
         key = (how, found.leaf, found.weight, dim, shape, dtype, call.records_gradients)
         if key not in self._found:
             series = Series(dim, stacked=True, of=None)
-            leaf = Leaf(replace(kind, series=series), (*shape[:dim], size, *shape[dim:]), dtype)
-            self._found[key] = self._leaves.add(leaf), series
-        of, series = self._found[key]
+            tensor = Leaf(replace(kind, series=series), (*shape[:dim], size, *shape[dim:]), dtype)
+            self._found[key] = self._leaves.add(tensor), series
+        leaf, series = self._found[key]
         if not series.add(node, found.last, 1):
             return None
         series.as_made &= call.as_made
-        own = [ZERO if n == ONE else Aff.var(d) for d, n in enumerate(shape)]
-        return of, (*own[:dim], Aff.lit(found.last), *own[dim:])
+        return leaf, _piece_at(found.last, dim, shape, stacked=True)
 
     def _series(self, key: Any, kind: Opaque) -> tuple[int, Series]:
         if key not in self._found:
@@ -215,6 +214,13 @@ def _dimension_of(place: Place, shape: Sequence[Aff]) -> int:
     if place.length == 1 or (dim < len(shape) and shape[dim] == length) or list(shape).count(length) != 1:
         return dim
     return list(shape).index(length)
+
+
+def _piece_at(start: int, dim: int, shape: tuple[Aff, ...], stacked: bool) -> tuple[Aff, ...]:
+    """Where a piece of this shape is read in its series."""
+    own = own_index(shape)
+    at = Aff.lit(start) if stacked else own[dim] + start
+    return (*own[:dim], at, *own[dim if stacked else dim + 1 :])
 
 
 def _known(value_of: Callable[[fx.Node], Val | None], arg: fx.Node) -> Val:

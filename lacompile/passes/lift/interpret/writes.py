@@ -10,7 +10,7 @@ from ..engine import Engine, GiveUp
 from ..transfer import Op
 from ..transfer.reshaping import view_map
 from ..transfer.scatter import written, written_at
-from ..transfer.views import reorder, slice_bounds
+from ..transfer.views import permutation, reorder, slice_bounds
 
 aten = torch.ops.aten
 
@@ -26,9 +26,8 @@ def written_through(engine: Engine, base: Val, view: ViewStep, new: Val, made_to
     packet, rank = view.func.overloadpacket, len(base.shape)
     op = Op(engine, view.func, [base, *view.args[1:]], view.kwargs, view.out, [None] * len(view.args))
     if packet is aten.select:
-        at = engine.aff(view.args[2])
-        at = at + base.shape[view.args[1] % rank] if at.is_const and at.const < 0 else at
-        return written_at(engine, base, new, view.args[1] % rank, at)
+        d = op.dim(op.args[1], rank)
+        return written_at(engine, base, new, d, op.position(2, base.shape[d]))
     if packet is aten.slice:
         d = op.arg(1, "dim", 0) % rank
         start, _, step = slice_bounds(op, base.shape[d])
@@ -40,17 +39,6 @@ def written_through(engine: Engine, base: Val, view: ViewStep, new: Val, made_to
     if packet in (aten.view, aten._unsafe_view, aten.unsqueeze, aten.squeeze):
         return engine.index(new, view_map(engine, new.shape, base.shape), base.shape)
     if packet in (aten.permute, aten.transpose, aten.t):
-        order = _order_of(op, rank)
+        order = permutation(op)
         return reorder(engine, new, [order.index(d) for d in range(rank)])
     raise GiveUp(f"a write through {packet}")
-
-
-def _order_of(op: Op, rank: int) -> list[int]:
-    if op.func.overloadpacket is aten.permute:
-        return [d % rank for d in op.args[1]]
-    if op.func.overloadpacket is aten.t:
-        return list(reversed(range(rank)))
-    order = list(range(rank))
-    a, b = op.args[1] % rank, op.args[2] % rank
-    order[a], order[b] = order[b], order[a]
-    return order

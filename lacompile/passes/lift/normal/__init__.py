@@ -6,6 +6,7 @@ algebra      guards, ranges and bound indices, until nothing changes
 naming       bound indices counted from one place and named in one order
 radix        two bound indices that are the digits of one
 rates        rates as prefix sums, or as those of a head
+slopes       formulas of the head as rates
 logs         the logarithm of a factor
 
 Several:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..domain.affine import ONE, ZERO, Aff, Range
+from ..domain.affine import MAX_DIMS, ONE, ZERO, Aff, Range
 from ..domain.exponent import Exponent, Mono
 from ..domain.term import Term
 from .naming import canonical_names, counted_from_origins
@@ -117,7 +117,7 @@ class Algebra(Slopes):
             mapping = {var: point}
             if var < 0:
                 term = term.sub(self.space, mapping)
-            elif all(v >= 100 for v in self.space.vars(point)):
+            elif all(v >= MAX_DIMS for v in self.space.vars(point)):
                 keep = {g for g in term.guards if g.coef(var) and g.without(var) in (-point, point)}
                 moved = term.but(guards=term.guards - keep).sub(self.space, mapping)
                 term = moved.but(guards=moved.guards | keep)
@@ -125,7 +125,7 @@ class Algebra(Slopes):
 
     @staticmethod
     def _guarded(term: Term) -> set[int]:
-        return {v for g in term.guards for v, _ in g.terms if v < 100}
+        return {v for g in term.guards for v, _ in g.terms if v < MAX_DIMS}
 
     def _count_unused(self, term: Term, shape: tuple[Aff, ...]) -> Term:
         """A bound index that only its range mentions counts: it multiplies by the length of the range."""

@@ -11,7 +11,8 @@ from collections.abc import Collection, Sequence
 import torch
 
 from ..domain.exponent import Access
-from ..domain.leaves import Leaves, Number, Symbol
+from ..domain.kinds import Number, Symbol
+from ..domain.leaves import Leaves
 from ..domain.space import Space
 from ..domain.term import Term
 from .weights import logarithm, size_as_weight

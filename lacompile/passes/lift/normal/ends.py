@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from ..domain.affine import Aff, Number
+from ..domain.affine import MAX_DIMS, Aff, Number
 from ..domain.term import Term
 from .algebra import Algebra
 from .lines import own_guards, points
@@ -29,8 +29,8 @@ def all_ends(algebra: Algebra, term: Term, var: int, shape: tuple[Aff, ...]) -> 
     low, high = bounds.low, bounds.high
     if var >= 0:
         size = shape[var]
-        simple_low = [x for x in low if not x.terms or all(v >= 100 for v, _ in x.terms)]
-        simple_high = [x for x in high if not x.terms or all(v >= 100 for v, _ in x.terms)]
+        simple_low = [x for x in low if not x.terms or all(v >= MAX_DIMS for v, _ in x.terms)]
+        simple_high = [x for x in high if not x.terms or all(v >= MAX_DIMS for v, _ in x.terms)]
         low, high = simple_low or [Aff.lit(0)], simple_high or [size - 1]
     return [(lo, hi) for lo in low for hi in high]
 
@@ -83,9 +83,11 @@ def shorten(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...])
 def _movable(algebra: Algebra, ranged: Term, point: Term, shape: tuple[Aff, ...]) -> Iterator[tuple[int, Aff, Aff]]:
     """Indices of ``ranged`` whose range the point may change, each with its ends."""
     fixed = points(algebra, point, shape)
-    for var in sorted({v for g in ranged.guards for v, _ in g.terms if v < 100}):
+    for var in sorted({v for g in ranged.guards for v, _ in g.terms if v < MAX_DIMS}):
         ends = only_ends(algebra, ranged, var, shape)
-        if ends is None or (var >= 0 and (var not in fixed or not all(v >= 100 for e in ends for v, _ in e.terms))):
+        if ends is None or (
+            var >= 0 and (var not in fixed or not all(v >= MAX_DIMS for e in ends for v, _ in e.terms))
+        ):
             continue
         yield var, *ends
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ..domain.exponent import Access
-from ..domain.leaves import Argument, Leaves, Number, Symbol, Table
+from ..domain.kinds import Argument, Number, Symbol, Table
+from ..domain.leaves import Leaves
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from ..domain.affine import Aff
+from ..domain.affine import MAX_DIMS, Aff
 from ..domain.term import Term
 from .algebra import Algebra
 from .ends import all_ends, extend, same, shorten, two_points
@@ -171,7 +171,7 @@ def _cuts(algebra: Algebra, whole: Term, part: Term, shape: tuple[Aff, ...]) -> 
 
 def _adjacent(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
     """Equal bodies on ranges [l1, u1] and [u1 + 1, u2] of one index."""
-    differ = {v for g in a.guards ^ b.guards for v, _ in g.terms if v < 100}
+    differ = {v for g in a.guards ^ b.guards for v, _ in g.terms if v < MAX_DIMS}
     for var in sorted(differ):
         ends_a, ends_b = all_ends(algebra, a, var, shape), all_ends(algebra, b, var, shape)
         if len(ends_a) * len(ends_b) > MAX_ENDS:

@@ -15,7 +15,8 @@ import torch
 
 from ..domain.affine import ONE, TAU, Aff
 from ..domain.exponent import Access, Exponent, sub_mono
-from ..domain.leaves import Argument, Leaves, Number, Symbol
+from ..domain.kinds import Argument, Number, Symbol
+from ..domain.leaves import Leaves
 from ..domain.prefix import Lin, Sum, between, by_rate, single_place
 from ..domain.space import Space
 from ..domain.term import Term

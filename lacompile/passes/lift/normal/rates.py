@@ -10,12 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..domain.affine import FIRST_DIV, FIRST_SYMBOL, INF, TAU, Aff, Range
+from ..domain.affine import FIRST_DIV, FIRST_SYMBOL, INF, MAX_DIMS, TAU, Aff, Range
 from ..domain.exponent import Access, Exponent, Mono, sub_mono
 from ..domain.prefix import Lin, Sum, along, between, by_rate, single_place
 from ..domain.regions import Regions
-
-FREE = 100  # variables below are dimensions of the tensor at hand
 
 
 class Reading(NamedTuple):
@@ -103,7 +101,7 @@ class Rates(Regions):
 
     @staticmethod
     def _is_free(i: Aff) -> bool:
-        return len(i.terms) == 1 and i.terms[0][1] == 1 and not i.const and 0 <= i.terms[0][0] < FREE
+        return len(i.terms) == 1 and i.terms[0][1] == 1 and not i.const and 0 <= i.terms[0][0] < MAX_DIMS
 
     def _is_head(self, size: Aff, place: Aff, accs: Sequence[Access]) -> bool:
         """Whether a place along a dimension of this size is a head, going by the factors that the rate belongs to.

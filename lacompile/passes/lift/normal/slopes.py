@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..domain.affine import ONE, ZERO, Aff
+from ..domain.affine import MAX_DIMS, ONE, ZERO, Aff
 from ..domain.exponent import Access, Exponent
 from ..domain.prefix import Lin
-from .rates import FREE, Rates
+from .rates import Rates
 
 MOST = 4096  # heads, or products of dimensions of heads
 
@@ -27,7 +27,7 @@ class Slopes(Rates):
         super().__init__()
         self._formulas: dict[int, Aff] = {}  # leaf of numbers -> its entry at the free dimensions 0, 1, ...
 
-    def numbered(self, values: np.ndarray, shape: tuple[Aff, ...]) -> int:
+    def numbered(self, values: np.ndarray) -> int:
         """The leaf of these numbers."""
         raise NotImplementedError
 
@@ -56,13 +56,13 @@ class Slopes(Rates):
         formula = Aff.of({n: c for n, (_, c) in enumerate(linear.terms)}, linear.const)
         at = np.ogrid[tuple(map(slice, sizes))]
         values = sum((x * c for x, (_, c) in zip(at, linear.terms, strict=True)), np.zeros(sizes)) + linear.const
-        leaf = self.numbered(values, tuple(map(Aff.lit, sizes)))
+        leaf = self.numbered(values)
         self._formulas.setdefault(leaf, formula)
         return ((leaf, tuple(map(Aff.var, heads))),), ONE
 
     def _is_head_of(self, v: int, accs: Sequence[Access]) -> bool:
         """Whether a variable is a head: every factor is at it, or at its group, and some are at a token, or summed."""
-        if not 0 <= v < FREE or len(accs) < 2:
+        if not 0 <= v < MAX_DIMS or len(accs) < 2:
             return False
         for _, idx in accs:
             held = [i for i in idx if v in self.space.vars(i)]

@@ -41,10 +41,10 @@ class Addends(Decay):
         mapping: dict[int, Aff] = {}
         ranges: set[Aff] = set()
         for v in t.bound(self.space):
-            ends = self.engine.bounds(v, t.guards)
-            if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or not ends.low[0].is_const:
+            ends = self.engine.bounds(v, t.guards).ends
+            if ends is None or not ends[0].is_const:
                 return None
-            (low,), (high,) = ends.low, ends.high
+            low, high = ends
             role = next((n for n, length in left.items() if length == high - low + 1), None)
             if role is None:
                 return None

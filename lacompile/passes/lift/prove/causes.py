@@ -15,7 +15,7 @@ import torch
 
 from ..domain.affine import Aff
 from ..domain.exponent import Access, Mono
-from ..domain.leaves import Opaque, Symbol
+from ..domain.kinds import Opaque, Symbol
 from ..domain.term import Term
 from ..engine import Engine
 from .proof import Refused

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..domain.affine import Aff
+from ..domain.affine import MAX_DIMS, Aff
 from ..domain.term import Term
 from ..engine import Engine
 from ..interpret import Fact
@@ -29,7 +29,7 @@ def joined(engine: Engine, fact: Fact, main: Term) -> tuple[Fact, tuple[int, int
     for g in main.guards:
         side = g.coef(found[0])
         coefficients = {v: -side * c for v, c in g.terms if v != found[0]}
-        if side not in (-1, 1) or not all(0 <= v < 100 for v in coefficients):
+        if side not in (-1, 1) or not all(0 <= v < MAX_DIMS for v in coefficients):
             continue
         place = next((v for v, c in coefficients.items() if c == 1), None)
         m = 0 if place is None or not shape[place].is_const else int(shape[place].const)

@@ -10,7 +10,7 @@ import math
 from ..domain.affine import TAU, Aff
 from ..domain.exponent import Access, Exponent, Mono, sub_mono
 from ..domain.intervals import BOUNDS, product
-from ..domain.leaves import Opaque, Table
+from ..domain.kinds import Opaque, Table
 from ..normal.logs import log_summands
 from .proof import Refused, at_position
 from .roles import Roles

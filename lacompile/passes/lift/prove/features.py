@@ -28,7 +28,7 @@ def factors_apart(engine: Engine, t: Term, shape: tuple[Aff, ...], positions: Co
     for v, c in linear.terms:
         size = None if v in positions else _size(engine, t, shape, v)
         if size is not None and abs(c) * size < LARGEST:
-            leaf = engine.numbered(np.exp(float(c) * np.arange(size)), (Aff.lit(size),))
+            leaf = engine.numbered(np.exp(float(c) * np.arange(size)))
             tables.append((leaf, (Aff.var(v),)))
             linear = linear.without(v)
     lin = ((mono, f if mono else linear) for mono, f in t.exp.lin)

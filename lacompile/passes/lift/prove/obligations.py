@@ -22,10 +22,10 @@ from dataclasses import replace
 
 import torch
 
-from ...names import spoken
+from ...names import readable_name
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
-from ..domain.leaves import Opaque, Symbol, Table
+from ..domain.kinds import Opaque, Symbol, Table
 from ..domain.prefix import counted_from
 from ..domain.term import Term
 from ..engine import Engine, GiveUp
@@ -85,10 +85,10 @@ def _from_their_starts(engine: Engine, t: Term) -> Term:
     constant length, k[.., 48 h + d], or over the rows of one sequence among those of all, k[n b + j].
     """
     for v in sorted(t.bound(engine.space)):
-        ends = engine.bounds(v, t.guards)
-        if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or ends.low[0].is_const:
+        ends = engine.bounds(v, t.guards).ends
+        if ends is None or ends[0].is_const:
             continue
-        (low,), (high,) = ends.low, ends.high
+        low, high = ends
         if engine.space.is_size(high - low):
             t = t.sub(engine.space, {v: Aff.var(v) + low})
         elif not engine.space.is_size(low) and engine.space.vars(high - low).isdisjoint(engine.space.vars(low)):
@@ -192,7 +192,7 @@ def _label(engine: Engine, leaf: int, weights: Sequence[Access]) -> str:
         kind = next((engine.leaves[w].kind for w, _ in weights if w != leaf), kind)
     if not isinstance(kind, Opaque):
         return "a function"
-    return spoken(kind.node) if kind.node is not None and kind.node.op == "placeholder" else kind.label
+    return readable_name(kind.node) if kind.node is not None and kind.node.op == "placeholder" else kind.label
 
 
 def _given(engine: Engine, leaf: int) -> bool:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..domain.affine import ONE, ZERO, Aff
+from ..domain.affine import MAX_DIMS, ONE, ZERO, Aff
 from ..domain.exponent import Access, Mono, sub_access
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.prefix import counted_from
 from ..domain.term import Term
 from ..engine import Engine
@@ -22,7 +22,7 @@ def sequence_index(engine: Engine, t: Term) -> tuple[int, int] | None:
     """(bound index, free dimension) where a guard ties the range of the one to the other."""
     for g in sorted(t.guards):
         bound = [v for v in engine.space.vars(g) if v < 0]
-        free = [v for v in engine.space.vars(g) if 0 <= v < 100]
+        free = [v for v in engine.space.vars(g) if 0 <= v < MAX_DIMS]
         if len(bound) == 1 and free:
             return bound[0], free[0]
     return None
@@ -57,16 +57,10 @@ class Roles:
             raise Refused("causal-range", "0 <= j <= i or 0 <= j < i", found, 3)
         self.features: dict[int, tuple[int, Aff]] = {}
         for d in sorted(bound - {self.j}, reverse=True):
-            ends = self.engine.bounds(d, self.main.guards)
-            if (
-                ends.other
-                or len(ends.low) != 1
-                or len(ends.high) != 1
-                or not ends.low[0].is_const
-                or not self.space.is_size(ends.high[0])
-            ):
+            ends = self.engine.bounds(d, self.main.guards).ends
+            if ends is None or not ends[0].is_const or not self.space.is_size(ends[1]):
                 raise Refused("whole-features", "feature sums over constant ranges", "an index over a part of them", 3)
-            self.features[d] = (int(ends.low[0].const), ends.high[0] - ends.low[0] + 1)
+            self.features[d] = (int(ends[0].const), ends[1] - ends[0] + 1)
         loose = {g for g in self.main.guards - about_j if not any(g.coef(d) for d in self.features)}
         if loose:
             raise Refused(

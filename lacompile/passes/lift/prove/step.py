@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access, sub_access
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Term
 from ..engine import Engine
 from ..interpret import Fact
@@ -80,18 +80,15 @@ def _aligned(engine: Engine, new: Term, old: Term) -> Split | None:
     if len(bound_old) != 1:
         return None
     (d,), (d_old,) = bound_new, bound_old
-    ends, ends_old = engine.bounds(d, new.guards), engine.bounds(d_old, old.guards)
-    if ends.other or ends_old.other or len(new.guards) != 2 or len(old.guards) != 2:
+    ends, ends_old = engine.bounds(d, new.guards).ends, engine.bounds(d_old, old.guards).ends
+    if ends is None or ends_old is None or len(new.guards) != 2 or len(old.guards) != 2:
         return None
-    ranges = [(b.low[0], b.high[0]) for b in (ends, ends_old) if len(b.low) == 1 and len(b.high) == 1]
-    if len(ranges) != 2 or not space.is_size(ranges[0][1] - ranges[0][0]):
-        return None
-    size = ranges[0][1] - ranges[0][0] + 1
-    if ranges[1][1] - ranges[1][0] + 1 != size:
+    size = ends[1] - ends[0] + 1
+    if not space.is_size(size) or ends_old[1] - ends_old[0] + 1 != size:
         return None
     # Both count from the start of their window.
-    new_accs = [sub_access(space, a, {d: Aff.var(d) + ranges[0][0]}) for a in new.accs]
-    old_accs = [sub_access(space, a, {d_old: Aff.var(d) + ranges[1][0]}) for a in old.accs]
+    new_accs = [sub_access(space, a, {d: Aff.var(d) + ends[0]}) for a in new.accs]
+    old_accs = [sub_access(space, a, {d_old: Aff.var(d) + ends_old[0]}) for a in old.accs]
     mine, theirs = Counter(old_accs), Counter(new_accs)
     shared, states, rest = (list(c.elements()) for c in (mine & theirs, mine - theirs, theirs - mine))
     queries = [a for a in shared if _holds(engine, a, d)]

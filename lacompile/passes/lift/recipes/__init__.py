@@ -4,6 +4,7 @@ builder      the recipe of one attention
 segments     of several side by side
 sums         of several under one mask
 states       of its final state
+positions    operands at all positions, where the program has one fewer
 assumptions  what a recipe takes for granted of inputs
 holders      the nodes that hold what a recipe reads
 doubles      other nodes that hold the same

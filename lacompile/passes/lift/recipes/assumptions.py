@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from ...facts import Assumption, Expr, values_of
-from ...names import spoken
+from ...names import readable_name
 from ...schedule import Schedule
-from ..domain.leaves import Opaque, Symbol
+from ..domain.kinds import Opaque, Symbol
 from ..interpret import Interpreter
 from ..prove.proof import Proof, Refused
 from .doubles import Doubles
@@ -113,7 +113,7 @@ class Assumptions:
             return self._share(kind.args[0].leaf)
         if not isinstance(kind, Opaque) or kind.node is None or kind.node.op != "placeholder":
             raise Refused("decay", "a positive base of the decay", "a mixture by shares that are not known", 6)
-        return Assumption(kind.node, "share", f"0 <= {spoken(kind.node)} <= 1 (it mixes decays)", _all_shares)
+        return Assumption(kind.node, "share", f"0 <= {readable_name(kind.node)} <= 1 (it mixes decays)", _all_shares)
 
     def _is_reset(self, leaf: int) -> bool:
         kind = self.engine.leaves[leaf].kind
@@ -130,7 +130,9 @@ def _positive_base(kind: object) -> Assumption:
             6,
             "write the decay as exp of a log-decay, or bound it with sigmoid",
         )
-    return Assumption(kind.node, "positive", f"{spoken(kind.node)} > 0 (it is the base of a power)", _all_positive)
+    return Assumption(
+        kind.node, "positive", f"{readable_name(kind.node)} > 0 (it is the base of a power)", _all_positive
+    )
 
 
 def _all_shares(tensor: torch.Tensor) -> bool:

@@ -14,7 +14,7 @@ from ...facts import Attend, Call, DecayedAttention, Expr, values_of
 from ...schedule import Schedule
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Term
 from ..interpret import Fact, Interpreter
 from ..prove.obligations import prove
@@ -26,6 +26,9 @@ from .holders import Holders, Place
 from .positions import Positions, no_row, rows
 
 MOST_PRODUCTS = 256
+
+Proved = tuple[Proof, DecayedAttention]
+"""What was proved of a value, and the fact that a recipe holds of it."""
 
 
 class Builder:

@@ -7,10 +7,11 @@ from typing import Literal
 import torch
 from torch import fx
 
-from ...names import spoken
+from ...names import readable_name
 from ..domain.affine import ONE
 from ..domain.exponent import Mono
-from ..domain.leaves import Argument, Extended, Leaves, Opaque, Positions, Scalar, Symbol
+from ..domain.kinds import Argument, Extended, Opaque, Positions, Scalar, Symbol
+from ..domain.leaves import Leaves
 from ..prove.proof import N_ROLE, Proof
 
 
@@ -36,7 +37,7 @@ def source(leaves: Leaves, mono: Mono, c: float) -> str:
     def name(leaf: int) -> str:
         kind = leaves[leaf].kind
         if isinstance(kind, Opaque):
-            return spoken(kind.node) if kind.node is not None else kind.label
+            return readable_name(kind.node) if kind.node is not None else kind.label
         if isinstance(kind, Symbol):
             inner = ", ".join(name(a.leaf) for a in kind.args if isinstance(a, Argument))
             op = getattr(kind.op, "overloadpacket", kind.op)

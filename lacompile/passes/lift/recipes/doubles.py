@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 import torch
 from torch import fx
 
-from ..domain.leaves import Opaque, Symbol
+from ..domain.kinds import Opaque, Symbol
 from ..domain.term import Val
 from ..interpret import Interpreter
 

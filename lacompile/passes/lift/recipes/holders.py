@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from ..domain.affine import ONE, Aff
-from ..domain.leaves import Symbol
+from ..domain.affine import MAX_DIMS, ONE, Aff
+from ..domain.kinds import Symbol
 from ..engine import Engine
 from ..interpret import Fact, Interpreter
 
@@ -65,11 +65,13 @@ def _held(engine: Engine, fact: Fact) -> tuple[int, tuple[Aff, ...]] | None:
     if not isinstance(engine.leaves[leaf].kind, Symbol):
         return None
     alone = {d for a in idx if (d := place_of(a)) is not None}
-    held = {v for v in engine.space.vars_of(idx) if v < 100}
+    held = {v for v in engine.space.vars_of(idx) if v < MAX_DIMS}
     whole = all(size == ONE for size, a in zip(engine.leaf_shapes[leaf], idx, strict=True) if a.is_const)
     return (leaf, idx) if whole and held <= alone else None
 
 
 def place_of(a: Aff) -> int | None:
     """The dimension that an index is; None if it is more than that."""
-    return a.terms[0][0] if len(a.terms) == 1 and a.terms[0][1] == 1 and not a.const and a.terms[0][0] < 100 else None
+    return (
+        a.terms[0][0] if len(a.terms) == 1 and a.terms[0][1] == 1 and not a.const and a.terms[0][0] < MAX_DIMS else None
+    )

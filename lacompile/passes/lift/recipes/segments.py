@@ -12,15 +12,15 @@ from dataclasses import replace
 
 import torch
 
-from ...facts import Call, DecayedAttention, Expr
+from ...facts import Call, Expr
 from ..domain.affine import Aff
 from ..domain.term import Term
 from ..engine import Engine
 from ..interpret import Fact
 from ..prove.obligations import prove
-from ..prove.proof import Proof, Refused
+from ..prove.proof import Refused
 from ..prove.roles import sequence_index
-from .builder import Builder
+from .builder import Builder, Proved
 
 MOST = 16
 """Attentions, each of which may be a call of the operator."""
@@ -28,7 +28,7 @@ MOST = 16
 Rows = tuple[int, int]
 """The first and the last row."""
 
-Found = tuple[list[tuple[Proof, DecayedAttention]], Expr]
+Found = tuple[list[Proved], Expr]
 
 
 def prove_segments(builder: Builder, fact: Fact) -> Found | None:
@@ -50,7 +50,7 @@ def _side_by_side_along(builder: Builder, fact: Fact, n: int) -> Found | None:
     by_rows = _by_rows(builder.engine, fact.value.terms, n, int(fact.value.shape[n].const))
     if by_rows is None or not 2 <= len(by_rows) <= MOST:
         return None
-    proved: list[tuple[Proof, DecayedAttention]] = []
+    proved: list[Proved] = []
     parts: list[tuple[Rows, Expr]] = []
     try:
         for rows in sorted(by_rows):

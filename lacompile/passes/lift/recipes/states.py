@@ -21,7 +21,7 @@ from ..normal.weights import as_update
 from ..prove.proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
 from ..prove.roles import sequence_index
 from ..prove.step import prove_step
-from .builder import Builder
+from .builder import Builder, Proved
 from .emit import CannotEmit, permuted, size_of
 
 
@@ -36,11 +36,10 @@ def looks_like_state(engine: Engine, fact: Fact) -> bool:
     )
 
 
-def final_states(
-    builder: Builder, states: Sequence[Fact], proofs: Sequence[tuple[Proof, DecayedAttention]]
-) -> list[Match]:
+def final_states(builder: Builder, states: Sequence[Fact], proofs: Sequence[Proved]) -> list[Match]:
+    """Those of these values that are the last state of an attention that was proved."""
     out: list[Match] = []
-    by_leaf: dict[int | None, list[tuple[Proof, DecayedAttention]]] = {}
+    by_leaf: dict[int | None, list[Proved]] = {}
     for proof, attention in proofs:
         # the keys and values of an attention are factors of its state, whatever else is one
         leaf = next((leaf for leaf, _ in (*proof.v, *proof.k)), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -16,12 +17,10 @@ from ..prove.fragments import is_part
 from ..prove.obligations import prove
 from ..prove.proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
 from ..prove.roles import sequence_index
-from .builder import Builder
+from .builder import Builder, Proved
 
 MOST = 4
 """Attentions in one sum: of a loop whose pieces do not merge there are as many as pieces."""
-
-Proved = tuple[Proof, DecayedAttention]
 
 
 def prove_sum(builder: Builder, fact: Fact) -> tuple[list[Proved], Expr] | None:
@@ -85,7 +84,7 @@ def _place(a: Access) -> Access:
 
 
 def _alone(builder: Builder, fact: Fact, terms: list[Term]) -> tuple[Proof, DecayedAttention, Expr] | None:
-    part = Fact(fact.node, value(fact.value.shape, terms), fact.tensor, fact.compute, fact.after)
+    part = replace(fact, value=value(fact.value.shape, terms))
     try:
         proof = prove(builder.engine, part, queries=False)
         return None if is_part(builder.engine.space, proof) else (proof, *builder.build(proof))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..domain.affine import Aff
 from ..domain.precision import amplifies, result_precision
-from ..domain.term import Val
+from ..domain.term import Precision, Term, Val, constant, value
 from ..engine import Engine, GiveUp
 
 
@@ -39,9 +40,25 @@ class Op:
             raise GiveUp("a number where a tensor was expected")
         return self.engine.broadcast(v, self.shape)
 
+    def operand(self, n: int) -> Val:
+        """The same of an argument that may be a number."""
+        x = self.args[n]
+        if isinstance(x, Val):
+            return self.engine.broadcast(x, self.shape)
+        if isinstance(x, int | float) and not math.isnan(x):
+            return constant(self.shape, float(x))
+        if isinstance(x, torch.SymInt):
+            return value(self.shape, (Term(poly=self.engine.aff(x)),), precision=Precision.EXACT)
+        raise GiveUp("an operand that is neither a tensor nor a number")
+
     def symbol(self) -> Val:
         """The result as a pointwise function of the arguments, not looked into."""
         return self.engine.pointwise(self.func, self.args, self.kwargs, self.out, self.dtypes)
+
+    def position(self, n: int, size: Aff) -> Aff:
+        """Argument ``n`` as a place in a dimension of this size, from whose end a negative number counts."""
+        at = self.engine.aff(self.args[n])
+        return at + size if at.is_const and at.const < 0 else at
 
     def dim(self, d: int, rank: int) -> int:
         return d % rank if rank else 0
@@ -49,12 +66,13 @@ class Op:
 
 Rule = Callable[[Op], Val | list[Val]]
 RULES: dict[Any, Rule] = {}
+AnyRule = TypeVar("AnyRule", bound=Rule)
 
 
-def rule(*packets: Any) -> Callable[[Rule], Rule]:
+def rule(*packets: Any) -> Callable[[AnyRule], AnyRule]:
     """Registers a function as the transfer rule of these operator packets."""
 
-    def register(f: Rule) -> Rule:
+    def register(f: AnyRule) -> AnyRule:
         for p in packets:
             RULES[p] = f
         return f

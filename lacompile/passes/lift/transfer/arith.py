@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from ..domain.affine import Aff
-from ..domain.leaves import Table
+from ..domain.kinds import Table
 from ..domain.precision import EXACT_UP_TO
 from ..domain.space import box
-from ..domain.term import Precision, Term, Val, constant, value
+from ..domain.term import Case, Precision, Term, Val, constant, value
 from ..engine import SMALLEST, GiveUp
 from . import Op, rule
+from .conditions import both
 
 aten = torch.ops.aten
-
-
-def operand(op: Op, n: int) -> Val:
-    x = op.args[n]
-    if isinstance(x, Val):
-        return op.engine.broadcast(x, op.shape)
-    if isinstance(x, int | float) and not math.isnan(x):
-        return constant(op.shape, float(x))
-    if isinstance(x, torch.SymInt):
-        return value(op.shape, (Term(poly=op.engine.aff(x)),), precision=Precision.EXACT)
-    raise GiveUp("an operand that is neither a tensor nor a number")
 
 
 @rule(aten._to_copy)
@@ -52,7 +41,7 @@ def cast(op: Op) -> Val:
 
 @rule(aten.add)
 def add(op: Op) -> Val:
-    return added(op, operand(op, 0), operand(op, 1), float(op.arg(2, "alpha", 1)))
+    return added(op, op.operand(0), op.operand(1), float(op.arg(2, "alpha", 1)))
 
 
 def added(op: Op, a: Val, b: Val, alpha: float = 1.0) -> Val:
@@ -61,12 +50,12 @@ def added(op: Op, a: Val, b: Val, alpha: float = 1.0) -> Val:
 
 @rule(aten.sub)
 def sub(op: Op) -> Val:
-    return added(op, operand(op, 0), operand(op, 1), -float(op.arg(2, "alpha", 1)))
+    return added(op, op.operand(0), op.operand(1), -float(op.arg(2, "alpha", 1)))
 
 
 @rule(aten.rsub)
 def rsub(op: Op) -> Val:
-    return added(op, operand(op, 1), operand(op, 0), -float(op.arg(2, "alpha", 1)))
+    return added(op, op.operand(1), op.operand(0), -float(op.arg(2, "alpha", 1)))
 
 
 @rule(aten.neg)
@@ -74,13 +63,39 @@ def neg(op: Op) -> Val:
     return op.engine.scale(op.args[0], -1.0)
 
 
+@rule(aten.mul)
+def mul(op: Op) -> Val:
+    if any(d is torch.bool for d in op.dtypes if d) and op.out.dtype is torch.bool:
+        return both(op)
+    if (op.engine.weighed_whole or not op.engine.weighed) and _weighs_features(op):
+        op.engine.weighed = True
+        if op.engine.weighed_whole:
+            raise GiveUp("features times known numbers, which are taken as they are")
+    number = op.args[1]
+    if isinstance(number, torch.SymInt | torch.SymFloat):
+        v = op.operand(0)
+        # a size is a number of tokens beside rates and positions: exp(-slope * n) is the decay of so many
+        if isinstance(number, torch.SymFloat) or op.engine.contracts(v):
+            return op.engine.times_number(v, op.engine.scalar(number))
+    return op.engine.multiply(op.operand(0), op.operand(1))
+
+
+def _weighs_features(op: Op) -> bool:
+    """Whether data of one token or chunk is multiplied by known numbers along its last dimension, and by no weight."""
+    if not all(isinstance(x, Val) for x in op.args):
+        return False
+    engine = op.engine
+    taken = [v if v.taken is None else value(v.shape, [v.taken]) for v in op.args]
+    return any(engine.in_part(w) and engine.of_features(v, w) for v, w in (taken, taken[::-1]))
+
+
 @rule(aten.div)
 def div(op: Op) -> Val:
     mode, by = op.kwargs.get("rounding_mode"), op.args[1]
     if mode is None and isinstance(by, torch.SymInt | torch.SymFloat):
-        return op.engine.times_number(operand(op, 0), op.engine.scalar(by, inverse=True))
-    a, b = operand(op, 0), operand(op, 1)
-    divisor = number(b)
+        return op.engine.times_number(op.operand(0), op.engine.scalar(by, inverse=True))
+    a, b = op.operand(0), op.operand(1)
+    divisor = b.number
     if mode is not None:
         return floor_divided(op, a, divisor, mode)
     if divisor is not None:
@@ -115,39 +130,29 @@ def _at_two_places(op: Op, a: Val, b: Val) -> bool:
 
 @rule(aten.addcmul)
 def addcmul(op: Op) -> Val:
-    product = op.engine.multiply(operand(op, 1), operand(op, 2))
-    return added(op, operand(op, 0), product, float(op.kwargs.get("value", 1)))
+    product = op.engine.multiply(op.operand(1), op.operand(2))
+    return added(op, op.operand(0), product, float(op.kwargs.get("value", 1)))
 
 
 @rule(aten.lerp)
 def lerp(op: Op) -> Val:
     """``start + weight (end - start)``, each of them once: a state that is mixed with something new stays one."""
-    start, end, weight = (operand(op, n) for n in range(3))
+    start, end, weight = (op.operand(n) for n in range(3))
     rest = added(op, constant(op.shape, 1.0), weight, -1.0)
     return added(op, op.engine.multiply(start, rest), op.engine.multiply(end, weight))
 
 
 @rule(aten.floor_divide)
 def floor_divide(op: Op) -> Val:
-    return floor_divided(op, operand(op, 0), number(operand(op, 1)), "floor")
+    return floor_divided(op, op.operand(0), op.operand(1).number, "floor")
 
 
 @rule(aten.remainder)
 def remainder(op: Op) -> Val:
-    a, m = operand(op, 0), number(operand(op, 1))
+    a, m = op.operand(0), op.operand(1).number
     whole = floor_divided(op, a, m, "floor")
     assert m is not None
     return op.engine.add(a, op.engine.scale(whole, -m), op.out)
-
-
-def number(v: Val) -> float | None:
-    """The number a constant value is, else None."""
-    if not v.single or len(v.terms) > 1:
-        return None
-    if not v.terms:
-        return 0.0
-    t = v.terms[0]
-    return t.coef if not t.accs and not t.exp and not t.guards and t.poly.is_const else None
 
 
 def floor_divided(op: Op, a: Val, divisor: float | None, mode: str) -> Val:
@@ -166,19 +171,13 @@ def floor_divided(op: Op, a: Val, divisor: float | None, mode: str) -> Val:
     ):
         raise GiveUp("a rounded division")
     poly = t.poly * int(t.coef)
-    return Val(
-        a.shape,
-        (
-            type(a.cases[0])(
-                a.cases[0].guards, (Term(1.0, op.engine.space.floordiv(poly, int(divisor), box(a.shape))),)
-            ),
-        ),
-    )
+    whole = Term(1.0, op.engine.space.floordiv(poly, int(divisor), box(a.shape)))
+    return Val(a.shape, (Case(a.cases[0].guards, (whole,)),))
 
 
 @rule(aten.reciprocal)
 def reciprocal(op: Op) -> Val:
-    c = number(op.args[0])
+    c = op.args[0].number
     return constant(op.shape, 1.0 / c) if c else inverse(op, op.args[0])
 
 

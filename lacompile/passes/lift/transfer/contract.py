@@ -9,11 +9,11 @@ from dataclasses import replace
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Case, Term, Val
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
 from . import Op, rule
-from .arith import added, operand
+from .arith import added
 from .exponentials import exponential
 
 aten = torch.ops.aten
@@ -23,12 +23,12 @@ FRESH = -1_000_000
 
 @rule(aten.bmm)
 def bmm(op: Op) -> Val:
-    return product_sum(op, op.args[0], op.args[1], {0: 0, 1: 1}, {0: 0, 2: 2}, 2, 1)
+    return _of_batches(op, op.args[0], op.args[1])
 
 
 @rule(aten.mm)
 def mm(op: Op) -> Val:
-    return product_sum(op, op.args[0], op.args[1], {0: 0}, {1: 1}, 1, 0)
+    return _of_matrices(op, op.args[0], op.args[1])
 
 
 @rule(aten.mv)
@@ -43,7 +43,7 @@ def dot(op: Op) -> Val:
 
 @rule(aten.baddbmm)
 def baddbmm(op: Op) -> Val:
-    return _onto(op, product_sum(op, op.args[1], op.args[2], {0: 0, 1: 1}, {0: 0, 2: 2}, 2, 1))
+    return _onto(op, _of_batches(op, op.args[1], op.args[2]))
 
 
 @rule(aten.addmm)
@@ -52,7 +52,7 @@ def addmm(op: Op) -> Val:
     onto: Val = op.args[0]
     if onto.cases[0].terms and not op.engine.structured(onto):
         raise GiveUp("a projection with a bias")
-    return _onto(op, product_sum(op, op.args[1], op.args[2], {0: 0}, {1: 1}, 1, 0))
+    return _onto(op, _of_matrices(op, op.args[1], op.args[2]))
 
 
 @rule(aten.addr)
@@ -63,9 +63,17 @@ def addr(op: Op) -> Val:
     return _onto(op, op.engine.multiply(rows, columns))
 
 
+def _of_batches(op: Op, a: Val, b: Val) -> Val:
+    return product_sum(op, a, b, {0: 0, 1: 1}, {0: 0, 2: 2}, 2, 1)
+
+
+def _of_matrices(op: Op, a: Val, b: Val) -> Val:
+    return product_sum(op, a, b, {0: 0}, {1: 1}, 1, 0)
+
+
 def _onto(op: Op, product: Val) -> Val:
     beta, alpha = op.kwargs.get("beta", 1), op.kwargs.get("alpha", 1)
-    return added(op, op.engine.scale(operand(op, 0), float(beta)), op.engine.scale(product, float(alpha)))
+    return added(op, op.engine.scale(op.operand(0), float(beta)), op.engine.scale(product, float(alpha)))
 
 
 def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int, int], sum_a: int, sum_b: int) -> Val:

@@ -133,8 +133,8 @@ def _prefix_sum(engine: Engine, t: Term, bound: frozenset[int]) -> tuple[Mono, A
     if len(bound) != 1 or not t.poly.is_const:
         raise GiveUp("exp of a contraction")
     (b,) = bound
-    ends = engine.bounds(b, t.guards)
-    if ends.other or len(ends.low) != 1 or len(ends.high) != 1 or len(t.guards) != 2:
+    ends = engine.bounds(b, t.guards).ends
+    if ends is None or len(t.guards) != 2:
         raise GiveUp("exp of a sum over more than one range")
     holders = [(leaf, idx) for leaf, idx in t.accs if any(b in engine.space.vars(a) for a in idx)]
     mine = [frozenset(v for a in idx for v in engine.space.vars(a)) for _, idx in holders]
@@ -146,4 +146,4 @@ def _prefix_sum(engine: Engine, t: Term, bound: frozenset[int]) -> tuple[Mono, A
         raise GiveUp("a prefix sum that does not step by one")
     offset = where[0].without(b)
     shifted = t.sub(engine.space, {b: Aff.var(TAU) - offset})
-    return shifted.accs, ends.low[0] + offset, ends.high[0] + offset
+    return shifted.accs, ends[0] + offset, ends[1] + offset

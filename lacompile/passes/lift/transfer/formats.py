@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..domain.leaves import Table
+from ..domain.kinds import Table
 from ..domain.precision import EXACT_UP_TO, WIDE, ends
 from ..domain.term import Case, Term, Val
 from ..engine import Engine, GiveUp
@@ -23,21 +23,20 @@ def representable(engine: Engine, v: Val, dtype: torch.dtype) -> Val:
     Raises:
         GiveUp: a tensor of this dtype may not hold what ``v`` says.
     """
-    if dtype.is_floating_point:
-        _positions(engine, v, dtype, EXACT_UP_TO.get(dtype, 0))
-    elif dtype is torch.bool:
-        return _truths(engine, v)
-    elif dtype.is_complex:
+    if dtype.is_complex:
         raise GiveUp("complex numbers")
-    elif not dtype.is_floating_point:
+    if dtype is torch.bool:
+        return _truths(engine, v)
+    if not dtype.is_floating_point:
         return _integers(engine, v, dtype)
+    _check_positions(engine, v, dtype, EXACT_UP_TO.get(dtype, 0))
     return v
 
 
-def _positions(engine: Engine, v: Val, dtype: torch.dtype, limit: int) -> None:
+def _check_positions(engine: Engine, v: Val, dtype: torch.dtype, limit: int) -> None:
     for c in v.cases:
         for t in c.terms:
-            counts = all(float(t.coef * c).is_integer() for _, c in t.poly.terms)  # what is not, is rounded anyway
+            counts = all(float(t.coef * k).is_integer() for _, k in t.poly.terms)  # what is not, is rounded anyway
             if not t.poly.is_const and not t.accs and not t.exp and counts:
                 reach = max(abs(x) for x in ends(engine, v, c, t))
                 if reach > limit and not (math.isinf(reach) and dtype in WIDE):

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from ..domain.affine import ONE, Aff
+from ..domain.affine import MAX_DIMS, ONE, Aff
 from ..domain.exponent import Access, Exponent, Mono
-from ..domain.leaves import Argument, Leaf, Opaque, Symbol
+from ..domain.kinds import Argument, Opaque, Symbol
+from ..domain.leaves import Leaf
+from ..domain.space import own_index
 from ..domain.term import Guards, Term, Val, value
 from ..engine import Engine, GiveUp
 from ..normal.begun import opened_beside
@@ -61,7 +63,7 @@ def _pattern(engine: Engine, leaf: int) -> Any:
 
 
 def _of_row(engine: Engine, a: Access) -> bool:
-    return all(0 <= v < 100 for i in a[1] for v in engine.space.vars(i))
+    return all(0 <= v < MAX_DIMS for i in a[1] for v in engine.space.vars(i))
 
 
 def _sum_in(engine: Engine, a: Access) -> Iterator[tuple[Opaque, tuple[Aff, ...]]]:
@@ -155,12 +157,12 @@ def _everywhere(engine: Engine, shape: tuple[Aff, ...], t: Term, regions: Sequen
 
 def _leaf(engine: Engine, joined: Val, dtype: torch.dtype, compute: torch.dtype) -> Access:
     """The leaf that is this value, with the dimensions that it has."""
-    used = {v for t in joined.terms for v in t.vars(engine.space) if 0 <= v < 100}
+    used = {v for t in joined.terms for v in t.vars(engine.space) if 0 <= v < MAX_DIMS}
     shape = tuple(n if d in used else ONE for d, n in enumerate(joined.shape))
     reading = value(shape, joined.terms)
     kind = Opaque(None, "a sum that the program holds piece by piece", reading=reading, compute=compute)
     leaf = engine.leaves.intern((reading, dtype, compute), Leaf(kind, shape, dtype))
-    return leaf, engine.own_index(shape)
+    return leaf, own_index(shape)
 
 
 def _format(engine: Engine, a: Access) -> torch.dtype:

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..domain.affine import ONE, ZERO, Aff
 from ..domain.exponent import Exponent
-from ..domain.leaves import Extended, Opaque
+from ..domain.kinds import Extended, Opaque
 from ..domain.term import NO_GUARDS, Case, Term, Val, value
 from ..engine import Engine
 from . import Op, rule
@@ -188,8 +188,8 @@ def _extend_by_zeros(engine: Engine, t: Term, d: int, n: Aff, behind: Aff) -> Te
     """
     if not engine.plain_term(t) or n == ONE:
         return None
-    if len(t.accs) > 1 and not any(engine.space.vars_of(idx) == t.vars(engine.space) for _, idx in t.accs):
-        return None  # an outer product is a state, of which a guard says where it is
+    if len(t.accs) > 1 and engine.outer_product(t):
+        return None  # it is a state, of which a guard says where it is
     for k, (leaf, idx) in enumerate(t.accs):
         axis = [m for m, a in enumerate(idx) if d in engine.space.vars(a)]
         if len(axis) != 1 or not (first := idx[axis[0]] - Aff.var(d)).is_const:

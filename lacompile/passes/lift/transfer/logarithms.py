@@ -9,12 +9,11 @@ from functools import reduce
 import torch
 
 from ..domain.affine import TAU, Aff
-from ..domain.leaves import Opaque
+from ..domain.kinds import Opaque
 from ..domain.term import Case, Term, Val, constant, value
 from ..engine import GiveUp
 from ..normal.logs import known_positive, log_summands
 from . import Op, rule
-from .arith import number, operand
 from .exponentials import exponential
 
 aten = torch.ops.aten
@@ -64,8 +63,8 @@ def log_sigmoid(op: Op) -> list[Val]:
 @rule(aten.pow)
 def power(op: Op) -> Val:
     engine = op.engine
-    a, b = operand(op, 0), operand(op, 1)
-    exponent = number(b)
+    a, b = op.operand(0), op.operand(1)
+    exponent = b.number
     if not op.out.dtype.is_floating_point and engine.index_only(a) and engine.index_only(b):
         return op.symbol()  # whole numbers, and no weight
     if exponent in SMALL_POWERS and engine.scores(a):
@@ -78,7 +77,7 @@ def power(op: Op) -> Val:
         if exponent == 0:
             return constant(op.shape, 1.0)
         return op.symbol()
-    base = number(a)
+    base = a.number
     if base is not None:
         if base <= 0:
             raise GiveUp("a power of a number that is not positive")

@@ -8,6 +8,7 @@ from itertools import product as cartesian
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
+from ..domain.space import own_index
 from ..domain.term import NO_GUARDS, Case, Guards, Val
 from ..engine import GiveUp
 from . import Op, rule
@@ -55,7 +56,7 @@ def gather(op: Op) -> Val:
     d = op.dim(op.args[1], len(source.shape))
     places = _places(op, positions, source.shape[d])
     # Positions may be fewer than the source is long: where there is one, it reads the first.
-    kept = {n: ZERO if op.shape[n] == ONE else Aff.var(n) for n in range(len(source.shape)) if n != d}
+    kept = {n: at for n, at in enumerate(own_index(op.shape)) if n != d}
     return _looked_up(op, source, kept, {d: places})
 
 

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 
 from ..domain.affine import Aff
-from ..domain.term import Case, Term, Val, constant, value
+from ..domain.term import Case, Term, Val, constant, number_of, value
 from ..engine import GiveUp
 from . import Op, rule
-from .arith import number, operand
-from .conditions import at_least_zero, case_number, decided, truth, weakly_decided
+from .conditions import at_least_zero, truth
+from .order import decided, weakly_decided
 
 aten = torch.ops.aten
 
@@ -48,14 +48,14 @@ def relu(op: Op) -> Val:
 
 @rule(aten.clamp, aten.clamp_min, aten.clamp_max, aten.maximum, aten.minimum)
 def clamp(op: Op) -> Val:
-    v: Val = operand(op, 0)
+    v: Val = op.operand(0)
     packet = op.func.overloadpacket
     if packet is aten.clamp:
         low, high = op.arg(1, "min"), op.arg(2, "max")
     else:
         other = op.arg(1, "max" if packet is aten.clamp_max else "min")
-        if packet in (aten.maximum, aten.minimum) and number(v) is not None:
-            v, other = operand(op, 1), v
+        if packet in (aten.maximum, aten.minimum) and v.number is not None:
+            v, other = op.operand(1), v
         low, high = (other, None) if packet in (aten.clamp_min, aten.maximum) else (None, other)
     terms = [t for c in v.cases for t in c.terms]
     of_positions = any(not t.poly.is_const or math.isinf(t.coef) for t in terms)
@@ -105,7 +105,7 @@ def isnan(op: Op) -> Val:
 @rule(aten.isinf)
 def isinf(op: Op) -> Val:
     """Of a weight, or a sum of them, it is asked whether it has overflowed, which the normal form does not know."""
-    numbers = [case_number(c) for c in op.args[0].cases]
+    numbers = [number_of(c.terms) for c in op.args[0].cases]
     if all(x is not None for x in numbers):
         infinite = (Term(1.0),)
         return op.engine.zip_cases([op.args[0]], lambda g: infinite if g[0] and math.isinf(g[0][0].coef) else ())

@@ -31,10 +31,7 @@ def slice_scatter(op: Op) -> Val:
 def select_scatter(op: Op) -> Val:
     base, src = op.args[0], op.args[1]
     d = op.dim(op.args[2], len(base.shape))
-    at = op.engine.aff(op.args[3])
-    if at.is_const and at.const < 0:
-        at = at + base.shape[d]
-    return written_at(op.engine, base, src, d, at)
+    return written_at(op.engine, base, src, d, op.position(3, base.shape[d]))
 
 
 @rule(aten.index_put)

@@ -10,7 +10,6 @@ from ..domain.affine import ONE, ZERO, Aff
 from ..domain.term import Val
 from ..engine import GiveUp
 from . import Op, rule
-from .arith import number, operand
 from .conditions import complement, known_condition, opposite, truth
 
 aten = torch.ops.aten
@@ -20,12 +19,12 @@ aten = torch.ops.aten
 def where(op: Op) -> Val:
     if len(op.args) < 3:
         raise GiveUp("where without values")
-    return choose(op, operand(op, 0), operand(op, 1), operand(op, 2), op.dtypes[0])
+    return choose(op, op.operand(0), op.operand(1), op.operand(2), op.dtypes[0])
 
 
 @rule(aten.masked_fill)
 def masked_fill(op: Op) -> Val:
-    return choose(op, operand(op, 1), operand(op, 2), operand(op, 0), op.dtypes[1])
+    return choose(op, op.operand(1), op.operand(2), op.operand(0), op.dtypes[1])
 
 
 def choose(op: Op, cond: Val, yes: Val, no: Val, dtype: torch.dtype) -> Val:
@@ -42,12 +41,12 @@ def choose(op: Op, cond: Val, yes: Val, no: Val, dtype: torch.dtype) -> Val:
 
 
 def _choose_by_data(op: Op, cond: Val, yes: Val, no: Val) -> Val:
-    if number(yes) is not None and number(yes) == number(no):
+    if yes.number is not None and yes.number == no.number:
         return yes
     if (kept := _kept_or_changed(op, cond, yes, no)) is not None:
         return kept
-    zero = number(no) == 0
-    if (zero or number(yes) == 0) and not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
+    zero = no.number == 0
+    if (zero or yes.number == 0) and not any(math.isinf(t.coef) for v in (yes, no) for c in v.cases for t in c.terms):
         kept = yes if zero else no
         as_number = cond if zero else complement(op, cond)
         if op.engine.structured(kept) or kept.alt is not None or not kept.single:

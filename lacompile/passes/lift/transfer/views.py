@@ -8,16 +8,12 @@ from typing import Any
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
-from ..domain.space import box
+from ..domain.space import box, own_index
 from ..domain.term import Val
 from ..engine import Engine, GiveUp
 from . import Op, rule
 
 aten = torch.ops.aten
-
-
-def _own(shape: Sequence[Aff], d: int) -> Aff:
-    return ZERO if shape[d] == ONE else Aff.var(d)
 
 
 @rule(aten.alias, aten.clone, aten.contiguous, aten.lift_fresh, aten.lift_fresh_copy, aten.positive)
@@ -31,24 +27,22 @@ def detach(op: Op) -> Val:
     return op.engine.detached(op.args[0])
 
 
-@rule(aten.permute)
+@rule(aten.permute, aten.transpose, aten.t)
 def permute(op: Op) -> Val:
-    v, dims = op.args[0], [op.dim(d, len(op.args[0].shape)) for d in op.args[1]]
-    return reorder(op.engine, v, dims)
+    return reorder(op.engine, op.args[0], permutation(op))
 
 
-@rule(aten.transpose)
-def transpose(op: Op) -> Val:
+def permutation(op: Op) -> list[int]:
+    """The dimensions of what is transposed, as they follow each other in the result."""
     rank = len(op.args[0].shape)
-    dims = list(range(rank))
+    if op.func.overloadpacket is aten.permute:
+        return [op.dim(d, rank) for d in op.args[1]]
+    order = list(range(rank))
+    if op.func.overloadpacket is aten.t:
+        return order[::-1]
     a, b = op.dim(op.args[1], rank), op.dim(op.args[2], rank)
-    dims[a], dims[b] = dims[b], dims[a]
-    return reorder(op.engine, op.args[0], dims)
-
-
-@rule(aten.t, aten.numpy_T, aten.mT)
-def t(op: Op) -> Val:
-    return reorder(op.engine, op.args[0], list(reversed(range(len(op.args[0].shape)))))
+    order[a], order[b] = order[b], order[a]
+    return order
 
 
 def reorder(engine: Engine, v: Val, dims: Sequence[int]) -> Val:
@@ -80,13 +74,11 @@ def expand(op: Op) -> Val:
 
 @rule(aten.select)
 def select(op: Op) -> Val:
-    v, d, at = op.args[0], op.dim(op.args[1], len(op.args[0].shape)), op.engine.aff(op.args[2])
-    return select_at(op.engine, v, d, at)
+    v, d = op.args[0], op.dim(op.args[1], len(op.args[0].shape))
+    return select_at(op.engine, v, d, op.position(2, v.shape[d]))
 
 
 def select_at(engine: Engine, v: Val, d: int, at: Aff) -> Val:
-    if at.is_const and at.const < 0:
-        at = at + v.shape[d]
     shape = (*v.shape[:d], *v.shape[d + 1 :])
     mapping = {k: Aff.var(k - 1) for k in range(d + 1, len(v.shape)) if v.shape[k] != ONE}
     if v.shape[d] != ONE:
@@ -133,7 +125,7 @@ def slice_at(engine: Engine, v: Val, d: int, start: Aff, step: int, length: Aff)
     shape = (*v.shape[:d], length, *v.shape[d + 1 :])
     if start == ZERO and step == 1 and length == v.shape[d]:
         return v
-    mapping = {} if v.shape[d] == ONE else {d: _own(shape, d) * step + start}
+    mapping = {} if v.shape[d] == ONE else {d: own_index(shape)[d] * step + start}
     return engine.index(v, mapping, shape)
 
 
@@ -199,9 +191,8 @@ def repeat_interleave(op: Op) -> Val:
 @rule(aten.unfold)
 def unfold(op: Op) -> Val:
     v, d, step = op.args[0], op.dim(op.args[1], len(op.args[0].shape)), op.args[3]
-    shape = op.shape
-    at = _own(shape, d) * step + _own(shape, len(shape) - 1)
-    return op.engine.index(v, {d: at} if v.shape[d] != ONE else {}, shape)
+    own = own_index(op.shape)
+    return op.engine.index(v, {d: own[d] * step + own[-1]} if v.shape[d] != ONE else {}, op.shape)
 
 
 @rule(aten.diagonal)
@@ -212,7 +203,7 @@ def diagonal(op: Op) -> Val:
     shape = op.shape
     kept = [d for d in range(rank) if d not in (a, b)]
     mapping = {d: Aff.var(n) for n, d in enumerate(kept) if v.shape[d] != ONE}
-    x = _own(shape, rank - 2)
+    x = own_index(shape)[-1]
     for d, at in ((a, x + max(-offset, 0)), (b, x + max(offset, 0))):
         if v.shape[d] != ONE:
             mapping[d] = at

@@ -7,6 +7,7 @@ reader       what one access reads, whatever kind of leaf it is of
 series       values of a loop side by side, or computed at once
 views        a tensor at affine indices, as a chain of views
 digits       roles that a view of the program had split, as in k[h // 4]
+numbers      numbers of the program and positions, which no value holds
 lengths      sizes, as numbers or as recipes
 pieces       recipes with one dimension for each digit
 calls        views that cancel where they can

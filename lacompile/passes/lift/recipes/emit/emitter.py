@@ -13,7 +13,7 @@ from torch import fx
 from ....facts import Call, Expr, Value
 from ...domain.affine import ONE, Aff
 from ...domain.exponent import Access, Mono
-from ...domain.leaves import Scalar
+from ...domain.kinds import Scalar
 from ...engine import Engine
 from ..holders import Place
 from .calls import permuted, squeezed

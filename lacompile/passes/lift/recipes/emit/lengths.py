@@ -7,7 +7,7 @@ from typing import Any
 
 from ....facts import Call, Expr, Value
 from ...domain.affine import FIRST_DIV, FIRST_MIXED, Aff
-from ...domain.leaves import Scalar
+from ...domain.kinds import Scalar
 from ...engine import Engine
 from .pieces import CannotEmit
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ....facts import Call, Expr, Value
-from ...domain.leaves import Opaque
+from ...domain.kinds import Opaque
 
 
 class CannotEmit(Exception):

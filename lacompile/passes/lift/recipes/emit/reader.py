@@ -13,7 +13,7 @@ from ....._compat import takes_no_number
 from ....facts import Call, Const, Expr, Value
 from ...domain.affine import ZERO, Aff
 from ...domain.exponent import Access
-from ...domain.leaves import Extended, Number, Opaque, Positions, Scalar, Series, Symbol, Table
+from ...domain.kinds import Extended, Number, Opaque, Positions, Scalar, Series, Symbol, Table
 from ...engine import Engine
 from ..holders import Place, place_of
 from .lengths import number_of

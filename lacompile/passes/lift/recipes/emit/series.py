@@ -18,7 +18,8 @@ from ....capture.modes import switches_autocast
 from ....facts import Call, Expr, Value
 from ....rows import width
 from ...domain.affine import ONE, ZERO, Aff
-from ...domain.leaves import HERE, Leaves, Opaque, Series
+from ...domain.kinds import HERE, Opaque, Series
+from ...domain.leaves import Leaves
 from .pieces import CannotEmit, held_by
 
 

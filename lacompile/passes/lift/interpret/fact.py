@@ -1,0 +1,23 @@
+"""What is known of one value of a graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from ..domain.term import Val
+
+
+@dataclass
+class Fact:
+    """What is known of one Dynamo value."""
+
+    node: fx.Node
+    value: Val
+    tensor: torch.Tensor
+    compute: torch.dtype
+    """The widest format the sums inside it were computed in."""
+    after: fx.Node | None = None
+    """The node that last wrote into it, if it was written after it was made."""

@@ -206,7 +206,7 @@ def compile_with_inductor(gm: Any, example_inputs: Any, config_patches: dict[str
 def compile_without_inductor(gm: Any, example_inputs: Any) -> Any:
     """AOTAutograd only: derivatives and functionalisation, the kernels of eager mode.
 
-    But for logsigmoid, as of torch 2.13: its kernel for the CPU has other strides than its fake one says it has.
+    But for those, as of torch 2.13, whose kernel for the CPU has other strides than its fake one says it has.
     """
     from functorch.compile import min_cut_rematerialization_partition
     from torch._decomp import get_decompositions
@@ -214,11 +214,16 @@ def compile_without_inductor(gm: Any, example_inputs: Any) -> Any:
     from torch._dynamo.backends.debugging import boxed_nop
 
     aten = torch.ops.aten
+    decomposed = [
+        aten.log_sigmoid_forward, aten.log_sigmoid_backward, aten.elu_backward, aten.softplus_backward,
+        aten.hardsigmoid_backward, aten.hardswish_backward, aten.hardtanh_backward, aten._log_softmax_backward_data,
+        aten.native_layer_norm_backward,
+    ]  # fmt: skip
     compile_ = aot_autograd(
         fw_compiler=boxed_nop,
         partition_fn=min_cut_rematerialization_partition,
         keep_inference_input_mutations=True,
-        decompositions=get_decompositions([aten.log_sigmoid_forward, aten.log_sigmoid_backward]),
+        decompositions=get_decompositions(decomposed),
     )
     return compile_(gm, example_inputs)
 

@@ -175,7 +175,9 @@ def _own(
     kept = batched(schedule, worth)
     rewritten, used = None, {id(f) for m in kept for f in m.facts}
     if kept and not options.dry_run:
-        rewritten, used = rewrite(schedule, kept, torch.ops.lacompile.decayed_attention.default)
+        made = rewrite(schedule, kept, torch.ops.lacompile.decayed_attention.default)
+        rewritten, used = made.gm, made.facts
+        refusals = [r for r in refusals if r.node not in made.gone]  # of what is computed no more
     report = Report(
         tuple(_rewrites(kept, validated, used)),
         tuple(map(NearMiss.of, refusals)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,10 +25,21 @@ class CannotRewrite(Exception):
     """The replacement does not fit the value it replaces; the original graph stays."""
 
 
-def rewrite(schedule: Schedule, matches: Sequence[Match], operator_call: OpCall) -> tuple[fx.GraphModule, set[int]]:
-    """A copy of a graph in which every match's target is its replacement, and the ids of the facts that it computes.
+@dataclass(frozen=True)
+class Rewritten:
+    """A copy of a graph in which every match's target is its replacement.
 
-    A match of which another's replacement leaves nothing, as one head of a tensor that is replaced whole, is not used.
+    ``facts``: the ids of those that it computes. A match of which another's replacement leaves nothing, as one head of
+    a tensor that is replaced whole, is not used. ``gone``: the nodes of the graph that it has no copy of.
+    """
+
+    gm: fx.GraphModule
+    facts: set[int]
+    gone: set[fx.Node]
+
+
+def rewrite(schedule: Schedule, matches: Sequence[Match], operator_call: OpCall) -> Rewritten:
+    """The graph with the matches replaced.
 
     Args:
         schedule: of the Dynamo graph, which is not changed. What has effects stays.
@@ -56,7 +68,8 @@ def rewrite(schedule: Schedule, matches: Sequence[Match], operator_call: OpCall)
     graph.lint()
     copied.recompile()
     alive = set(graph.nodes)
-    return copied, {fact for fact, call in writer.calls.items() if call in alive}
+    facts = {fact for fact, call in writer.calls.items() if call in alive}
+    return Rewritten(copied, facts, {old for old, new in mapping.items() if new not in alive})
 
 
 def _facts_with_final_state(expr: Expr) -> list[DecayedAttention]:

@@ -353,3 +353,92 @@ def test_a_state_to_which_the_token_before_is_added_too(before):
 
     gates = torch.randn(3, B, H, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
     assert_rewritten(f, *qkv(), gates, compiled=False, count=before == 1)
+
+
+@pytest.mark.parametrize("decay", ["a number", "gates"])
+@pytest.mark.parametrize(
+    "weight",
+    [torch.exp, lambda i: (i / 2).exp(), lambda i: (-0.3 * i).exp(), torch.exp2, lambda i: (-i.square() / 2).exp()],
+)
+def test_an_exponential_input_gate(weight, decay):
+    def f(q, k, v, i, g):
+        state, out = torch.zeros(B, H, D, E), []
+        for t in range(q.shape[2]):
+            keep = 0.9 if decay == "a number" else torch.sigmoid(g[:, :, t])[..., None, None]
+            own = weight(i[:, :, t])[..., None, None]
+            state = keep * state + own * (k[:, :, t, :, None] * v[:, :, t, None, :])
+            out.append((q[:, :, t, :, None] * state).sum(-2))
+        return torch.stack(out, 2)
+
+    i, g = torch.randn(2, B, H, 12, generator=torch.Generator().manual_seed(1)).requires_grad_().unbind(0)
+    assert_rewritten(f, *qkv(), i.detach().requires_grad_(), g.detach().requires_grad_(), compiled=False)
+
+
+class Step(torch.nn.Module):
+    """Projections without a bias in a loop over tokens, some of them scaled."""
+
+    def __init__(self, scale, keeps=0.9):
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(16, D, bias=False) for _ in range(3))
+        self.scale, self.keeps = scale, keeps
+
+    def forward(self, x):
+        state, out = x.new_zeros(B, D, D), []
+        for t in range(x.shape[1]):
+            q, k, v = self.scale(self.q(x[:, t]), self.k(x[:, t]), self.v(x[:, t]))
+            state = self.keeps * state + k[:, :, None] * v[:, None]
+            out.append((q[:, None] @ state)[:, 0])
+        return torch.stack(out, 1)
+
+
+SCALES = {
+    "queries": lambda q, k, v: (q * D**-0.5, k, v),
+    "keys": lambda q, k, v: (q, k * D**-0.5, v),
+    "values": lambda q, k, v: (q, k, v / 3),
+    "all": lambda q, k, v: (-q / 2, k * 0.7, -v * 1.5),
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_projections_that_a_step_scales(name):
+    x = torch.randn(B, 12, 16, generator=torch.Generator().manual_seed(1))
+    report = assert_rewritten(Step(SCALES[name]), x, compiled=False)
+    assert not report.near_misses and f"N=12 H=1 Dk={D}" in str(report)
+
+
+def test_projections_that_a_step_scales_and_a_state_that_grows():
+    x = torch.randn(B, 12, 16, generator=torch.Generator().manual_seed(1))
+    assert_refused(Step(SCALES["keys"], keeps=1.1), x, options=OFF)
+
+
+# -------------------------------------------------------------------------------------------------------------- reports
+
+
+def test_nothing_is_told_of_what_is_computed_no_more():
+    """Each chunk divides by a sum of its own, written into place: behind the rewrite none of these is left."""
+
+    def f(q, k, v):
+        q, k = (x.exp().unflatten(2, (-1, 4)) for x in (q, k))
+        v, total, state = v.unflatten(2, (-1, 4)), torch.zeros(B, H, 4, D), torch.zeros(B, H, D, E)
+        out = torch.zeros_like(v)
+        for n in range(v.shape[2]):
+            a, b, c = q[:, :, n], k[:, :, n], v[:, :, n]
+            total = total[:, :, -1:] + b.cumsum(2)
+            out[:, :, n] = ((a @ b.mT).tril() @ c + a @ state) / (a * total).sum(-1, keepdim=True)
+            state = state + b.mT @ c
+        return out.flatten(2, 3)
+
+    report = assert_rewritten(f, *qkv(), count=2, compiled=False)
+    assert not report.near_misses
+
+
+def test_a_length_that_is_a_quotient_by_another_one():
+    def f(q):
+        b, h, n, d = q.shape
+        x = q.view(b, h, n // 16, 16, d).transpose(1, 2).reshape(b * (n // 16), h, 16, -1)
+        x = x.view(x.shape[0], h, x.shape[2] // 4, 4, -1) * 2
+        return x.view(b, n // 16, h, 16, -1).transpose(1, 2).reshape(b, h, n, -1)
+
+    long, short = (torch.randn(2, 4, n, 8).requires_grad_() for n in (48, 32))
+    report = assert_rewritten(f, long, after=[short], count=0, compiled=False)
+    assert "internal-error" not in str(report)

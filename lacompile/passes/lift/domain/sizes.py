@@ -129,8 +129,8 @@ class Sizes:
             return
         (size,) = a.free_symbols
         self.confined.add(size)
-        c, d = a.coeff(size), a.subs(size, 0)
-        if not (c.is_Integer and d.is_Integer and c > 0 and a == c * size + d):
+        d = a - (c := a.coeff(size)) * size
+        if not (c.is_Integer and d.is_Integer and c > 0):
             return
         low, high, c, d = *self._within.get(size, (-INF, INF)), int(c), int(d)
         least, most = -(-(m * k - d) // c), (m * k + m - 1 - d) // c

@@ -201,7 +201,7 @@ class Structure(Program):
 
     def _projection(self, t: Term) -> bool:
         data = self.leaves.tensors(t.accs)
-        if len(data) != 2 or t.exp:
+        if len(data) != 2 or t.exp.number is None:
             return False
         return bool(t.bound(self.space)) and any(map(self.projects_by, data, reversed(data)))
 

@@ -72,7 +72,8 @@ def _own_decay(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[Exponent, Ex
     """The exponent of ``a`` but for what it has decayed by at its own token, and that, 0 for ``b`` at the next one.
 
     Where the state decays after it was added to, the earlier of two tokens has ``P(p + 1) - P(p)`` and the later one
-    ``P(p + 1) - P(p + 1)``. It is no rate of a head: that both would have.
+    ``P(p + 1) - P(p + 1)``. It is no rate of a head: that both would have. Nor is it a weight of each token's own,
+    ``exp(c x_p)`` and ``exp(c x_(p + 1))``.
     """
     sizes, seen = algebra.leaf_shapes, algebra.seen
     steps = {
@@ -82,6 +83,7 @@ def _own_decay(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[Exponent, Ex
         if p.is_const and q - p == ONE
     }
     theirs = {mono for mono, _ in b.exp.lin}
+    only_theirs = [x for x in b.exp.lin if all(x[0] != mono for mono, _ in a.exp.lin)]
     lin, sums = [], []
     for mono, f in a.exp.lin:
         read = {
@@ -93,9 +95,12 @@ def _own_decay(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[Exponent, Ex
         at = set(read.values())
         if mono in theirs or not f.is_const or len(at) != 1:
             lin.append((mono, f))
+            continue
+        ((p, _),), rate = at, along(mono, read)
+        if (sub_mono(algebra.space, rate, {TAU: p + 1}), f) in only_theirs:
+            lin.append((mono, f))
         else:
-            ((p, _),) = at
-            sums += between(along(mono, read), p + Aff.var(t), p + 1, f.const)
+            sums += between(rate, p + Aff.var(t), p + 1, f.const)
     return Exponent.of(lin, a.exp.sums), Exponent.of((), sums)
 
 
@@ -147,9 +152,11 @@ def _moving_rates(
     algebra: Algebra, left: Iterable[Mono], right: Iterable[Mono], t: int
 ) -> list[tuple[Mono, Mono, Mono]]:
     """The rates that are one leaf at two places, such as slope[2] and slope[3], each with the line through both."""
-    out = []
-    for x, y in zip(sorted(left), sorted(right), strict=False):
-        if [leaf for leaf, _ in x] == [leaf for leaf, _ in y]:
+    out, there = [], sorted(right)
+    for x in sorted(left):
+        y = next((y for y in there if [leaf for leaf, _ in x] == [leaf for leaf, _ in y]), None)
+        if x and y is not None:
+            there.remove(y)
             fitted = [_fit_access(algebra, p, q, t, {}) for p, q in zip(x, y, strict=True)]
             out.append((x, y, tuple(a for a in fitted if a is not None)))
     return [found for found in out if len(found[2]) == len(found[0])]

@@ -442,3 +442,101 @@ def test_a_length_that_is_a_quotient_by_another_one():
     long, short = (torch.randn(2, 4, n, 8).requires_grad_() for n in (48, 32))
     report = assert_rewritten(f, long, after=[short], count=0, compiled=False)
     assert "internal-error" not in str(report)
+
+
+# ------------------------------------------------------------------------------------------------------------ features
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_chunks_of_exponential_features(scale):
+    """Queries and keys are weights there, and the state has one factor; what it decays by is a weight too."""
+
+    def f(q, k, v):
+        i = torch.arange(4)
+        own = (0.9 ** distance(4)).tril()
+        q, k, state, out = (q * scale).exp(), k.exp(), torch.zeros(B, H, D, E), []
+        for a, b, c in zip(*(x.split(4, 2) for x in (q, k, v)), strict=True):
+            out.append((a @ b.mT * own) @ c + a @ state * (0.9 ** (i + 1))[:, None])
+            state = 0.9**4 * state + (b * (0.9 ** (3 - i))[:, None]).mT @ c
+        return torch.cat(out, 2)
+
+    assert_rewritten(f, *qkv(), compiled=False)
+
+
+def in_pairs(x, start=0):
+    """Each pair of features turned by its position, and put beside each other again."""
+    angle = torch.arange(start, start + x.shape[-2])[:, None] * 0.1 ** torch.arange(D // 2)
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1).flatten(-2)
+
+
+def all_at_once(q, k, v, state):
+    q, k = in_pairs(q), in_pairs(k)
+    states = (k[..., None] * v[..., None, :]).cumsum(2) + state[:, :, None]
+    return torch.einsum("bhnd,bhnde->bhne", q, states)
+
+
+def before_the_loop(q, k, v, state):
+    q, k, out = in_pairs(q), in_pairs(k), []
+    for t in range(q.shape[2]):
+        state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+        out.append((q[:, :, t, None] @ state)[:, :, 0])
+    return torch.stack(out, 2)
+
+
+def in_the_step(q, k, v, state):
+    out = []
+    for t in range(q.shape[2]):
+        a, b = (in_pairs(x[:, :, t : t + 1], t)[:, :, 0] for x in (q, k))
+        state = 0.9 * state + b[..., None] * v[:, :, t, None]
+        out.append((a[:, :, None] @ state)[:, :, 0])
+    return torch.stack(out, 2)
+
+
+@pytest.mark.parametrize("form", [all_at_once, before_the_loop, in_the_step])
+def test_turned_pairs_of_features_and_a_given_state(form):
+    """What a state is read by is a feature, and not the quotient and the remainder of one."""
+    state = torch.randn(B, H, D, E, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    report = assert_rewritten(form, *qkv(), state, compiled=False)
+    assert not report.near_misses and f"N=12 H={H} Dk={D}" in str(report)
+
+
+def test_turned_pairs_by_another_position_than_their_own():
+    """Whichever angles a step turns by, its keys are those of the token: this is an attention of other features."""
+
+    def f(q, k, v):
+        state, out = torch.zeros(B, H, D, E), []
+        for t in range(q.shape[2]):
+            a, b = (in_pairs(x[:, :, t : t + 1], t * t)[:, :, 0] for x in (q, k))
+            state = (0.9 if t != 5 else 1.1) * state + b[..., None] * v[:, :, t, None]
+            out.append((a[:, :, None] @ state)[:, :, 0])
+        return torch.stack(out, 2)
+
+    assert_refused(f, *qkv(), options=OFF)
+
+
+@pytest.mark.parametrize("length", [12, 13, 14])
+def test_a_last_chunk_of_one_token(length):
+    """A layer's own projections of the last chunk have one token, in the dimension that others have four in."""
+    torch.manual_seed(0)
+    project = torch.nn.ModuleList(torch.nn.Linear(8, H * D) for _ in range(3))
+
+    class Chunks(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project, self.rate = project, torch.nn.Parameter(torch.rand(H))
+
+        def forward(self, x):
+            state, out = torch.zeros(B, H, D, D), []
+            for c in x.split(4, 1):
+                q, k, v = (p(c).view(B, -1, H, D).transpose(1, 2).softmax(-1) for p in self.project)
+                total = F.logsigmoid(self.rate)[:, None].expand(H, c.shape[1]).cumsum(-1)
+                own = (total[:, :, None] - total[:, None]).exp().tril()
+                out.append((q @ k.mT * own) @ v + q * total.exp()[..., None] @ state)
+                left = (total[:, -1:] - total).exp()[..., None]
+                state = total[:, -1].exp()[:, None, None] * state + (k * left).mT @ v
+            return torch.cat(out, 2)
+
+    x = torch.randn(B, length, 8, generator=torch.Generator().manual_seed(1))
+    report = assert_rewritten(Chunks(), x, compiled=False)
+    assert f"N={length} H={H}" in str(report)

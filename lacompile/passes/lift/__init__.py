@@ -52,7 +52,7 @@ def analyse(
         matches, refusals = search(schedule, interpreter, holders(interpreter))
         equal: tuple[Equal, ...] = ()
         lengths = _lengths(gm, example_inputs)
-        for settings in _other_readings(interpreter, gm, example_inputs, may_be_equal):
+        for settings, settles in _other_readings(interpreter, gm, example_inputs, may_be_equal):
             missed = refusals or not matches or _parts(lengths, matches)
             if not missed and "turned_whole" not in settings:
                 continue
@@ -60,7 +60,9 @@ def analyse(
             other.run(gm, example_inputs)
             found, left = search(schedule, other, holders(other))
             these = _lengths(gm, example_inputs, other.equal)
-            if _missing(these, found, left) < _missing(lengths, matches, refusals):
+            # Where a loop over chunks settles the length, what was found without it is chunks.
+            chunks = settles and _parts(lengths, matches) == sum(len(m.facts) for m in matches)
+            if chunks or (found and _missing(these, found, left) < _missing(lengths, matches, refusals)):
                 matches, refusals, equal, lengths = found, left, tuple(other.equal), these
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal(
@@ -73,23 +75,23 @@ def analyse(
 
 def _other_readings(
     first: Interpreter, gm: fx.GraphModule, example_inputs: Sequence[Any], may_be_equal: bool
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[tuple[dict[str, Any], bool]]:
     """Where rounding leaves another reading of a buffer, inputs are turned or weighed, or sizes of several may be one.
 
-    Each is what an interpreter is told for it.
+    Each is what an interpreter is told for it, and whether that is the length that a loop over chunks has.
     """
     if first.statics is not None and (first.statics.ambiguous or _multiplied(first, first.statics.lines)):
-        yield {"reading": 1}
+        yield {"reading": 1}, False
     if first.engine.turned:
-        yield {"turned_whole": True}
+        yield {"turned_whole": True}, False
     if first.engine.weighed:
-        yield {"weighed_whole": True}
+        yield {"weighed_whole": True}, False
     inputs = gm.graph.find_nodes(op="placeholder")
     if may_be_equal and (equal := alike(inputs, example_inputs)):
-        yield {"equal": equal}
+        yield {"equal": equal}, False
     confined = first.engine.sizes.confined
     if may_be_equal and confined and (numbers := alike(inputs, example_inputs, confined)) != equal:
-        yield {"equal": numbers}
+        yield {"equal": numbers}, True
 
 
 def _multiplied(interpreter: Interpreter, leaves: set[int]) -> bool:
@@ -102,8 +104,7 @@ def _multiplied(interpreter: Interpreter, leaves: set[int]) -> bool:
 def _missing(lengths: set[str], matches: Sequence[Match], refusals: Sequence[Refusal]) -> tuple[int, ...]:
     """What a reading leaves to be wished for: of two the one that is less is better."""
     rows = sum(hint(f.heads) * hint(f.length) for m in matches for f in m.facts)
-    parts = _parts(lengths, matches)
-    return parts == sum(len(m.facts) for m in matches), parts, len(refusals), -rows, len(matches)
+    return not matches, _parts(lengths, matches), len(refusals), -rows, len(matches)
 
 
 def _lengths(gm: fx.GraphModule, example_inputs: Sequence[Any], equal: Sequence[Equal] = ()) -> set[str]:

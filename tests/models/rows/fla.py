@@ -219,7 +219,7 @@ ROWS = [
     row("`naive_retention`", "parallel", retention, 40, before=48, any_length="a number"),
     row("`naive_parallel_simple_gla`", "parallel", simple_parallel, 40, before=48),
     row("`naive_chunk_simple_gla`", "chunkwise", simple_chunks, 48),
-    row("`naive_chunk_simple_gla`, padded", "chunkwise", simple_chunks, 37, before=39, any_length="0"),
+    row("`naive_chunk_simple_gla`, padded", "chunkwise", simple_chunks, 37, before=39, any_length="a number"),
     row("`naive_chunk_simple_gla`, state in and out", "chunkwise", simple_chunks_with_state, 48),
     row("`naive_recurrent_simple_gla`, state in and out", "recurrent", simple_tokens, 12),
     row("`naive_chunk_linear_attn`", "chunkwise", linear_chunks(False), 128, before=192),

@@ -70,7 +70,7 @@ class Opaque:
     series: Series | None = None
     """The values of the graph that are its pieces; of one that no single node holds."""
     joined: tuple[int, int] | None = None
-    """Dimensions of the node, of chunks and of their tokens, that are one of the leaf, in the place of the second."""
+    """Two dimensions of the value that are one of the leaf, as chunks and their tokens, in the place of the second."""
 
     @property
     def unmerged(self) -> bool:

@@ -73,6 +73,11 @@ class Term:
         return self._signature
 
     @property
+    def is_product(self) -> bool:
+        """Of two factors at least, of which exp of plain data is one."""
+        return len(self.accs) + sum(bool(m) and f.is_const for m, f in self.exp.lin if self.accs) >= 2
+
+    @property
     def leaves(self) -> Iterator[int]:
         """Those of the factors, and of the weight."""
         return (leaf for accs in (self.accs, *self.exp.monos) for leaf, _ in accs)

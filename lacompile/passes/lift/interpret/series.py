@@ -18,7 +18,7 @@ from torch import fx
 
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
-from ..domain.kinds import HERE, Opaque, Series
+from ..domain.kinds import HERE, Opaque, Series, Symbol
 from ..domain.leaves import Interval, Leaf, Leaves
 from ..domain.space import own_index
 from ..domain.term import Term, Val
@@ -199,10 +199,18 @@ class SeriesTable:
     def _indices(self, leaf: int, idx: Sequence[Aff], shape: tuple[Aff, ...]) -> Iterator[tuple[Aff, Place | None]]:
         """Each index with the place that it is at, unless the leaf is a parameter."""
         found = self._leaves[leaf]
+        if isinstance(found.kind, Symbol):  # of which each argument has dimensions of its own
+            for given in found.kind.given(idx):
+                if isinstance(given, tuple):
+                    (of, at), _ = given
+                    yield from self._indices(of, at, shape)
+            return
         behind = 0  # the dimension behind those of the value that were met
         for a, size in zip(idx, found.shape, strict=True):
             yield a, None if found.parameter else _place(a, size, shape, behind)
             behind = max([behind, *(v + 1 for v, _ in a.terms if 0 <= v < len(shape))])
+            if size == ONE and behind < len(shape) and shape[behind] == ONE:
+                behind += 1
 
 
 def _dimension_of(place: Place, shape: Sequence[Aff]) -> int:
@@ -267,7 +275,8 @@ def _whole_access(args: tuple[Any, ...], leaves: Leaves) -> Access | None:
 def _place(a: Aff, size: Aff, shape: tuple[Aff, ...], behind: int) -> Place | None:
     """The place that an index is at along a dimension of this size; None if it runs over all of it."""
     if a.is_const:
-        return Place(int(a.const), 1, size, behind) if size != ONE else None
+        kept = next((d for d in range(behind, len(shape)) if shape[d] == ONE), behind)  # as of a chunk of one token
+        return Place(int(a.const), 1, size, kept) if size != ONE else None
     if len(a.terms) != 1 or a.terms[0][1] != 1 or not 0 <= (d := a.terms[0][0]) < len(shape):
         return None
     if shape[d] == size or not shape[d].is_const:

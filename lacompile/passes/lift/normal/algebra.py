@@ -68,7 +68,7 @@ class Algebra(Slopes):
     def _unit_coefficient(term: Term) -> Term:
         """The size of the coefficient of a product belongs to its weight: 0.9 * S and exp(log 0.9) * S are one form."""
         size = abs(term.coef)
-        if size == 1 or len(term.accs) < 2 or math.isinf(size):
+        if size == 1 or not term.is_product or math.isinf(size):
             return term
         log = Exponent.of([((), Aff.lit(math.log(size)))], ())
         return term.but(coef=math.copysign(1.0, term.coef), exp=term.exp + log)

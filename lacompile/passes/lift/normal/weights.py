@@ -20,7 +20,7 @@ def align_weights(
     space: Space, leaves: Leaves, shape: Sequence[Aff], a: Sequence[Term], b: Sequence[Term]
 ) -> tuple[list[Term], list[Term]]:
     """The terms of both sides of a sum, factors of one beyond those of the other moved to its exponent."""
-    targets = sorted((t for t in (*a, *b) if _is_product(t)), key=lambda t: len(t.accs))
+    targets = sorted((t for t in (*a, *b) if t.is_product), key=lambda t: len(t.accs))
 
     def lift(terms: Sequence[Term], others: Sequence[Term]) -> list[Term]:
         weighed = ((t, _weigh(space, leaves, t, _of_its_sign(t, targets))) for t in terms)
@@ -32,11 +32,6 @@ def align_weights(
 def _of_its_sign(t: Term, others: Sequence[Term]) -> list[Term]:
     """What is taken away from a sum is no token that it is added to."""
     return [x for x in others if x.coef * t.coef > 0]
-
-
-def _is_product(t: Term) -> bool:
-    """Of two factors at least, of which exp of plain data is one."""
-    return len(t.accs) + sum(bool(m) and f.is_const for m, f in t.exp.lin if t.accs) >= 2
 
 
 def as_update(space: Space, leaves: Leaves, shape: Sequence[Aff], terms: Sequence[Term]) -> list[Term]:

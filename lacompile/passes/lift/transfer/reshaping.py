@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
+from ..domain.kinds import Opaque
 from ..domain.space import Space, box
-from ..domain.term import Val
+from ..domain.term import Val, value
 from ..engine import Engine, GiveUp
 from . import Op, rule
 
@@ -21,7 +23,37 @@ def view(op: Op) -> Val:
         raise GiveUp("the bits of a tensor in another format")
     v = op.args[0]
     mapping = view_map(op.engine, v.shape, op.shape)
-    return op.engine.index(v, mapping, op.shape)
+    return _features_joined(op.engine, op.engine.index(v, mapping, op.shape))
+
+
+def _features_joined(engine: Engine, v: Val) -> Val:
+    """A value of the graph whose last two dimensions are one now, as a leaf that has them as one.
+
+    Of ``stack([a, b], -1).flatten(-2)``, as of pairs of features that were turned, each feature is an index then, and
+    no quotient and remainder, which no factor without the two dimensions has.
+    """
+    t = v.one
+    if t is None or v.alt is not None or len(t.accs) != 1:
+        return v
+    leaf, idx = t.accs[0]
+    found = engine.leaves[leaf]
+    kind = found.kind
+    if not isinstance(kind, Opaque) or kind.joined or kind.reading or not (kind.node or kind.series) or len(idx) < 3:
+        return v
+    outer, inner = found.shape[-2:]
+    if not inner.is_const or inner == ONE or outer == ONE or not idx[-2].divides:
+        return v
+    x, size = idx[-2] * inner.const + idx[-1], outer * inner.const
+    if len(x.terms) != 1 or x != Aff.var(x.terms[0][0]) or not 0 <= x.terms[0][0] < len(v.shape):
+        return v
+    if v.shape[x.terms[0][0]] != size:
+        return v
+    last = len(idx) - 1
+    if kind.series is not None and kind.series.dim >= last - 1:
+        return v
+    joined = replace(found, kind=replace(kind, joined=(last - 1, last)), shape=(*found.shape[:-2], size))
+    access = engine.leaves.intern(("joined", leaf), joined), (*idx[:-2], x)
+    return value(v.shape, [t.but(accs=(access,))], precision=v.precision)
 
 
 def view_map(engine: Engine, old: tuple[Aff, ...], new: tuple[Aff, ...]) -> dict[int, Aff]:

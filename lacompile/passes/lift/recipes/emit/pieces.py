@@ -65,8 +65,14 @@ class Piece:
 def held_by(kind: Opaque) -> Expr:
     """The value of the graph that is this leaf."""
     assert kind.node is not None
+    return joined(Value(kind.node), kind)
+
+
+def joined(of: Expr, kind: Opaque) -> Expr:
+    """With the two dimensions that are one of this leaf as one."""
     if kind.joined is None:
-        return Value(kind.node)
-    chunk, token = kind.joined
-    at = token - (chunk < token)
-    return Call(torch.flatten, (Call(torch.movedim, (Value(kind.node), chunk, at)), at, at + 1))
+        return of
+    outer, inner = kind.joined
+    at = inner - (outer < inner)
+    moved = of if outer == at else Call(torch.movedim, (of, outer, at))
+    return Call(torch.flatten, (moved, at, at + 1))

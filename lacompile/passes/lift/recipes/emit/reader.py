@@ -13,12 +13,12 @@ from ....._compat import takes_no_number
 from ....facts import Call, Const, Expr, Value
 from ...domain.affine import ZERO, Aff
 from ...domain.exponent import Access
-from ...domain.kinds import Extended, Number, Opaque, Positions, Scalar, Series, Symbol, Table
+from ...domain.kinds import Extended, Number, Opaque, Positions, Scalar, Symbol, Table
 from ...engine import Engine
 from ..holders import Place, place_of
 from .lengths import number_of
 from .numbers import Numbers
-from .pieces import CannotEmit, Piece, held_by
+from .pieces import CannotEmit, Piece, held_by, joined
 from .series import joined_pieces
 from .views import Views
 
@@ -51,7 +51,7 @@ class Reader:
         leaf = self.leaves[leaf_id]
         kind = leaf.kind
         if isinstance(kind, Opaque) and kind.series is not None:
-            return self._beside(kind.series, leaf.shape, idx, leaf.dtype)
+            return self._beside(kind, leaf.shape, idx, leaf.dtype)
         if isinstance(kind, Opaque):
             return self.views.indexed(self._value(leaf_id, kind), leaf.shape, idx, leaf.dtype)
         if leaf_id in self.held:
@@ -81,14 +81,16 @@ class Reader:
             return self.computed(leaf_id)
         raise CannotEmit("a value of the traced graph", f"a value inside an operation ({kind.label})")
 
-    def _beside(self, series: Series, shape: tuple[Aff, ...], idx: tuple[Aff, ...], dtype: torch.dtype) -> Piece:
+    def _beside(self, kind: Opaque, shape: tuple[Aff, ...], idx: tuple[Aff, ...], dtype: torch.dtype) -> Piece:
         """The pieces of a series that an access reads, joined."""
+        series = kind.series
+        assert series is not None
         at, dim = idx[series.dim], series.dim
         first, last = self.views.bounds(at)
-        joined = joined_pieces(self.leaves, series, first, last)
-        start, length = joined.start, joined.length
-        shape = (*shape[:dim], Aff.lit(length), *shape[dim + 1 :])
-        return self.views.indexed(joined.expr, shape, (*idx[:dim], at - start, *idx[dim + 1 :]), dtype)
+        pieces = joined_pieces(self.leaves, series, first, last)
+        shape = (*shape[:dim], Aff.lit(pieces.length), *shape[dim + 1 :])
+        idx = (*idx[:dim], at - pieces.start, *idx[dim + 1 :])
+        return self.views.indexed(joined(pieces.expr, kind), shape, idx, dtype)
 
     def _extended(self, leaf_id: int, idx: tuple[Aff, ...]) -> Piece:
         """A leaf read beyond its ends too, where it is zero: a value of the graph, padded."""

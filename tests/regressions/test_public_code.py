@@ -515,6 +515,35 @@ def test_turned_pairs_by_another_position_than_their_own():
     assert_refused(f, *qkv(), options=OFF)
 
 
+class Turned(torch.nn.Module):
+    """Chunks whose projections are made and turned in the step."""
+
+    def __init__(self, masked: str):
+        super().__init__()
+        self.project, self.masked = torch.nn.ModuleList(torch.nn.Linear(8, H * D) for _ in range(3)), masked
+
+    def forward(self, x):
+        state, out = torch.zeros(B, H, D, D), []
+        total = torch.zeros(H, 4).cumsum(-1)
+        weights = (total[:, :, None] - total[:, None]).masked_fill(distance(4) < 0, float("-inf")).exp()
+        for n in range(0, x.shape[1], 4):
+            q, k, v = (p(x[:, n : n + 4]).view(B, 4, H, D).transpose(1, 2) for p in self.project)
+            q, k = in_pairs(q, n), in_pairs(k, n)
+            scores = q @ k.mT
+            out.append((scores.tril() if self.masked == "tril" else scores * weights) @ v + q @ state)
+            state = state + k.mT @ v
+        return torch.cat(out, 2)
+
+
+@pytest.mark.parametrize("masked", ["tril", "weights"])
+def test_turned_pairs_in_a_step_of_chunks(masked):
+    """A mask of ones, as wide as a chunk is long, is no table of angles."""
+    torch.manual_seed(0)
+    x = torch.randn(B, 12, 8, generator=torch.Generator().manual_seed(1))
+    report = assert_rewritten(Turned(masked), x, compiled=False)
+    assert not report.near_misses and f"N=12 H={H}" in str(report)
+
+
 @pytest.mark.parametrize("length", [12, 13, 14])
 def test_a_last_chunk_of_one_token(length):
     """A layer's own projections of the last chunk have one token, in the dimension that others have four in."""

@@ -46,7 +46,10 @@ class Structure(Program):
         )
 
     def of_features(self, v: Val, w: Val) -> bool:
-        """Whether ``v`` has the features of ``w`` and less of its other dimensions, and moves along features alone."""
+        """Whether ``v`` has the features of ``w`` and less of its other dimensions, and moves along features alone.
+
+        What has guards is a mask, of scores whose columns are as many as a chunk has tokens.
+        """
         if not v.shape or v.shape == w.shape or len(v.shape) > len(w.shape):
             return False
         if not v.shape[-1] == w.shape[-1] != ONE:
@@ -56,6 +59,8 @@ class Structure(Program):
         along = all(any(last in self.space.vars_of(idx) for _, idx in m) for m in moving)
         unweighed = v.with_terms(lambda t: t.but(exp=NO_EXPONENT))
         known = self.index_only(v) or self.plain(unweighed)
+        if any(c.guards for c in v.cases) or any(t.guards for t in terms):
+            return False
         return along and known and not any(t.exp.sums for t in terms)
 
     def places(self, access: Access) -> list[Aff]:

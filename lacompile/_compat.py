@@ -78,8 +78,6 @@ def symbolic_kernels(fake_mode: Any) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def of_fakes(fake_mode: Any) -> Iterator[None]:
     """What is called inside with fake tensors makes one, as Dynamo would, and adds no guards to the traced program."""
-    import torch
-
     with fake_mode, suppressed_guards(fake_mode), symbolic_kernels(fake_mode), torch.no_grad():
         yield
 

@@ -501,8 +501,8 @@ def test_turned_pairs_of_features_and_a_given_state(form):
     assert not report.near_misses and f"N=12 H={H} Dk={D}" in str(report)
 
 
-def test_turned_pairs_by_another_position_than_their_own():
-    """Whichever angles a step turns by, its keys are those of the token: this is an attention of other features."""
+def test_turned_pairs_in_a_step_and_a_state_that_grows_once():
+    """Whichever angles a step turns by, its keys are those of the token: it is the decay that is none."""
 
     def f(q, k, v):
         state, out = torch.zeros(B, H, D, E), []

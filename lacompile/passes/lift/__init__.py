@@ -61,7 +61,7 @@ def analyse(
             found, left = search(schedule, other, holders(other))
             these = _lengths(gm, example_inputs, other.equal)
             # Where a loop over chunks settles the length, what was found without it is chunks.
-            chunks = settles and _parts(lengths, matches) == sum(len(m.facts) for m in matches)
+            chunks = settles and matches and _parts(lengths, matches) == sum(len(m.facts) for m in matches)
             if chunks or (found and _missing(these, found, left) < _missing(lengths, matches, refusals)):
                 matches, refusals, equal, lengths = found, left, tuple(other.equal), these
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,15 @@ class Leaves:
         low, high = inner.interval
         interval = (min(low, 0.0), max(high, 0.0))
         return self.intern(Extended(of), Leaf(Extended(of), inner.shape, inner.dtype, interval, inner.rests_on))
+
+    def joined(self, leaf: int, outer: int, inner: int) -> int:
+        """An opaque leaf with two dimensions as one, in the place of the inner one, whose size is a number."""
+        found, sizes = self[leaf], list(self[leaf].shape)
+        assert isinstance(found.kind, Opaque) and found.kind.joined is None
+        sizes[inner] = sizes[outer] * int(sizes[inner].const)
+        del sizes[outer]
+        joined = replace(found, kind=replace(found.kind, joined=(outer, inner)), shape=tuple(sizes))
+        return self.intern(("joined", leaf, outer, inner), joined)
 
     def scalar(self, kind: Scalar, interval: Interval) -> Access:
         return self.intern(kind, Leaf(kind, (), torch.float64, interval)), ()

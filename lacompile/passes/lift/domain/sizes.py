@@ -30,8 +30,7 @@ class Sizes:
         self._equal: dict[Any, Any] | None = None  # an expression -> a simpler one of the same value
         self._divisor: dict[Any, int] = {}  # a size -> a number that divides it
         self._within: dict[Any, tuple[Number, Number]] = {}  # a size -> its least and its largest value
-        self.confined: set[Any] = set()
-        """Sizes of which the guards leave a few numbers, as of so many chunks, the last of which may not be whole."""
+        self._counted: set[Any] = set()  # sizes of which so many chunks are known
 
     def __call__(self, expr: Any, env: Any) -> Aff:
         """The affine form of an expression of PyTorch's shape environment ``env``."""
@@ -42,6 +41,11 @@ class Sizes:
                 self._learn(getattr(env, "guards", ()))
             found = self._known[expr] = self._made(expr, env)
         return found
+
+    @property
+    def confined(self) -> set[Any]:
+        """Sizes of which the guards leave a few numbers, as of so many chunks, the last of which may not be whole."""
+        return {size for size in self._counted if size not in self._known or not self._known[size].is_const}
 
     def name(self, v: int) -> str | None:
         """What PyTorch calls the size that a variable is."""
@@ -128,7 +132,7 @@ class Sizes:
         if m <= 0 or len(a.free_symbols) != 1:
             return
         (size,) = a.free_symbols
-        self.confined.add(size)
+        self._counted.add(size)
         d = a - (c := a.coeff(size)) * size
         if not (c.is_Integer and d.is_Integer and c > 0):
             return

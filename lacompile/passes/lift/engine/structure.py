@@ -55,12 +55,12 @@ class Structure(Program):
         if not v.shape[-1] == w.shape[-1] != ONE:
             return False
         last, terms = len(v.shape) - 1, [t for c in v.cases for t in c.terms]
+        if any(x.guards for x in (*v.cases, *terms)):
+            return False
         moving = [m for t in terms for m, f in t.exp.lin if not f.is_const]
         along = all(any(last in self.space.vars_of(idx) for _, idx in m) for m in moving)
         unweighed = v.with_terms(lambda t: t.but(exp=NO_EXPONENT))
         known = self.index_only(v) or self.plain(unweighed)
-        if any(c.guards for c in v.cases) or any(t.guards for t in terms):
-            return False
         return along and known and not any(t.exp.sums for t in terms)
 
     def places(self, access: Access) -> list[Aff]:

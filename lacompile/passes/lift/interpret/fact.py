@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,3 +22,8 @@ class Fact:
     """The widest format the sums inside it were computed in."""
     after: fx.Node | None = None
     """The node that last wrote into it, if it was written after it was made."""
+
+
+def given_to(node: fx.Node, facts: Mapping[fx.Node, Fact]) -> list[Val]:
+    """The values that a call is given, of those that are known."""
+    return [facts[n].value for n in node.all_input_nodes if n in facts]

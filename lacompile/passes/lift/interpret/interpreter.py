@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..inputs.alike import Equal
 from ..inputs.statics import Statics
 from ..transfer import Op, transfer
 from .constants import Constants
-from .fact import Fact
+from .fact import Fact, given_to
 from .loops import LoopResults
 from .numbers import MAX_BAKED, Numbers
 from .own import leaves_of, own_leaf, readable, rooted, unsplit, whole_if_inside
@@ -205,7 +205,7 @@ class Interpreter:
             compute = self._compute(node, tensor)
             val = rooted(self.engine, node, val, tensor) if single else val
             val = whole_if_inside(self.engine, node, val, tensor, self._born_since()) if single else val
-            val = unsplit(self.engine, node, val, self._known_of(node)) if single else val
+            val = unsplit(self.engine, node, val, given_to(node, self.facts)) if single else val
             val = self._pieces.beside_others(node, val, tensor, repeatable) if single else val
             val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.sums(val)):
@@ -265,10 +265,6 @@ class Interpreter:
             for writer in self._memory.record(fact.tensor).root.writers:
                 out += [n for n in writer.all_input_nodes if n is not node and n not in out]
         return out
-
-    def _known_of(self, node: fx.Node) -> Iterator[Val]:
-        """The values that a call is given."""
-        return (self.facts[n].value for n in node.all_input_nodes if n in self.facts)
 
     def _born_since(self) -> range:
         """The leaves that are new since this was asked for the node before."""

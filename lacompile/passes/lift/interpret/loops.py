@@ -12,7 +12,7 @@ from ...capture import Capture
 from ..domain.kinds import Opaque
 from ..domain.term import Precision, Term, Val, value
 from ..engine import Engine
-from .fact import Fact
+from .fact import Fact, given_to
 from .own import leaves_of, own_leaf
 from .series import Circumstances, SeriesTable
 from .windows import window
@@ -68,7 +68,7 @@ class LoopResults:
         """What a loop computes for a token from a window of them, as a piece of one tensor for all."""
         if node.op not in CALLS or node in self._memory.record(tensor).root.writers or self._is_piece(val):
             return val
-        found = window(self._engine, val, (self._facts[n].value for n in node.all_input_nodes if n in self._facts))
+        found = window(self._engine, val, given_to(node, self._facts))
         if found is None:
             return val
         kind = Opaque(None, node.name, leaves_of([val]))

@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from ..domain.affine import ONE, Aff
+from ..domain.exponent import Access
 from ..domain.kinds import Opaque
 from ..domain.space import own_index
-from ..domain.term import Val, value
+from ..domain.term import Term, Val, value
 from ..engine import Engine
 
 
@@ -26,10 +27,7 @@ def own_leaf(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> V
 
 def rooted(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
     """A leaf born inside this node becomes the node's own value, so that a rewrite can refer to it."""
-    for t in (val.alt, val.one):
-        if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or not t.poly.is_const:
-            continue
-        leaf, idx = t.accs[0]
+    for t, (leaf, idx) in _accesses(val):
         kind = engine.leaves[leaf].kind
         if not isinstance(kind, Opaque) or kind.node is not None or kind.series is not None:
             continue
@@ -42,32 +40,34 @@ def rooted(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val
     return val
 
 
-def unsplit(engine: Engine, node: fx.Node, val: Val, given: Iterable[Val]) -> Val:
+def unsplit(engine: Engine, node: fx.Node, val: Val, given: Sequence[Val]) -> Val:
     """The node's leaf with chunks and their tokens in one dimension, as what it is computed from has them.
 
     Of ``linear(x.reshape(b, n, c, d))`` the parts that a loop reads are then parts of one sequence, as those of
     ``linear(x).reshape(b, n, c, d)`` are. Which dimensions are taken for these is a name, and nothing rests on it.
     """
-    for t in (val.alt, val.one):
-        if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or not t.poly.is_const:
+    for t, (leaf, idx) in _accesses(val):
+        shape = engine.leaf_shapes[leaf]
+        kind = engine.leaves[leaf].kind
+        if not isinstance(kind, Opaque) or kind.node is not node or kind.joined or idx != own_index(shape):
             continue
-        leaf, idx = t.accs[0]
-        found = engine.leaves[leaf]
-        kind = found.kind
-        if not isinstance(kind, Opaque) or kind.node is not node or kind.joined or idx != own_index(found.shape):
-            continue
-        split = next((s for v in given for s in _split(engine, v, found.shape)), None)
+        split = next((s for v in given for s in _split(engine, v, shape)), None)
         if split is None:
             continue
         chunk, token = split
-        at, sizes = list(idx), list(found.shape)
-        at[token] = engine.space.times(at[chunk], sizes[token]) + at[token]
-        sizes[token] = engine.space.times(sizes[chunk], sizes[token])
-        del at[chunk], sizes[chunk]
-        new = engine.leaves.add(replace(found, kind=replace(kind, joined=split), shape=tuple(sizes)))
-        term = t.but(accs=((new, tuple(at)),))
+        at = list(idx)
+        at[token] += at[chunk] * shape[token].const
+        del at[chunk]
+        term = t.but(accs=((engine.leaves.joined(leaf, *split), tuple(at)),))
         return replace(val, alt=term) if t is val.alt else value(val.shape, [term], precision=val.precision)
     return val
+
+
+def _accesses(val: Val) -> Iterator[tuple[Term, Access]]:
+    """Of the value as it is taken, and as it is looked into, those that are one access and nothing else."""
+    for t in (val.alt, val.one):
+        if t is not None and t.coef == 1 and len(t.accs) == 1 and not t.exp and not t.guards and t.poly.is_const:
+            yield t, t.accs[0]
 
 
 def _split(engine: Engine, v: Val, shape: Sequence[Aff]) -> Iterator[tuple[int, int]]:

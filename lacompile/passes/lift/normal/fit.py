@@ -82,8 +82,8 @@ def _own_decay(algebra: Algebra, a: Term, b: Term, t: int) -> tuple[Exponent, Ex
         for p, q, size in zip(x, y, sizes[leaf], strict=True)
         if p.is_const and q - p == ONE
     }
-    theirs = {mono for mono, _ in b.exp.lin}
-    only_theirs = [x for x in b.exp.lin if all(x[0] != mono for mono, _ in a.exp.lin)]
+    mine, theirs = ({mono for mono, _ in x.exp.lin} for x in (a, b))
+    only_theirs = [(mono, f) for mono, f in b.exp.lin if mono not in mine]
     lin, sums = [], []
     for mono, f in a.exp.lin:
         read = {
@@ -155,7 +155,7 @@ def _moving_rates(
     out, there = [], sorted(right)
     for x in sorted(left):
         y = next((y for y in there if [leaf for leaf, _ in x] == [leaf for leaf, _ in y]), None)
-        if x and y is not None:
+        if y is not None:
             there.remove(y)
             fitted = [_fit_access(algebra, p, q, t, {}) for p, q in zip(x, y, strict=True)]
             out.append((x, y, tuple(a for a in fitted if a is not None)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import torch
 
@@ -36,11 +35,10 @@ def _features_joined(engine: Engine, v: Val) -> Val:
     if t is None or v.alt is not None or len(t.accs) != 1:
         return v
     leaf, idx = t.accs[0]
-    found = engine.leaves[leaf]
-    kind = found.kind
+    kind = engine.leaves[leaf].kind
     if not isinstance(kind, Opaque) or kind.joined or kind.reading or not (kind.node or kind.series) or len(idx) < 3:
         return v
-    outer, inner = found.shape[-2:]
+    outer, inner = engine.leaf_shapes[leaf][-2:]
     if not inner.is_const or inner == ONE or outer == ONE or not idx[-2].divides:
         return v
     x, size = idx[-2] * inner.const + idx[-1], outer * inner.const
@@ -51,8 +49,7 @@ def _features_joined(engine: Engine, v: Val) -> Val:
     last = len(idx) - 1
     if kind.series is not None and kind.series.dim >= last - 1:
         return v
-    joined = replace(found, kind=replace(kind, joined=(last - 1, last)), shape=(*found.shape[:-2], size))
-    access = engine.leaves.intern(("joined", leaf), joined), (*idx[:-2], x)
+    access = engine.leaves.joined(leaf, last - 1, last), (*idx[:-2], x)
     return value(v.shape, [t.but(accs=(access,))], precision=v.precision)
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,13 +135,21 @@ def is_aligned(name: str, kind: str) -> bool:
     return kind.startswith("*") or name in ("s_b", "s_h", "s_k", "e_b", "e_h", "e_k")
 
 
-def compiled(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) -> dict[str, int]:
-    """Registers, stack bytes per thread, shared memory and warp-group products of one kernel."""
+def parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter of a kernel."""
+    header = ptx[ptx.index(".entry") :]
+    found = re.findall(r"\.param (?:\.align \d+ )?\.[a-z](\d+) [^,)[]*(?:\[(\d+)\])?", header[: header.index(")")])
+    return [int(bits) // 8 * int(count or 1) for bits, count in found]
+
+
+def compiled(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) -> dict[str, Any]:
+    """Registers, stack bytes per thread, shared memory, warp-group products and parameters of one kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    from lacompile.kernels.lightning2.direct import layout_of
     from lacompile.kernels.lightning2.hopper.layouts import SWIZZLED
 
     made_of = case(name, element, dk, dv, per_token, tma)
@@ -169,16 +178,21 @@ def compiled(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bo
         usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
+    rest = [const.get(name, 1) for name in names if not name.endswith(("_ptr", "_source", "_target", "_full", "_part"))]
+    described = [kind.startswith("tensordesc") for kind in source.signature.values()][: len(names) - len(rest)]
+    layout = layout_of(made, described, [*[SimpleNamespace(shape=[1] * 4, strides=[1] * 4)] * len(described), *rest])
     return {
         "registers": int(found[1]),
         "stack": int(found[2]),
         "shared": made.metadata.shared,
         "products": made.asm["ptx"].count("wgmma.mma_async"),
+        "packed": layout and layout.sizes,
+        "taken": parameter_sizes(made.asm["ptx"]),
     }
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, int]]:
+def results() -> dict[str, dict[str, Any]]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -195,6 +209,14 @@ def test_fits(case, results):
     assert found["shared"] <= 227 * 1024, found
     if kernel.split()[0] in ("hopper", "forward", "backward", "contributions"):
         assert found["products"] > 0, "no warp-group products: a tile too small for Hopper's tensor cores"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_packed_as_the_kernel_takes_them(case, results):
+    """What CUDA's driver says of a kernel before it is launched without Triton."""
+    found = results[case]
+    assert len(found["taken"]) > 4
+    assert found["packed"] == found["taken"]
 
 
 if __name__ == "__main__":

@@ -295,6 +295,88 @@ class TestSelfCheck:
         check(kernels, *args)
 
 
+class TestLaunches:
+    """From the second call on kernels are launched through CUDA's driver, not by Triton."""
+
+    @pytest.fixture
+    def launches(self, kernels, monkeypatch):
+        """All that are prepared, as pairs of a launch and how often Triton launched it."""
+        seen = []
+
+        class Recorded(kernels.calls.Launch):
+            def __init__(self, *args):
+                super().__init__(*args)
+                seen.append(self)
+
+        for name in ("forward", "backward", "segments", "decode", "decay_grad", "factors"):
+            monkeypatch.setattr(importlib.import_module(f"{kernels.__name__}.{name}"), "Launch", Recorded)
+        kernels.calls.forget()
+        return seen
+
+    def runs(self, kernels, monkeypatch, per_token):
+        """A call of every kernel, for the same numbers at other addresses in each."""
+        set_plan(kernels, monkeypatch, lambda length: (512, -(-length // 512)))
+        args, do, d_state = arguments(1100, per_token=per_token, k_heads=1)
+
+        def run():
+            inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+            few = [x[:, :, :3] if i < 3 or (i == 3 and per_token) else x for i, x in enumerate(inputs)]
+            state = inputs[5].clone()
+            decoded = kernels.decode(*few[:5], state)
+            return (*kernels.forward(*inputs), *kernels.backward(do.clone(), d_state, *inputs), decoded, state)
+
+        return run
+
+    @DECAYS
+    def test_all_are_the_same_bits(self, kernels, launches, monkeypatch, per_token):
+        run = self.runs(kernels, monkeypatch, per_token)
+        first = run()
+        assert launches and all(launch.direct is not None for launch in launches)
+        monkeypatch.setattr(kernels.direct, "MOST", 2)
+        kept = [run() for _ in range(4)]
+        for again in kept:
+            assert all(torch.equal(a, b) for a, b in itertools.zip_longest(first, again))
+        assert all(0 < len(launch.direct.known) <= 2 for launch in launches)
+
+    def test_a_hook_is_told_of_each(self, kernels, monkeypatch):
+        from triton import knobs
+
+        run, told = self.runs(kernels, monkeypatch, per_token=False), []
+        run()
+
+        def hook(metadata):
+            told.append(metadata.get()["name"])
+
+        knobs.runtime.launch_enter_hook.add(hook)
+        try:
+            run()
+        finally:
+            knobs.runtime.launch_enter_hook.remove(hook)
+        run()
+        names = [f"{name}_kernel" for name in ("forward", "backward", "contributions", "scan", "decode", "decay_grad")]
+        assert sorted(told) == sorted([*names, "contributions_kernel", "scan_kernel"])
+
+    @pytest.mark.parametrize("change", ["fewer", "more", "other"])
+    def test_a_kernel_that_takes_something_else_is_left_to_triton(self, kernels, launches, monkeypatch, change):
+        layout_of = kernels.direct.layout_of
+
+        def wrong(*args):
+            layout = layout_of(*args)
+            if change == "fewer":
+                layout.sizes.pop()
+            elif change == "more":
+                layout.sizes.append(8)
+            else:
+                layout.sizes[-1] = 4
+            return layout
+
+        monkeypatch.setattr(kernels.direct, "layout_of", wrong)
+        run = self.runs(kernels, monkeypatch, per_token=False)
+        first, again = run(), run()
+        assert launches and all(launch.direct is None for launch in launches)
+        assert all(torch.equal(a, b) for a, b in itertools.zip_longest(first, again))
+
+
 class TestPrecision:
     @DECAYS
     def test_fp32_products_are_as_exact_as_pytorch_is_asked_to_form_its_own(self, kernels, per_token):

@@ -272,6 +272,9 @@ def _prepare(
     run = Launch(kernel, programs * split.count, [*boxes, *[None] * 8], numbers, constants, options)
     rows_shape = (k_blocks, rows, length) if want_decay else (0,)
     marks_shape = (rows, launch.blocks(length, span), dk, dv) if want_decay else (0,)
+    d_decays = None
+    if want_decay:
+        d_decays = decay_grad(log_decay, rows_shape, marks_shape, span, has_start, d_state is not None)
 
     def call(
         do: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None
@@ -290,9 +293,7 @@ def _prepare(
             q, k, v, do, q, k, do, dq, dk, dv, decays, q_rows, k_rows, q_rows if start is None else start,
             q_rows if d_start is None else d_start, marks, d_marks, d_initial,
         )  # fmt: skip
-        d_decay = q_rows
-        if want_decay:
-            d_decay = decay_grad(q_rows, k_rows, marks, d_marks, log_decay, initial, d_end, span)
+        d_decay = q_rows if d_decays is None else d_decays(q_rows, k_rows, marks, d_marks, initial, d_end)
         return finished(dq, dk, dv, d_decay, d_initial)
 
     def computes_integers() -> bool:

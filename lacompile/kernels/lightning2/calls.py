@@ -1,8 +1,9 @@
 """Launching with little Python in between: what depends on shapes alone is worked out once for each of them.
 
 A launch through ``kernel[grid](...)`` binds and inspects every argument, which for forty arguments takes longer than a
-small attention itself. So the first launch goes that way and the later ones call what it compiled. That is sound
-because everything that the compiler specialises on is in the key (:func:`signature`).
+small attention itself. So the first launch goes that way and the later ones call what it compiled, by CUDA's driver if
+that may be (:mod:`.direct`). That is sound because everything that the compiler specialises on is in the key
+(:func:`signature`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
+
+from .direct import Direct, direct, watched
 
 MOST = 1024
 """Calls that are kept: more than a model has."""
@@ -106,9 +109,13 @@ class Launch:
         self.kernel, self.grid, self.boxes = kernel, (programs, 1, 1), tuple(boxes)
         self.numbers, self.constants, self.options = tuple(numbers), constants, options
         self.run: Callable[..., None] | None = None
+        self.direct: Direct | None = None
         self.rest: tuple[Any, ...] = ()
 
     def __call__(self, *tensors: Tensor) -> None:
+        if self.direct is not None and not watched():
+            self.direct(tensors)
+            return
         pairs = zip(self.boxes, tensors, strict=True)
         if self.run is not None:
             self.run(*[x if box is None else box.unchecked(x) for box, x in pairs], *self.rest)
@@ -119,3 +126,5 @@ class Launch:
             named = self.kernel.arg_names[len(arguments) + len(self.numbers) :]
             self.rest = (*self.numbers, *(self.constants[name] for name in named))
             self.run = compiled[self.grid]
+            described = [None if box is None else box.unchecked for box in self.boxes]
+            self.direct = direct(compiled, self.grid[0], described, tensors, self.rest)

@@ -10,10 +10,14 @@ that comes after a token less what lies between.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .calls import Launch
 
 
 @triton.jit
@@ -103,26 +107,35 @@ def decay_grad_kernel(
 
 
 def decay_grad(
-    q_rows: Tensor,
-    k_rows: Tensor,
-    marks: Tensor,
-    d_marks: Tensor,
     log_decay: Tensor,
-    start: Tensor | None,
-    d_end: Tensor | None,
+    rows_shape: Sequence[int],
+    marks_shape: Sequence[int],
     span: int,
-) -> Tensor:
-    """Gradient of ``log_decay`` ``[H]`` or ``[B,H,N]``, fp32, from what the backward kernel wrote down."""
-    blocks, rows, length = q_rows.shape
-    spans = marks.shape[1]
+    has_start: bool,
+    has_d_end: bool,
+) -> Callable[..., Tensor]:
+    """Makes the gradient of log-decays like these, ``[H]`` or ``[B,H,N]``, of what the backward kernel wrote down.
+
+    The result takes its row sums and marks, of the shapes given, the state before the first token and the gradient of
+    that after the last, if there are any. It returns fp32.
+    """
+    blocks, rows, length = rows_shape
+    _, spans, dk, dv = marks_shape
     per_token = log_decay.dim() == 3
     heads = log_decay.shape[1 if per_token else 0]
     shape = log_decay.shape if per_token else (rows // heads, heads, spans)
-    out = torch.empty(shape, dtype=torch.float32, device=q_rows.device)
-    decay_grad_kernel[(rows * spans,)](
-        q_rows, k_rows, marks, d_marks, q_rows if start is None else start, q_rows if d_end is None else d_end, out,
-        length, rows, spans,
-        DKV=marks.shape[2] * marks.shape[3], BLOCKS=blocks, SPAN=span, PER_TOKEN=per_token,
-        HAS_START=start is not None, HAS_D_END=d_end is not None, num_warps=4,
+    run = Launch(
+        decay_grad_kernel, rows * spans, [None] * 7, [length, rows, spans],
+        {"DKV": dk * dv, "BLOCKS": blocks, "SPAN": span, "PER_TOKEN": per_token, "HAS_START": has_start,
+         "HAS_D_END": has_d_end},
+        {"num_warps": 4},
     )  # fmt: skip
-    return out if per_token else out.sum((0, 2))
+
+    def gradient(
+        q_rows: Tensor, k_rows: Tensor, marks: Tensor, d_marks: Tensor, start: Tensor | None, d_end: Tensor | None
+    ) -> Tensor:
+        out = torch.empty(shape, dtype=torch.float32, device=q_rows.device)
+        run(q_rows, k_rows, marks, d_marks, q_rows if start is None else start, q_rows if d_end is None else d_end, out)
+        return out if per_token else out.sum((0, 2))
+
+    return gradient

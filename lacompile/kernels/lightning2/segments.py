@@ -333,7 +333,8 @@ def segment_states(
             """One for each direction, on its own: so its alignment does not depend on the number of segments."""
             return [torch.empty(shape, dtype=torch.float32, device=k.device) for _ in range(directions)]
 
-        contributions, totals = memory(rows, borders, pieces, dk, dv), memory(rows, borders, pieces)
+        contributions = memory(rows, borders, pieces, dk, dv)
+        totals = memory(rows, borders, pieces) if per_token else contributions
         made = memory(batch, heads, split.count, dk, dv)
         sources = k, v, k if q is None else q, v if do is None else do
         contribute(*sources, log_decay, contributions[0], totals[0], contributions[-1], totals[-1])

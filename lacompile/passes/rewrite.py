@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .._compat import hint, of_fakes
+from .._compat import always_equal, hint, of_fakes
 from .dead_code import CopiedMemory, erase_dead
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
 from .schedule import Schedule
@@ -122,10 +122,24 @@ class _Writer:
         self.stand_ins[match.target] = new, behind
         target.replace_all_uses_with(new, lambda user: self.place.get(user, -1) > behind, propagate_meta=False)
 
+    def _with_whole_rows(self, x: fx.Node) -> fx.Node:
+        """``x`` with the features of a token beside each other in memory, as kernels read them.
+
+        They would copy it, forwards and again backwards; in the graph that is part of what makes x.
+        """
+        example = x.meta["example_value"]
+        if example.device.type == "cpu" or always_equal(example.shape[-1], 1) or always_equal(example.stride(-1), 1):
+            return x
+        others = sorted(range(example.dim() - 1), key=lambda n: -hint(example.stride(n)))
+        return self._in_order(x, [*others, example.dim() - 1])
+
     def _with_strides_of(self, new: fx.Node, want: torch.Tensor) -> fx.Node:
         """A copy whose dimensions follow each other in memory as those of ``want`` do."""
-        rank = range(want.dim())
-        order = sorted(rank, key=lambda n: -hint(want.stride(n)))
+        return self._in_order(new, sorted(range(want.dim()), key=lambda n: -hint(want.stride(n))))
+
+    def _in_order(self, new: fx.Node, order: list[int]) -> fx.Node:
+        """A copy whose dimensions follow each other in memory in this order."""
+        rank = range(len(order))
         if order == list(rank):
             return self._call(torch.Tensor.contiguous, (new,), {})
         laid_out = self._call(torch.Tensor.contiguous, (self._call(torch.permute, (new, order), {}),), {})
@@ -180,9 +194,7 @@ class _Writer:
             self.kept.append(fact)
             state = None if fact.initial_state is None else self._emit(fact.initial_state)
             args = (
-                self._emit(fact.q),
-                self._emit(fact.k),
-                self._emit(fact.v),
+                *(self._with_whole_rows(self._emit(x)) for x in (fact.q, fact.k, fact.v)),
                 self._emit(fact.log_decay),
                 fact.scale,
                 state,

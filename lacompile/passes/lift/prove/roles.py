@@ -162,7 +162,8 @@ class Roles:
             with_e = self.e is not None and self._holds(a, self.e)
             if with_d and with_e:
                 raise Refused("separable", "keys and values in separate tensors", "one factor with both features", 4)
-            into = (p.v if with_e else p.k) if self._holds(a, self.j) else p.q if with_d else p.outer
+            of_key = p.v if with_e or self._of_values(a, with_d) else p.k
+            into = of_key if self._holds(a, self.j) else p.q if with_d else p.outer
             into.append(self._renamed(a))
         numbers = [a for a in p.outer if not self.engine.leaves.tensors([a])]
         if p.q:
@@ -172,6 +173,21 @@ class Roles:
             # One key feature: what depends on i is the query, what depends on j alone the key.
             p.q = [a for a in p.outer if self._has_role(a, N_ROLE) and not self._has_role(a, E_ROLE)]
             p.outer = [a for a in p.outer if a not in p.q]
+
+    def _of_values(self, a: Access, with_d: bool) -> bool:
+        """Whether a weight of each token has heads that values have and keys share: keys would become as many."""
+
+        def heads(of: Iterable[Access]) -> set[int]:
+            held = {v for _, idx in of for v in self.space.vars_of(idx)}
+            return held.intersection(range(MAX_DIMS)) - {self.n, self.e}
+
+        if with_d or self.e is None or not self.features:
+            return False
+        tokens = [b for b in self.main.accs if self._holds(b, self.j)]
+        keys = heads(b for b in tokens if any(self._holds(b, d) for d in self.features))
+        values = heads(b for b in tokens if self._holds(b, self.e))
+        own = heads([a])
+        return not own <= keys and own <= values
 
     def check_operands(self) -> None:
         p = self.proof

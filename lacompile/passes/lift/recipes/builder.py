@@ -65,8 +65,8 @@ class Builder:
         dtype = p.fact.compute
 
         def emitter(roles: Mapping[int, Aff]) -> Emitter:
-            exact = _exact(dtype)
-            return Emitter(self.engine, roles, everything, held, like, exact, lambda leaf: self._sum(leaf, p.fact))
+            formats = dtype, _exact(dtype)
+            return Emitter(self.engine, roles, everything, held, like, *formats, lambda leaf: self._sum(leaf, p.fact))
 
         self.emitter, positions = emitter(p.roles), Positions(self.engine.space, p, emitter)
         heads, batch = p.head_roles(self.engine.space)

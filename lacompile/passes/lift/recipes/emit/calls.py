@@ -24,8 +24,9 @@ def squeezed(expr: Expr, dim: int) -> Expr:
             return inner
         shift = 1 if made < dim else 0
         return Call(torch.unsqueeze, (squeezed(inner, dim - shift), made - 1 + shift))
-    if isinstance(expr, Call) and expr.op is torch.mul and isinstance(expr.args[1], float):
-        return Call(torch.mul, (squeezed(expr.args[0], dim), expr.args[1]))
+    by_number = isinstance(expr, Call) and expr.op is torch.mul and isinstance(expr.args[1], float)
+    if isinstance(expr, Call) and (by_number or expr.op is torch.Tensor.to):
+        return Call(expr.op, (squeezed(expr.args[0], dim), expr.args[1]))
     return Call(torch.squeeze, (expr, dim))
 
 

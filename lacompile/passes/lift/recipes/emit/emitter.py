@@ -34,7 +34,8 @@ class Emitter:
         accesses: every access that will be emitted, so that roles are split into digits once and for all.
         held: leaf -> (node, index) of graph nodes that hold a symbol leaf already.
         like: a value of the graph; what is made of known numbers alone lives on its device.
-        exact: the format of known numbers.
+        compute: the format that products are formed in, or a longer one: factors may have been cast to it before.
+        exact: the format of known numbers, and of rates.
         computed: how a leaf that no node holds, but of which it is known what it is, is computed.
     """
 
@@ -45,10 +46,11 @@ class Emitter:
         accesses: Sequence[Access],
         held: Mapping[int, Place],
         like: fx.Node,
+        compute: torch.dtype,
         exact: torch.dtype,
         computed: Callable[[int], Expr],
     ):
-        self.engine = engine
+        self.engine, self.compute = engine, compute
         self.digits = Digits(engine.space, roles, accesses)
         self.numbers = Numbers(engine, self.digits, Value(like), exact)
         self.reader = Reader(engine, Views(engine, self.digits), held, self.numbers, computed)
@@ -64,7 +66,8 @@ class Emitter:
         numbers = [number_of(self.engine, kind) for kind in kinds if isinstance(kind, Scalar)]
         read = [a for a, kind in zip(accesses, kinds, strict=True) if not isinstance(kind, Scalar)]
         pieces = [*(self.reader.read(a, rate) for a in read), *factors]
-        data = [p for p in pieces if p.dtype is not torch.bool]
+        wide = self.numbers.exact if rate else self.compute
+        data = [p.at_least(wide) for p in pieces if p.dtype is not torch.bool]
         conditions = [p for p in pieces if p.dtype is torch.bool]
         if not data and not numbers:
             return reduce(mul, conditions) if conditions else None
@@ -75,7 +78,7 @@ class Emitter:
         """In fp32 at least: what the program computed it in is not known, and it grows with the number of steps."""
         inner = self.product(mono, rate=True)
         assert inner is not None
-        return inner.to(torch.promote_types(inner.dtype, torch.float32)).scaled(coef).exp()
+        return inner.at_least(torch.float32).scaled(coef).exp()
 
     def summed(self, piece: Piece, roles: Sequence[int]) -> Piece:
         """The sum over those of the roles that the piece has."""

@@ -32,6 +32,10 @@ class Piece:
             return self
         return Piece(Call(torch.Tensor.to, (self.expr, dtype)), self.present, dtype)
 
+    def at_least(self, dtype: torch.dtype) -> Piece:
+        """In this floating format where it is in a shorter one."""
+        return self.to(torch.promote_types(self.dtype, dtype)) if self.dtype.is_floating_point else self
+
     def scaled(self, c: float | Expr) -> Piece:
         return self if c == 1 else replace(self, expr=Call(torch.mul, (self.expr, c)))
 
@@ -48,7 +52,7 @@ class Piece:
 
         Where it has underflowed, so has what its gradient is multiplied by.
         """
-        wide = self.to(torch.promote_types(self.dtype, torch.float32))
+        wide = self.at_least(torch.float32)
         return replace(wide, expr=Call(torch.clamp, (wide.expr, torch.finfo(wide.dtype).tiny)))
 
     def __mul__(self, other: Piece) -> Piece:

@@ -146,6 +146,9 @@ class Reader:
                 piece = self.read(access, rate and kind.op in OF_RATES and not (chosen and n == 0))
                 if used is not None:
                     piece = piece.to(used)
+                if kind.op is aten.exp.default:  # of a weight, of which it is not known what it was computed in
+                    piece = piece.at_least(torch.float32)
+                    dtype = piece.dtype
                 if rate and kind.op is aten.log.default and not self.leaves.truth(access[0]):
                     piece = piece.above_zero()
                     dtype = piece.dtype

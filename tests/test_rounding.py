@@ -145,6 +145,31 @@ def a_zero_that_is_amplified(i):
     return causal(i) * torch.sigmoid((i * 0.3 - 0.9) * 1e9)[None, :]
 
 
+def what_a_cast_rounded(i):
+    numbers = i * 0.1
+    return causal(i) * torch.exp((numbers - numbers.bfloat16().float()) * 10)[None, :]
+
+
+def nearly_one(i):
+    return torch.exp(i * 0.3) * torch.exp(i * -0.3)
+
+
+def the_same_numbers_at_other_places(i):
+    rows, columns = pairs(nearly_one(i), nearly_one(i))
+    return causal(i) * torch.sigmoid((rows - columns) * 1e8)
+
+
+def the_same_numbers_in_another_order(i):
+    numbers = nearly_one(i)
+    across, along = numbers.expand(len(i), -1), numbers[:, None].expand(-1, len(i))
+    return causal(i) * torch.sigmoid((across - along) * 1e8)
+
+
+def the_same_numbers_but_one_place(i):
+    numbers = nearly_one(i)
+    return causal(i) * torch.sigmoid((numbers[1:] - numbers[:-1]) * 1e8).sum()
+
+
 def what_a_large_number_swallowed(i):
     rows, columns = pairs(i, i)
     return causal(i) * torch.exp(-((rows - columns) * 0.1 + 1e9 - 1e9))
@@ -202,6 +227,10 @@ def less_than_nothing(i):
 
 
 ATTACKS = [
+    what_a_cast_rounded,
+    the_same_numbers_at_other_places,
+    the_same_numbers_in_another_order,
+    the_same_numbers_but_one_place,
     what_a_large_number_swallowed,
     what_a_mask_swallowed,
     floor_of_there_and_back,
@@ -312,7 +341,13 @@ def minus_infinity_is_below_zero(i):
     return (torch.where(causal(i) > 0, 0.0, float("-inf")) >= 0).float()
 
 
+def nothing_of_one_tensor(i):
+    numbers = torch.full((1, 1), -0.1)
+    return causal(i) * torch.exp(numbers[0, :, None] - numbers[0])
+
+
 EXACT = [
+    nothing_of_one_tensor,
     in_halves,
     in_float32,
     in_sixteen_bits,

@@ -67,6 +67,20 @@ def test_a_step_that_turns(form, name):
     assert_rewritten(form(ROTATIONS[name]), *qkv(B, H, N, D), compiled=False)
 
 
+@pytest.mark.parametrize("name", ROTATIONS)
+@pytest.mark.parametrize("form", [tokens, chunks])
+def test_exponentials_that_were_turned(form, name):
+    """Before the loop, and by each step: an exponential of all features is no decay."""
+    turn = ROTATIONS[name]
+
+    def run(q, k, v):
+        q, k = (turn(x.exp(), slice(0, N)) for x in (q, k))
+        return form(lambda x, at: x)(q, k, v)
+
+    assert_rewritten(run, *qkv(B, H, N, D), compiled=False)
+    assert_rewritten(form(lambda x, at: turn(x.exp(), at)), *qkv(B, H, N, D), compiled=False)
+
+
 def with_own_tables(rotated, repeated, frequencies, scaled=False):
     """As a layer's own step does: the tables of its positions, which are 1 and 0 at the first, are made there."""
 
@@ -98,6 +112,15 @@ OWN = {
 def test_a_step_that_makes_its_tables(form, name):
     turn = OWN[name]
     assert_rewritten(form(turn, lambda x, at: turn(x, at, -1)), *qkv(B, H, N, D), compiled=False)
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("form", [tokens, chunks])
+def test_a_step_that_turns_exponentials(form, name):
+    def turn(x, at):
+        return OWN[name](x.exp(), at)
+
+    assert_rewritten(form(turn), *qkv(B, H, N, D), compiled=False)
 
 
 def test_two_factors_at_one_token():

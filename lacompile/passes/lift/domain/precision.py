@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...._compat import outside_modes
+from .affine import ONE
 from .intervals import BOUNDS, product
 from .kinds import Table
 from .leaves import Leaves
@@ -46,6 +47,8 @@ POSITIVE = (aten.exp, aten.exp2, aten.sigmoid, aten.softplus, aten.pow, aten.sqr
 SUMS, PRODUCTS = (aten.add, aten.sub, aten.rsub), (aten.mul, aten.div, aten.reciprocal, aten.square)
 BOUNDED = (*BOUNDS, aten.relu)
 RUNNING = (aten.cumsum, aten.sum)
+IN_ORDER = (aten.view, aten.unsqueeze, aten.squeeze, aten.select, aten.slice, aten.expand, aten.alias)
+"""Views that hold the same numbers in the same order, if they hold them all."""
 MATRIX_PRODUCTS = (aten.mm, aten.bmm, aten.mv, aten.dot, aten.baddbmm, aten.mean)
 
 
@@ -211,7 +214,7 @@ def amplifies(op: Op, out: Val) -> bool:
     if packet in PRODUCTS:
         steps = (_size(engine, c.terms, steps_only=True) for c in out.cases)
         return any(v.precision is Precision.ROUNDED for v in given) and max(steps) > NOISE
-    if packet not in SUMS or not given or (len(given) > 1 and given[0] is given[1]):
+    if packet not in SUMS or not given or (len(given) > 1 and _same_numbers(*given)):
         return False
     lost = []
 
@@ -222,6 +225,21 @@ def amplifies(op: Op, out: Val) -> bool:
 
     engine.zip_cases([out, *(engine.broadcast(v, out.shape) for v in given)], compare)
     return any(lost)
+
+
+def _same_numbers(a: Val, b: Val) -> bool:
+    return a is b or (a.shape == b.shape and a.rounded is b.rounded is not None)
+
+
+def numbers_of(op: Op, out: Val) -> object:
+    """What stands for the numbers of a result: what does for those that it is a view of, in the same order, or nothing
+    that any other value has.
+    """
+    given = op.args[0] if op.func.overloadpacket in IN_ORDER else None
+    if isinstance(given, Val) and given.rounded is not None:
+        if [n for n in given.shape if n != ONE] == [n for n in out.shape if n != ONE]:
+            return given.rounded
+    return object()
 
 
 def _size(engine: Engine, terms: tuple[Term, ...], steps_only: bool = False) -> float:

@@ -9,7 +9,7 @@ terms. Contractions live in one case (their guards sit in the terms); masks and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -171,6 +171,9 @@ class Val:
     looked into (q k^T) or taken as it is (a projection), and only the consumer knows which is wanted.
 
     ``own`` is the value of the graph that holds the tensor, as one access, where a consumer may prefer it.
+
+    ``rounded`` stands for the program's own numbers, where rounding may have changed them: two values of one shape that
+    have the same one hold the same numbers.
     """
 
     shape: tuple[Aff, ...]
@@ -178,6 +181,7 @@ class Val:
     alt: Term | None = None
     precision: Precision = Precision.ROUNDED
     own: Term | None = None
+    rounded: object | None = field(default=None, compare=False)
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -210,6 +214,7 @@ class Val:
             cases=tuple(Case(c.guards, tuple(f(t) for t in c.terms)) for c in self.cases),
             alt=None if self.alt is None else f(self.alt),
             own=None if self.own is None else f(self.own),
+            rounded=None,
         )
 
 

@@ -154,18 +154,28 @@ class Addition(Multiplication):
     def _of_one_token(self, a: Val, b: Val) -> bool:
         """Whether they are products of what is read at the same places, neither an outer product: no state has such a
         sum, but a token that is turned by its position, ``x cos + rotated x sin``.
+
+        Of all tokens at once they are told by an exponential that has every dimension, which no decay of a state has.
         """
-        places = []
+        places, at_places, exponentials = [], True, False
         for v in (a, b):
             t = v.one
-            if v.alt is not None or t is None or len(t.accs) < 2 or t.exp or not t.poly.is_const or t.bound(self.space):
+            if v.alt is not None or t is None or t.exp.sums or not t.poly.is_const or t.bound(self.space) or t.guards:
+                return False
+            weights = [mono for mono, f in t.exp.lin if mono and f.is_const]
+            if len(weights) < len(t.exp.lin) or len(t.accs) + len(weights) < 2:
                 return False
             free = t.vars(self.space)
-            whole = [a for a in t.accs if self.space.vars_of(a[1]) == free and self.places(a)]
-            if t.guards or not whole:
+            whole = [a for a in t.accs if self.space.vars_of(a[1]) == free]
+            features = any(self.space.vars_of(i for _, idx in mono for i in idx) == free for mono in weights)
+            if not whole and not features:
                 return False
-            places.append({i for a in t.accs for i in self.places(a)})
-        return places[0] == places[1] and a.terms[0].body != b.terms[0].body
+            exponentials |= features
+            at_places &= features or any(map(self.places, whole))
+            places.append({i for accs in (t.accs, *weights) for a in accs for i in self.places(a)})
+        if places[0] != places[1] or a.terms[0].body == b.terms[0].body:
+            return False
+        return at_places if places[0] else exponentials
 
     def _updates(self, a: Val, b: Val) -> bool:
         """exp(g) S + k v: one token's update of a state, which a contraction may want to look into."""

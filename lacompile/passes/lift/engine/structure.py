@@ -83,7 +83,9 @@ class Structure(Program):
                 n != ONE if i.is_const else any(x in outer and v.shape[x] != n for x, _ in i.terms) for i, n in sizes
             )
 
-        return self.plain(v) and not self.index_only(v) and any(part(*a) for t in v.terms for a in t.accs)
+        if not self.plain(v) or self.index_only(v):
+            return False
+        return any(part(*a) for t in v.terms for accs in (t.accs, *(m for m, _ in t.exp.lin)) for a in accs)
 
     def never_nan(self, v: Val) -> bool:
         """Made of indices, known numbers, weights and their row sums alone: over the reals no entry is nan or inf.
@@ -163,6 +165,8 @@ class Structure(Program):
         if not self._projection(t):
             return False
         data = self.leaves.tensors(t.accs)
+        if len(data) != 2:
+            return False
         return any(self.projects_by(m, of) and self._summed_whole(t, m) for m, of in (data, data[::-1]))
 
     def _summed_whole(self, t: Term, a: Access) -> bool:
@@ -206,9 +210,17 @@ class Structure(Program):
 
     def _projection(self, t: Term) -> bool:
         data = self.leaves.tensors(t.accs)
+        if len(data) > 2:
+            data = [a for a in data if not self._weighs_what_is_summed(a)]
         if len(data) != 2 or t.exp.number is None:
             return False
         return bool(t.bound(self.space)) and any(map(self.projects_by, data, reversed(data)))
+
+    def _weighs_what_is_summed(self, a: Access) -> bool:
+        """Whether it is made of parameters, as the share that each feature of a token has in a mixture of two."""
+        leaf, idx = a
+        of_the_layer = all(self.leaves[n].parameter or self.leaves.made_of(n) for n in self.leaves.data([leaf]))
+        return of_the_layer and all(x < 0 for x in self.space.vars_of(idx))
 
     def weighs_columns(self, v: Val, w: Val) -> bool:
         """Whether a weight moves along a free dimension of what ``v`` projects by, if that is no parameter.

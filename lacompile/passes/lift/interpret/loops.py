@@ -11,7 +11,7 @@ from torch import fx
 from ...capture import Capture
 from ..domain.kinds import Opaque
 from ..domain.term import Precision, Term, Val, value
-from ..engine import Engine
+from ..engine import Engine, GiveUp
 from .fact import Fact, given_to
 from .own import leaves_of, own_leaf
 from .series import Circumstances, SeriesTable
@@ -43,7 +43,7 @@ class LoopResults:
         self.given: dict[fx.Node, torch.Tensor] = {}
         self._engine, self._capture, self._memory, self._facts = engine, capture, capture.memory, facts
         self._demand = demand
-        self._series = SeriesTable(engine.leaves, lambda v, w: engine.weighed_whole and engine.of_features(v, w))
+        self._series = SeriesTable(engine.leaves, self._weighs_features)
         self._wholes: dict[fx.Node, Val] = {}  # of which parts are called with, as leaves
 
     def beside_others(self, node: fx.Node, val: Val, tensor: torch.Tensor, repeatable: bool) -> Val:
@@ -57,7 +57,7 @@ class LoopResults:
             return val
         call = self._circumstances(node, tensor, repeatable)
         found = self._series.piece(
-            node, val.shape, tensor.dtype, self._value_of, kind, (leaf.interval, leaf.rests_on), call
+            node, val.shape, tensor.dtype, self._data_of, kind, (leaf.interval, leaf.rests_on), call
         )
         if found is None:
             return val
@@ -65,8 +65,9 @@ class LoopResults:
         return piece if val.alt is None else replace(val, alt=piece.one)
 
     def of_a_window(self, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
-        """What a loop computes for a token from a window of them, as a piece of one tensor for all."""
-        if node.op not in CALLS or node in self._memory.record(tensor).root.writers or self._is_piece(val):
+        """What a loop computes for a token from a window of them, as a piece of one tensor for all; a view is none."""
+        root = self._memory.record(tensor).root
+        if node.op not in CALLS or root.node is not node or node in root.writers or self._is_piece(val):
             return val
         found = window(self._engine, val, given_to(node, self._facts))
         if found is None:
@@ -78,6 +79,13 @@ class LoopResults:
             return val
         piece = value(val.shape, [Term(accs=(access,))], precision=Precision.EXACT)
         return piece if val.alt is None else replace(val, alt=piece.one, own=piece.one)
+
+    def _weighs_features(self, v: Val, w: Val) -> bool:
+        """Whether ``v`` weighs the features of ``w``, with what may be other numbers in each call: no whole input."""
+        engine, t = self._engine, v.taken
+        kinds = [engine.leaves[leaf].kind for leaf, _ in (() if t is None else t.accs)]
+        given = bool(kinds) and all(isinstance(k, Opaque) and k.node in self.given for k in kinds)
+        return engine.weighed_whole and engine.of_features(v, w) and not (given and not engine.in_part(v))
 
     def _is_piece(self, val: Val) -> bool:
         """Whether it is beside others of its kind already."""
@@ -92,6 +100,18 @@ class LoopResults:
             repeatable and node not in self._capture.effects.impure and self._memory.record(tensor).root.node is node,
             not any(t is not None and self._memory.record(t).root.writers for t in given),
         )
+
+    def _data_of(self, node: fx.Node) -> Val | None:
+        """What a node's tensor holds now, an exponential of data as the data that it is too."""
+        v = self._value_of(node)
+        t = None if v is None else v.taken
+        if v is None or t is None or not t.exp or self._engine.index_only(v) or not self._engine.plain_term(t):
+            return v
+        try:
+            found = self._engine.term_access(t, None)
+        except GiveUp:
+            return v
+        return value(v.shape, [Term(accs=(found[0],))]) if isinstance(found, tuple) else v
 
     def _value_of(self, node: fx.Node) -> Val | None:
         """What a node's tensor holds now, whoever has written into it.

@@ -98,20 +98,19 @@ class SeriesTable:
             bounds: of that leaf.
             call: what else tells it from others.
         """
-        try:
-            key, place, numbers = self._named(node, value_of)
-        except NoPlace:
+        rest, reading = (dtype, call.records_gradients, bounds), None
+        for n in range(2):
+            other = self._reading(node, shape, value_of, n)
+            if other is not None and (*other[0], *rest, 0) in self._found:
+                reading = other
+                break
+            reading = reading or other
+        if reading is None:
             return None
-        dim = _dimension_of(place, shape)
-        if dim > len(shape):
-            return None
-        stacked = dim == len(shape) or shape[dim] != Aff.lit(place.length)
-        if stacked and place.length != 1:
-            return None
-        rest = (*shape[:dim], *shape[dim if stacked else dim + 1 :])
-        named = (key, dim, stacked, rest, place.of, dtype, call.records_gradients, bounds)
+        how, place, numbers = reading
+        _, dim, stacked, *_ = how
         for nth in count():
-            leaf, series = self._series((*named, nth), kind)
+            leaf, series = self._series((*how, *rest, nth), kind)
             if self._calls.setdefault((leaf, place.start), numbers) == numbers:
                 break  # with other numbers the same call is another one
         again = call.repeatable and series.pieces.get(place.start, (None, 0))[1] == place.length
@@ -159,19 +158,43 @@ class SeriesTable:
 
     # -------------------------------------------------------------------------------------------- what names a series
 
-    def _named(self, node: fx.Node, value_of: Callable[[fx.Node], Val | None]) -> tuple[Any, Place, list[Any]]:
+    def _reading(
+        self, node: fx.Node, shape: tuple[Aff, ...], value_of: Callable[[fx.Node], Val | None], nth: int
+    ) -> tuple[tuple[Any, ...], Place, list[Any]] | None:
+        """What names the series, the place in it, and the numbers that do not name it; None if the call is no piece.
+
+        ``nth``: of the dimensions of one entry that the place of one token may have, as beside a single head.
+        """
+        try:
+            key, place, numbers = self._named(node, value_of, nth)
+        except NoPlace:
+            return None
+        dim = _dimension_of(place, shape)
+        if dim > len(shape):
+            return None
+        stacked = dim == len(shape) or shape[dim] != Aff.lit(place.length)
+        if stacked and place.length != 1:
+            return None
+        rest = (*shape[:dim], *shape[dim if stacked else dim + 1 :])
+        return (key, dim, stacked, rest, place.of), place, numbers
+
+    def _named(
+        self, node: fx.Node, value_of: Callable[[fx.Node], Val | None], nth: int
+    ) -> tuple[Any, Place, list[Any]]:
         """The call without the place that its arguments are at, that place, and the numbers that do not name it."""
         given = {arg: _known(value_of, arg) for arg in node.all_input_nodes}
         numbers = {
             arg: v for arg, v in given.items() if any(w is not v and self._unnamed(v, w) for w in given.values())
         }
-        place = _of_token(p for arg, v in given.items() if arg not in numbers for p in self._places(v))
+        place = _of_token(p for arg, v in given.items() if arg not in numbers for p in self._places(v, nth))
+        rank = max(len(v.shape) for v in given.values())
 
         def named(arg: Any) -> Any:
             if isinstance(arg, fx.Node) and arg in numbers:
-                return "numbers", numbers[arg].shape, arg.meta["example_value"].dtype
+                shape = numbers[arg].shape
+                return "numbers", _sizes(shape, place, rank - len(shape)), arg.meta["example_value"].dtype
             if isinstance(arg, fx.Node):
-                return self._argument(_known(value_of, arg), arg.meta["example_value"].dtype, place)
+                return self._argument(_known(value_of, arg), arg.meta["example_value"].dtype, place, nth)
             if isinstance(arg, list | tuple):
                 return tuple(map(named, arg))
             if isinstance(arg, dict):
@@ -182,34 +205,39 @@ class SeriesTable:
 
         return (node.op, node.target, named(node.args), named(node.kwargs)), place, [v.cases for v in numbers.values()]
 
-    def _argument(self, v: Val, dtype: torch.dtype, place: Place) -> Argument:
+    def _argument(self, v: Val, dtype: torch.dtype, place: Place, nth: int) -> Argument:
         t = _one_product(v)
         accs = tuple(
-            (leaf, tuple(HERE if p == place else i for i, p in self._indices(leaf, idx, v.shape)))
+            (leaf, tuple(HERE if p == place else i for i, p in self._indices(leaf, idx, v.shape, nth)))
             for leaf, idx in t.accs
         )
         at_place = any(HERE in idx for _, idx in accs)
-        here = (place.dim, Aff.lit(place.length)) if at_place else None
-        return Argument(t.but(accs=accs), tuple(HERE if (d, n) == here else n for d, n in enumerate(v.shape)), dtype)
+        return Argument(t.but(accs=accs), _sizes(v.shape, place) if at_place else v.shape, dtype)
 
-    def _places(self, v: Val) -> Iterator[Place]:
+    def _places(self, v: Val, nth: int) -> Iterator[Place]:
         for leaf, idx in _one_product(v).accs:
-            yield from (p for _, p in self._indices(leaf, idx, v.shape) if p is not None)
+            yield from (p for _, p in self._indices(leaf, idx, v.shape, nth) if p is not None)
 
-    def _indices(self, leaf: int, idx: Sequence[Aff], shape: tuple[Aff, ...]) -> Iterator[tuple[Aff, Place | None]]:
+    def _indices(
+        self, leaf: int, idx: Sequence[Aff], shape: tuple[Aff, ...], nth: int
+    ) -> Iterator[tuple[Aff, Place | None]]:
         """Each index with the place that it is at, unless the leaf is a parameter."""
         found = self._leaves[leaf]
         if isinstance(found.kind, Symbol):  # of which each argument has dimensions of its own
             for given in found.kind.given(idx):
                 if isinstance(given, tuple):
                     (of, at), _ = given
-                    yield from self._indices(of, at, shape)
+                    yield from self._indices(of, at, shape, nth)
             return
-        behind = 0  # the dimension behind those of the value that were met
+        behind, met = 0, set[int]()  # the dimension behind those of the value that were met
         for a, size in zip(idx, found.shape, strict=True):
-            yield a, None if found.parameter else _place(a, size, shape, behind)
-            behind = max([behind, *(v + 1 for v, _ in a.terms if 0 <= v < len(shape))])
+            # Of what has one token left that may be a dimension of one entry: one that follows, or that was left out.
+            ones = [d for d in (*range(behind, len(shape)), *range(behind)) if shape[d] == ONE and d not in met]
+            yield a, None if found.parameter else _place(a, size, shape, (ones or [behind])[: nth + 1][-1])
+            met |= {v for v, _ in a.terms if 0 <= v < len(shape)}
+            behind = max([behind, *(v + 1 for v in met)])
             if size == ONE and behind < len(shape) and shape[behind] == ONE:
+                met.add(behind)
                 behind += 1
 
 
@@ -229,6 +257,12 @@ def _piece_at(start: int, dim: int, shape: tuple[Aff, ...], stacked: bool) -> tu
     own = own_index(shape)
     at = Aff.lit(start) if stacked else own[dim] + start
     return (*own[:dim], at, *own[dim if stacked else dim + 1 :])
+
+
+def _sizes(shape: tuple[Aff, ...], place: Place, behind: int = 0) -> tuple[Aff, ...]:
+    """The sizes of what is at a place, or beside it from dimension ``behind`` on, but for how long that is."""
+    here = (place.dim - behind, Aff.lit(place.length))
+    return tuple(HERE if (d, n) == here else n for d, n in enumerate(shape))
 
 
 def _known(value_of: Callable[[fx.Node], Val | None], arg: fx.Node) -> Val:
@@ -272,11 +306,10 @@ def _whole_access(args: tuple[Any, ...], leaves: Leaves) -> Access | None:
     return (leaf, idx) if whole else None
 
 
-def _place(a: Aff, size: Aff, shape: tuple[Aff, ...], behind: int) -> Place | None:
-    """The place that an index is at along a dimension of this size; None if it runs over all of it."""
+def _place(a: Aff, size: Aff, shape: tuple[Aff, ...], dim: int) -> Place | None:
+    """The place that an index is at along a dimension, in ``dim`` if it is one token; None if it runs over it all."""
     if a.is_const:
-        kept = next((d for d in range(behind, len(shape)) if shape[d] == ONE), behind)  # as of a chunk of one token
-        return Place(int(a.const), 1, size, kept) if size != ONE else None
+        return Place(int(a.const), 1, size, dim) if size != ONE else None
     if len(a.terms) != 1 or a.terms[0][1] != 1 or not 0 <= (d := a.terms[0][0]) < len(shape):
         return None
     if shape[d] == size or not shape[d].is_const:

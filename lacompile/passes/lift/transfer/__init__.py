@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..domain.affine import Aff
-from ..domain.precision import amplifies, result_precision
+from ..domain.precision import amplifies, numbers_of, result_precision
 from ..domain.term import Precision, Term, Val, constant, value
 from ..engine import Engine, GiveUp
 
@@ -114,7 +114,9 @@ def _in_its_format(op: Op, v: Val, dtype: torch.dtype) -> Val:
     if dtype.is_floating_point and amplifies(op, v):
         raise GiveUp("numbers that are mostly what rounding changed")
     precision = result_precision(op, v, dtype)
-    return v if v.precision is precision else replace(v, precision=precision)
+    if precision is Precision.EXACT:
+        return v if v.precision is precision else replace(v, precision=precision)
+    return replace(v, precision=precision, rounded=numbers_of(op, v))
 
 
 from . import (  # noqa: E402, F401  (they register their rules)

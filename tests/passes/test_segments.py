@@ -43,17 +43,17 @@ def by_tokens(q, k, v, x):
     return torch.stack(out, 2)
 
 
-def joined(f):
+def joined(f, ends=ENDS):
     def run(*args):
-        return torch.cat([f(*rows(args, a, b)) for a, b in ENDS], 2)
+        return torch.cat([f(*rows(args, a, b)) for a, b in ends], 2)
 
     return run
 
 
-def written(f):
+def written(f, ends=ENDS):
     def run(*args):
         out = torch.zeros_like(args[2])
-        for a, b in ENDS:
+        for a, b in ends:
             out[:, :, a:b] = f(*rows(args, a, b))
         return out
 
@@ -64,6 +64,12 @@ def written(f):
 @pytest.mark.parametrize("form", [joined, written])
 def test_segments(form, f):
     assert_rewritten(form(f), *arguments(), count=3, compiled=False)
+
+
+@pytest.mark.parametrize("f", [plain, decayed, by_tokens])
+@pytest.mark.parametrize("form", [joined, written])
+def test_one_that_is_longer_than_the_others_together(form, f):
+    assert_rewritten(form(f, ((0, 4), (4, 14))), *arguments(), count=2, compiled=False)
 
 
 def test_what_no_segment_covers_is_zero():
@@ -118,6 +124,16 @@ def one_that_looks_ahead(q, k, v, x):
     parts = [plain(*rows((q, k, v), a, b), None) for a, b in ENDS]
     parts[1] = (q[:, :, 5:9] @ k[:, :, 5:9].mT).triu() @ v[:, :, 5:9]
     return torch.cat(parts, 2)
+
+
+def a_longer_one_that_sees_another(q, k, v, x):
+    first, second = (plain(*rows((q, k, v), a, b), None) for a, b in ((0, 4), (4, 14)))
+    return torch.cat([first, second + q[:, :, 4:] @ (k[:, :, :3].mT @ v[:, :, :3])], 2)
+
+
+def test_a_longer_one_with_something_added():
+    """The attention that is left is one by itself; what is added stays."""
+    assert_rewritten(a_longer_one_that_sees_another, *arguments(), count=1, compiled=False)
 
 
 @pytest.mark.parametrize("f", [overlapping, carried_over_one, one_without_a_mask, one_that_looks_ahead])

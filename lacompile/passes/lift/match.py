@@ -143,6 +143,9 @@ class Search:
                 if self._is_part_of_refused(walk, proof):
                     walk.in_chunks = True
                     continue
+                if any(n != proof.length for n in proof.lengths()) and self._take_several_sums(walk):
+                    walk.found = True  # of sequences packed into one tensor this is one
+                    break
                 attention, replacement = self.builder.build(proof)
             except Refused as r:
                 if walk.refuse(behind, r) or len(seen) == 1:

@@ -198,7 +198,7 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
     engine = op.engine
     if any(engine.moves_along_a_feature(v, d) for d in dims):
         v = engine.as_held(v) or v
-    if v.alt is not None and not engine.structured(v):
+    if v.alt is not None and not engine.structured(v) and not engine.scores_of_a_row(v, dims):
         raise GiveUp("a reduction of a projection")
     flat = engine.flat(v)
     if engine.plain(flat) and all(len(t.accs) < 2 for t in flat.terms) and any(t.accs for t in flat.terms):

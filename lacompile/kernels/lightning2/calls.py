@@ -24,7 +24,7 @@ Built = TypeVar("Built")
 def signature(*tensors: Tensor | None) -> Hashable:
     """What a launch may depend on: shapes, strides, dtypes, whether rows are aligned, which tensors are there."""
     return tuple(
-        None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, x.device) for x in tensors
+        [None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16 == 0, x.device) for x in tensors]
     )
 
 

@@ -18,6 +18,8 @@ from functools import cache
 from typing import Any, Protocol
 
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 MAP, MAP_ALIGNMENT = 128, 64
 """Bytes of a tensor map, and what its address is a multiple of."""
@@ -114,10 +116,8 @@ class Direct:
         self.layout, self.boxes, self.device = layout, boxes, device
         self.before = compiled.function, programs, 1, 1, 32 * metadata.num_warps, 1, 1, metadata.shared
         self.known: dict[tuple[int, ...], tuple[Any, Any]] = {}
-        from triton.runtime import driver
-
         self.stream: Callable[[int], int] = driver.active.get_current_stream
-        self.launch = _driver().cuLaunchKernel
+        self.launch = _cuda().cuLaunchKernel
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         packed = self.known.get(tuple([x.data_ptr() for x in tensors]))
@@ -174,15 +174,12 @@ def direct(
 
 def watched() -> bool:
     """Whether somebody wants to know of each launch, which Triton tells them."""
-    from triton import knobs
-
-    return any(
-        getattr(chain, "calls", chain) for chain in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    )
+    before, after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 @cache
-def _driver() -> Any:
+def _cuda() -> Any:
     library = ctypes.CDLL("libcuda.so.1")
     launch = library.cuLaunchKernel
     launch.argtypes = [ctypes.c_void_p, *[ctypes.c_uint] * 7, *[ctypes.c_void_p] * 3]
@@ -194,7 +191,7 @@ def _driver() -> Any:
 def _takes(function: int, sizes: Sequence[int]) -> bool:
     """Whether a kernel's parameters have these sizes in bytes, by the driver's word."""
     try:
-        ask = _driver().cuFuncGetParamInfo
+        ask = _cuda().cuFuncGetParamInfo
     except (OSError, AttributeError):  # no driver of that name, or one before CUDA 12.4
         return False
     offset, size = ctypes.c_size_t(), ctypes.c_size_t()
@@ -217,5 +214,5 @@ def _tensor_map(described: Any, in_shared: Any) -> bytes:
 
 def _said(error: int) -> str:
     text = ctypes.c_char_p()
-    _driver().cuGetErrorString(error, ctypes.byref(text))
+    _cuda().cuGetErrorString(error, ctypes.byref(text))
     return f"{(text.value or b'unknown error').decode()} ({error})"

@@ -26,7 +26,7 @@ def formulation(p: Proof, region: set[fx.Node]) -> Literal["parallel", "chunkwis
             symbolic = [s for s in example.shape if not isinstance(s, int)]
             square |= len(sizes) >= 2 or len({str(s) for s in symbolic}) < len(symbolic)
             steps += 1
-    if length == ONE or (length.is_const and steps > 4 * length.const):
+    if length == ONE or (length.is_const and steps > (8 if square else 4) * length.const):
         return "recurrent"
     return "parallel" if square else "chunkwise"
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lacompile import explain
-from lacompile.testing import assert_rewritten
+from lacompile.testing import assert_refused, assert_rewritten
 
 B, H, N, D = 2, 2, 8, 4
 C = H * D
@@ -114,3 +114,32 @@ def written_out(q, k, v, w):
 def test_a_transformer_is_not(program):
     report = explain(program)(*inputs())
     assert not report.rewrites and not any("unrolled" in miss.found for miss in report.near_misses)
+
+
+def state_alone(q, k, v, w):
+    state = q.new_zeros(B, H, D, D)
+    for t in range(N):
+        state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+    return state
+
+
+def last_row_alone(q, k, v, w):
+    return q[:, :, -1:] @ state_alone(q, k, v, w)
+
+
+def weighted_keys(q, k, v, w):
+    """The same without a loop."""
+    return (k * (0.9 ** torch.arange(N - 1, -1, -1))[:, None]).mT @ v
+
+
+@pytest.mark.parametrize("program", [state_alone, last_row_alone, weighted_keys])
+def test_a_state_that_no_row_reads(program):
+    assert_refused(program, *inputs(), obligation="causal-range")
+
+
+def covariance(q, k, v, w):
+    return (q - q.mean(2, keepdim=True)).mT @ k @ w
+
+
+def test_a_product_over_tokens_is_none():
+    assert not explain(covariance)(*inputs()).near_misses

@@ -18,7 +18,7 @@ from .prove.obligations import explain_missing, prove
 from .prove.proof import Proof, Refused
 from .prove.roles import sequence_index
 from .prove.step import prove_step
-from .prove.unrolled import unrolled
+from .prove.unrolled import state_alone, unrolled
 from .recipes.builder import Builder, Proved
 from .recipes.holders import Holders
 from .recipes.segments import prove_segments
@@ -191,10 +191,11 @@ class Search:
                 self._tell(fact, None)
 
     def tell_unrolled(self) -> None:
-        """Where nothing was found or told of any value: whether all of them together are a loop."""
+        """Where nothing was found or told of any value: whether all of them together are a loop, or one is its end."""
         if self.matches or self.refusals:
             return
         told = unrolled(self.engine, (self.interpreter.facts[n] for n in self.interpreter.demanded))
+        told = told or next(((s, state_alone()) for s in self._states if self.engine.accumulates(s.value)), None)
         if told is not None:
             self.refusals.append(_refusal(told[0].node, told[1]))
 

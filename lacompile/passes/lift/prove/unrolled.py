@@ -37,6 +37,17 @@ def unrolled(engine: Engine, facts: Iterable[Fact]) -> tuple[Fact, Refused] | No
     return None
 
 
+def state_alone() -> Refused:
+    """Of a sum over tokens, decayed, that no row reads: what a prefill may be left with."""
+    return Refused(
+        "causal-range",
+        "rows that each read the sum up to them",
+        "the state behind the last token, and no row that reads one before",
+        1,
+        "one product of all keys and values, weighted, is what remains to be done; the operator would do more",
+    )
+
+
 def _refused(steps: int) -> Refused:
     return Refused(
         "single-term",

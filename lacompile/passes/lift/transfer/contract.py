@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
 from ..domain.kinds import Opaque
-from ..domain.term import Case, Term, Val
+from ..domain.term import Case, Term, Val, value
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
 from . import Op, rule
 from .arith import added
@@ -88,6 +89,10 @@ def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int
         raise GiveUp("a projection of what is looked into")
     left, right = _over(engine, a, keep_a, sum_a, bound), _over(engine, b, keep_b, sum_b, bound)
     if len(left) * len(right) > MAX_TERMS * 4:
+    x, y = _as_one(engine, a), _as_one(engine, b)
+    if x is not a or y is not b:
+        whole = _over(engine, x, keep_a, sum_a, bound), _over(engine, y, keep_b, sum_b, bound)
+        left, right = whole if _is_projection(engine, *whole) else (left, right)
         raise GiveUp("a product of long sums")
     ranges = (Aff.var(FRESH), length - 1 - Aff.var(FRESH))
     terms = list(_products(engine, left, right, ranges))
@@ -117,6 +122,27 @@ def _operand(engine: Engine, v: Val, summed: int, other: Val) -> Val:
         return held
     if v.alt is not None and other.alt is not None and engine.structured(v) and engine.structured(other):
         return engine.whole(v)  # no state is a product of two sums: these are projections of a part of their features
+def _as_one(engine: Engine, v: Val) -> Val:
+    """Data that is weighed, or a sum of such, as the one tensor that it is; all else, as an outer product, as it is."""
+    if v.alt is not None or not engine.plain(v) or engine.index_only(v) or any(map(engine.outer_product, v.terms)):
+        return v
+    if [len(t.accs) + len(t.exp.lin) for t in v.terms] == [1]:
+        return v
+    with suppress(GiveUp):
+        found = engine.access(v)
+        if isinstance(found, tuple):
+            return value(v.shape, [Term(accs=(found[0],))], precision=v.precision)
+    return v
+
+
+def _is_projection(engine: Engine, left: Sequence[Term], right: Sequence[Term]) -> bool:
+    """Whether one tensor is projected by another: ``(norm(x) * w) @ W``, of which no factor is projected by itself."""
+    if [len(t.accs) for t in left] != [1] or [len(t.accs) for t in right] != [1]:
+        return False
+    (x,), (y,) = left[0].accs, right[0].accs
+    return engine.projects_by(x, y) or engine.projects_by(y, x)
+
+
     return engine.flat(v if _scores_of_the_last(engine, v, summed) else engine.pick_beside(v, other))
 
 

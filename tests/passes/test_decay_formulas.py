@@ -84,3 +84,37 @@ TWINS = {
 @pytest.mark.parametrize("name", TWINS)
 def test_near_twins(name):
     assert_refused(tokens(TWINS[name]), *qkv(B, H, N, D, E), torch.randn(B, H, N, requires_grad=True))
+OF_SEVERAL_LAYERS = {
+    "rate": lambda a, layers: -layers[1].exp()[:, None] * F.softplus(a),
+    "one column": lambda a, layers: -layers.mT[:, 1].exp()[:, None] * F.softplus(a),
+    "rate of all heads": lambda a, layers: -layers[1, 0].exp() * F.softplus(a),
+    "by number": lambda a, layers: -layers.index_select(0, torch.tensor([1]))[0].exp()[:, None] * F.softplus(a),
+    "temperature": lambda a, layers: F.logsigmoid(a) / layers[1].exp()[:, None],
+    "root": lambda a, layers: -(layers[1].exp()[:, None] * F.softplus(a)).sqrt(),
+}
+
+
+def square(q, k, v, logs):
+    c = logs.cumsum(-1)
+    return (q @ k.mT * (c[..., None] - c[..., None, :]).tril().exp().tril()) @ v
+
+
+@pytest.mark.parametrize("name", OF_SEVERAL_LAYERS)
+def test_gates_times_an_exponential_of_one_layer_s_row(name):
+    layers, a = torch.randn(4, H, requires_grad=True), torch.randn(B, H, N, requires_grad=True)
+    run = lambda q, k, v, a, layers: square(q, k, v, OF_SEVERAL_LAYERS[name](a, layers))  # noqa: E731
+    assert_rewritten(run, *qkv(B, H, N, D, E), a, layers, compiled=False)
+
+
+def test_a_rate_of_the_row_is_no_decay():
+    """As many layers as tokens, all of them read: the weight is ``exp(A_i (c_i - c_j))``."""
+
+    def run(q, k, v, a, layers):
+        c = F.logsigmoid(a).cumsum(-1)
+        steps = (c[..., None] - c[..., None, :]) * layers.mT.exp()[:, :, None]
+        return (q @ k.mT * steps.tril().exp().tril()) @ v
+
+    layers, a = torch.randn(N, H, requires_grad=True), torch.randn(B, H, N, requires_grad=True)
+    assert_refused(run, *qkv(B, H, N, D, E), a, layers)
+
+

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
+from ..domain.intervals import ANY, product
 from ..domain.kinds import Opaque
 from ..domain.term import Case, Term, Val, value
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
@@ -72,9 +73,9 @@ def _of_matrices(op: Op, a: Val, b: Val) -> Val:
     return product_sum(op, a, b, {0: 0}, {1: 1}, 1, 0)
 
 
-def _onto(op: Op, product: Val) -> Val:
+def _onto(op: Op, v: Val) -> Val:
     beta, alpha = op.kwargs.get("beta", 1), op.kwargs.get("alpha", 1)
-    return added(op, op.engine.scale(op.operand(0), float(beta)), op.engine.scale(product, float(alpha)))
+    return added(op, op.engine.scale(op.operand(0), float(beta)), op.engine.scale(v, float(alpha)))
 
 
 def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int, int], sum_a: int, sum_b: int) -> Val:
@@ -88,23 +89,28 @@ def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int
     if _projects(engine, a, sum_a, b) or _projects(engine, b, sum_b, a):
         raise GiveUp("a projection of what is looked into")
     left, right = _over(engine, a, keep_a, sum_a, bound), _over(engine, b, keep_b, sum_b, bound)
-    if len(left) * len(right) > MAX_TERMS * 4:
     x, y = _as_one(engine, a), _as_one(engine, b)
     if x is not a or y is not b:
         whole = _over(engine, x, keep_a, sum_a, bound), _over(engine, y, keep_b, sum_b, bound)
         left, right = whole if _is_projection(engine, *whole) else (left, right)
+    if len(left) * len(right) > MAX_TERMS * 4:
         raise GiveUp("a product of long sums")
     ranges = (Aff.var(FRESH), length - 1 - Aff.var(FRESH))
     terms = list(_products(engine, left, right, ranges))
     plain = engine.plain(a) and engine.plain(b)
-    alt = _as_it_is(op, terms) if plain and terms else None
+    alt = _as_it_is(op, terms, [length]) if plain and terms else None
     return engine.sum_of(shape, terms, alt, MAX_TERMS)
 
 
-def _as_it_is(op: Op, terms: Iterable[Term]) -> Term | None:
-    """A sum of these as one leaf, not looked into."""
+def _as_it_is(op: Op, terms: Sequence[Term], lengths: Iterable[Aff], scale: float = 1.0) -> Term | None:
+    """A sum of these over dimensions of these lengths as one leaf, not looked into."""
+    engine = op.engine
     of = tuple(dict.fromkeys(leaf for t in terms for leaf, _ in t.accs))
-    return op.engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket), of)).one
+    within = engine.within(terms)
+    for n in () if within == ANY else lengths:
+        within = product(within, (max(engine.space.lower(n, {}), 0.0), engine.space.upper(n, {})))
+    kind = Opaque(None, str(op.func.overloadpacket), of)
+    return engine.leaf(op.out, kind, **engine.lies_in(product(within, (scale, scale)), of)).one
 
 
 def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
@@ -116,12 +122,6 @@ def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
     return not any(a.coef(summed) for a in positions)
 
 
-def _operand(engine: Engine, v: Val, summed: int, other: Val) -> Val:
-    """An operand as it will be multiplied; one whose weights move along the summed feature as the program holds it."""
-    if engine.moves_along_a_feature(v, summed) and (held := engine.as_held(v)) is not None:
-        return held
-    if v.alt is not None and other.alt is not None and engine.structured(v) and engine.structured(other):
-        return engine.whole(v)  # no state is a product of two sums: these are projections of a part of their features
 def _as_one(engine: Engine, v: Val) -> Val:
     """Data that is weighed, or a sum of such, as the one tensor that it is; all else, as an outer product, as it is."""
     if v.alt is not None or not engine.plain(v) or engine.index_only(v) or any(map(engine.outer_product, v.terms)):
@@ -143,6 +143,12 @@ def _is_projection(engine: Engine, left: Sequence[Term], right: Sequence[Term]) 
     return engine.projects_by(x, y) or engine.projects_by(y, x)
 
 
+def _operand(engine: Engine, v: Val, summed: int, other: Val) -> Val:
+    """An operand as it will be multiplied; one whose weights move along the summed feature as the program holds it."""
+    if engine.moves_along_a_feature(v, summed) and (held := engine.as_held(v)) is not None:
+        return held
+    if v.alt is not None and other.alt is not None and engine.structured(v) and engine.structured(other):
+        return engine.whole(v)  # no state is a product of two sums: these are projections of a part of their features
     return engine.flat(v if _scores_of_the_last(engine, v, summed) else engine.pick_beside(v, other))
 
 
@@ -182,14 +188,14 @@ def _products(engine: Engine, left: Sequence[Term], right: Sequence[Term], range
             if start <= FRESH:
                 raise GiveUp("too many bound indices")
             y2 = y.sub(engine.space, {v: Aff.var(start - n) for n, v in enumerate(sorted(own, reverse=True))})
-            product = Term(
+            term = Term(
                 x.coef * y2.coef,
                 y2.poly if x.poly.is_const else x.poly,
                 tuple(sorted(x.accs + y2.accs)),
                 x.exp + y2.exp,
                 {*x.guards, *y2.guards, *ranges},
             )
-            yield bounded(product)
+            yield bounded(term)
 
 
 @rule(aten.sum, aten.mean)
@@ -203,8 +209,7 @@ def total(op: Op) -> Val:
     keepdim = bool(op.arg(2, "keepdim", False))
     if op.func.overloadpacket is aten.mean:
         count = math.prod(op.engine.length(v.shape[d]) for d in dims)
-        mean = op.engine.scale(summed(op, v, dims, keepdim), 1.0 / count)
-        return mean if mean.alt is None else replace(mean, alt=_as_it_is(op, mean.terms))
+        return summed(op, v, dims, keepdim, 1.0 / count)
     return summed(op, v, dims, keepdim)
 
 
@@ -220,8 +225,9 @@ def _keeps_entries(op: Op, dtype: torch.dtype | None) -> None:
         raise GiveUp(f"a sum of what the entries are in {dtype}")
 
 
-def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
+def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool, scale: float = 1.0) -> Val:
     engine = op.engine
+    lengths = [v.shape[d] for d in dims]
     if any(engine.moves_along_a_feature(v, d) for d in dims):
         v = engine.as_held(v) or v
     if v.alt is not None and not engine.structured(v):
@@ -229,11 +235,11 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
     flat = engine.flat(v)
     if engine.plain(flat) and all(len(t.accs) < 2 for t in flat.terms) and any(t.accs for t in flat.terms):
         # A reduction of one tensor: a leaf for every purpose but a prefix total of log-decays.
-        alt = _as_it_is(op, flat.terms)
+        alt = _as_it_is(op, flat.terms, lengths, scale)
     else:
         alt = None
     if engine.plain(flat) and any(len(t.accs) >= 2 for t in flat.terms):
-        alt = _as_it_is(op, flat.terms)
+        alt = _as_it_is(op, flat.terms, lengths, scale)
     mapping: dict[int, Aff] = {}
     guards: list[Aff] = []
     kept = 0
@@ -252,7 +258,8 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
     for t in flat.terms:
         moved = t.sub(engine.space, mapping)
         terms.append(moved.but(guards=moved.guards | set(guards)))
-    return engine.sum_of(op.shape, terms, alt)
+    out = engine.scale(engine.sum_of(op.shape, terms), scale)
+    return out if alt is None else replace(out, alt=alt)
 
 
 @rule(aten.cumsum)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lacompile import explain
 from lacompile.testing import assert_refused, assert_rewritten
 
 B, N, H, D = 2, 12, 2, 4
@@ -176,3 +177,26 @@ def test_a_matrix_that_is_another_one_in_each_step():
         return square(q, heads(k), v, F.logsigmoid(g))
 
     assert_rewritten(run, *given(), compiled=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_is_told_of_matrices_that_are_computed(form):
+    """A function of a given matrix holds no pairs of positions."""
+
+    def run(x, m, g):
+        return form(heads(x @ (m[0] + 1)), heads(x @ m[1].T), heads(x @ (m[2] * m[0])), F.logsigmoid(g))
+
+    x, _, projections, g = given()
+    report = assert_rewritten(run, x, projections[0].detach().requires_grad_(), g, compiled=False)
+    assert not report.near_misses
+
+
+def test_sums_of_other_factors_are_told_as_that():
+    """No border is at fault: positions are added before the projection, and each product of parts is a sum."""
+
+    def run(x, w, projections, g):
+        y = x + torch.arange(N)[:, None] * w[0]
+        return chunks(*(heads(y @ m) for m in projections[0]), F.logsigmoid(g))
+
+    (miss,) = explain(run)(*given()).near_misses
+    assert "same factors" in str(miss) and "borders" not in str(miss)

@@ -45,6 +45,7 @@ MIXED = {
     "the opposite": (COUNTS, lambda m, x: ~m + m * x),
     "less what is left": (COUNTS, lambda m, x: 1 - m * (1 - x)),
     "a share": (torch.randn(B, N), lambda m, x: torch.sigmoid(m) * x + (1 - torch.sigmoid(m))),
+    "at most a share": (torch.randn(B, N), lambda m, x: m.sin() * x + (1 - m.sin())),
     "half": (COUNTS, lambda m, x: m.to(x.dtype) * x + 0.5 * (1 - m.to(x.dtype))),
     "an input of numbers": (COUNTS.float(), lambda m, x: m * x + (1 - m)),
     "an input of integers": (COUNTS.long(), lambda m, x: m.to(x.dtype) * x + (1 - m.to(x.dtype))),
@@ -63,7 +64,8 @@ OTHERS = {
     "no share": (torch.randn(B, N), lambda m, x: m * x + (1 - m)),
     "another share": (COUNTS.float(), lambda m, x: m * x + (1 - m.roll(1, -1))),
     "of what may be negative": (COUNTS, lambda m, x: m.to(x.dtype) * (x - 0.5) + (1 - m.to(x.dtype))),
-    "a share made of data": (torch.randn(B, N), lambda m, x: m.sin() * x + (1 - m.sin())),
+    "a share made of data": (torch.randn(B, N), lambda m, x: (1 + m.sin()) * x - m.sin()),
+    "a share that may be more": (torch.randn(B, N), lambda m, x: 2 * m.sin() * x + (1 - 2 * m.sin())),
     "less than nothing": (COUNTS, lambda m, x: m.to(x.dtype) * x - (1 - m.to(x.dtype))),
 }
 

@@ -164,6 +164,40 @@ def test_the_row_sums_of_scores_that_stay():
     assert not any("decayed_attention" in name for name in left_of(run, *args))
 
 
+LENT = {
+    "ones like a column": lambda a: torch.ones_like(a[..., :1]),
+    "one of their format": lambda a: a.new_ones(()),
+    "cast to their format": lambda a: torch.ones(()).to(a),
+    "cast as they are": lambda a: torch.ones(()).type_as(a),
+    "as many as they are": lambda a: torch.ones(()).expand_as(a)[..., :1],
+}
+
+
+@pytest.mark.parametrize("name", LENT)
+def test_scores_that_lend_their_format(name):
+    def run(q, k, v):
+        a = (q @ k.mT).tril()
+        return (a @ v) / torch.maximum(a.sum(-1, keepdim=True).abs(), LENT[name](a))
+
+    assert_rewritten(run, *qkv(B, H, N, D), count=2, compiled=False)
+
+
+READ = {
+    "their first column": lambda a: a[..., :1].abs(),
+    "their largest, for each row": lambda a: a.amax().abs().expand_as(a[..., :1]),
+    "cast to themselves": lambda a: a.to(a)[..., -1:].abs(),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_scores_that_are_read_stay_with_their_sums(name):
+    def run(q, k, v):
+        a = (q @ k.mT).tril()
+        return (a @ v) / torch.maximum(a.sum(-1, keepdim=True).abs(), READ[name](a))
+
+    assert_rewritten(run, *qkv(B, H, N, D), count=1, compiled=False)
+
+
 def test_scores_that_are_a_result_too():
     """The attention is one, its row sums stay beside the scores that are there for the result."""
 

@@ -211,8 +211,7 @@ ROWS = [
     row("Doge", 0, "separable", formulation="other", num_hidden_layers=1, intermediate_size=32, **ATTENTION),
     row(
         "xLSTM",
-        0,
-        "bounded-weights",
+        2,
         formulation="chunkwise",
         length=64,
         num_heads=2,

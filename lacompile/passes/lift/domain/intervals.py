@@ -13,13 +13,16 @@ aten = torch.ops.aten
 Interval = tuple[float, float]
 ANY: Interval = (-math.inf, math.inf)
 
+POSITIVE = 5e-324
+LEAST_INVERTED = 1e-300  # one over less is a number of no format, or none that says anything
+
 # Open or closed makes no difference for the one question asked: is the value positive (low > 0, or low == 0 and open)?
 RANGE_OF: dict[Any, Interval] = {
-    aten.sigmoid: (5e-324, 1.0),
-    aten.rsqrt: (5e-324, math.inf),
-    aten._softmax: (5e-324, 1.0),
-    aten.softplus: (5e-324, math.inf),
-    aten.log_sigmoid: (-math.inf, -5e-324),
+    aten.sigmoid: (POSITIVE, 1.0),
+    aten.rsqrt: (POSITIVE, math.inf),
+    aten._softmax: (POSITIVE, 1.0),
+    aten.softplus: (POSITIVE, math.inf),
+    aten.log_sigmoid: (-math.inf, -POSITIVE),
     aten.relu: (0.0, math.inf),
     aten.abs: (0.0, math.inf),
     aten.square: (0.0, math.inf),
@@ -54,13 +57,14 @@ def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
         return RANGE_OF[packet]
     if packet in RISING and args:
         low, high = (_or_infinite(RISING[packet], x) for x in args[0])
-        return (low if packet == aten.expm1 else max(low, 5e-324), high)
+        return (low if packet == aten.expm1 else max(low, POSITIVE), high)
     if packet == aten.mul and len(args) == 2:
         ends = [
             x * y for x in args[0] for y in args[1] if not ((math.isinf(x) and y == 0) or (math.isinf(y) and x == 0))
         ]
         if all(low >= 0 for low, _ in args):
-            return (args[0][0] * args[1][0], math.inf if math.inf in (*args[0], *args[1]) else max(ends))
+            low = max(args[0][0] * args[1][0], POSITIVE if args[0][0] and args[1][0] else 0.0)
+            return (low, math.inf if math.inf in (*args[0], *args[1]) else max(ends))
         return (min(ends), max(ends)) if len(ends) == 4 else ANY
     if packet == aten.add and len(args) == 2:
         return (args[0][0] + args[1][0], args[0][1] + args[1][1])
@@ -68,19 +72,31 @@ def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
         return args[0]
     if packet == aten.where and len(args) > 1:
         return (min(low for low, _ in args[-2:]), max(high for _, high in args[-2:]))
-    if packet == aten.lerp and len(args) == 3 and 0 <= args[2][0] <= args[2][1] <= 1:
-        return (min(low for low, _ in args[:2]), max(high for _, high in args[:2]))
+    if packet == aten.lerp and len(args) == 3:
+        return _mixed(*args)
     if packet == aten.neg and args:
         return (-args[0][1], -args[0][0])
     if packet == aten.log and args and args[0][0] >= 0:
         low, high = args[0]
         return (math.log(low) if low > 0 else -math.inf, math.log(high) if 0 < high < math.inf else math.inf)
     if packet == aten.pow and len(args) == 2 and args[0][0] > 0:
-        return (5e-324, math.inf)
+        return (POSITIVE, math.inf)
     if packet == aten.pow and len(args) == 2 and args[1][0] == args[1][1] and args[1][0] % 2 == 0:
         return (0.0, math.inf)
     if packet == aten.reciprocal and args and args[0][0] > 0:
-        return (5e-324 if math.isinf(args[0][1]) else 1 / args[0][1], 1 / max(args[0][0], 1e-300))
+        low, high = args[0]
+        return (POSITIVE if math.isinf(high) else 1 / high, 1 / low if low > LEAST_INVERTED else math.inf)
+    return ANY
+
+
+def _mixed(start: Interval, end: Interval, share: Interval) -> Interval:
+    """``start + share (end - start)``: between both, or beyond the larger one, that of a share that is not 0 to 1."""
+    if 0 <= share[0] <= share[1] <= 1:
+        return (min(start[0], end[0]), max(start[1], end[1]))
+    if share[0] >= 0 and start[1] <= end[0]:
+        return (start[0], math.inf)
+    if share[1] <= 1 and end[1] <= start[0]:
+        return (end[0], math.inf)
     return ANY
 
 
@@ -94,7 +110,7 @@ def _or_infinite(f: Callable[[float], float], x: float) -> float:
 def product(x: Interval, y: Interval) -> Interval:
     """What the products of both lie in; where one is 0 the other is a number, however large."""
     ends = [0.0 if 0 in (a, b) else a * b for a in x for b in y]
-    return min(ends), max(ends)
+    return max(min(ends), POSITIVE) if x[0] > 0 and y[0] > 0 else min(ends), max(ends)
 
 
 def _bounded(x: Interval, bounds: Iterable[tuple[Callable[[float, float], float], Interval]]) -> Interval:

@@ -73,6 +73,13 @@ class Opaque:
     """Two dimensions of the value that are one of the leaf, as chunks and their tokens, in the place of the second."""
 
     @property
+    def only_node(self) -> fx.Node | None:
+        """The value of the graph that this is; of a series, as long as it has but one."""
+        if self.series is None or len(self.series.pieces) != 1:
+            return self.node
+        return next(node for node, _ in self.series.pieces.values())
+
+    @property
     def unmerged(self) -> bool:
         return bool(self.summands)
 

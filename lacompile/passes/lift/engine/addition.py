@@ -37,6 +37,7 @@ class Addition(Multiplication):
         for x, y in ((a, b), (b, a)):
             if x.single and not x.terms:
                 return y
+        a, b = self.as_data(a, b), self.as_data(b, a)
         if (self.index_only(a) and self.index_only(b)) or not a.single or not b.single:
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
         if out.is_floating_point() and self._of_one_token(a, b):

@@ -38,11 +38,13 @@ class Multiplication(Symbols):
 
     def multiply(self, a: Val, b: Val) -> Val:
         """The product of two values of one shape."""
+        a, b = (self.as_data(v, w) for v, w in ((a, b), (b, a)))
         a, b = (v if self.index_only(w) else self._numbers_of_heads(v) for v, w in ((a, b), (b, a)))
         for x, y in ((a, b), (b, a)):
             t = x.one
             if t is not None and not t.accs and not t.exp and not t.guards and t.poly.is_const:
                 return self.scale(y, t.coef)
+        a, b = self._as_factor(a, b), self._as_factor(b, a)
         moving = [v for v in (a, b) if self.structured(v) or not v.single or any(map(_weighted, v.terms))]
         whole = None
         if not moving:
@@ -75,6 +77,27 @@ class Multiplication(Symbols):
                 (alt,) = times([v.terms for v in whole])
             return self.sum_of(a.shape, times([a.terms, b.terms]), alt)
         return self.zip_cases([a, b], times)
+
+    def as_data(self, v: Val, w: Val) -> Val:
+        """A sum of parameters, as a gate's lower bound of all layers up to one, as the tensor that it is.
+
+        Beside another sum of parameters it is a part of that, or one of rates that are learned for each position.
+        """
+        if (v.alt is None and v.own is None) or not self._sums_parameters(v) or not self.plain(w):
+            return v
+        given = {leaf for t in w.terms for leaf in t.leaves}
+        if given and all(map(self.of_parameters, given)):
+            return v
+        return self.as_held(v) or self.whole(v)
+
+    def _as_factor(self, v: Val, w: Val) -> Val:
+        """``v`` as the tensor that it is, where what it weighs is a state: a gate by a mean is no product of that."""
+        if v.alt is None or not w.single or not w.terms:
+            return v
+        held = self.space.vars_of(i for _, idx in v.alt.accs for i in idx)
+        free = [t.vars(self.space) - t.bound(self.space) for t in w.terms]
+        states = all(len(t.accs) > 1 and self.outer_product(t) for t in w.terms)
+        return self.whole(v) if states and all(held < x for x in free) else v
 
     def _one_index(self, x: Term, y: Term, shape: tuple[Aff, ...]) -> tuple[Term, Term]:
         """Two terms, of which at most one is multiplied by an index: the rate (h + 1) / H of a head is a table.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from ...._compat import hint
 from ..domain.affine import INF, Aff
 from ..domain.exponent import Access
-from ..domain.intervals import ANY, Interval
+from ..domain.intervals import ANY, POSITIVE, Interval, product
 from ..domain.kinds import Opaque, Scalar
 from ..domain.leaves import Leaf, Leaves
 from ..domain.sizes import Sizes
@@ -19,6 +21,8 @@ from ..domain.space import own_index
 from ..domain.term import Precision, Term, Val, value
 from ..normal.algebra import Algebra
 from .limits import GiveUp
+
+LARGEST_EXPONENT = 700.0  # exp of it is a number in fp64
 
 
 class Program(Algebra):
@@ -31,6 +35,7 @@ class Program(Algebra):
         self.endless = Aff.var(self.space.symbol(1, INF))  # as many positions as are asked for
         self.symints: dict[Aff, torch.SymInt] = {}
         self._seen: dict[Aff, Aff] = {}
+        self._of_parameters: list[bool] = []
         self.size_nodes: dict[Aff, Any] = {}  # sizes that are inputs of the graph
         self.number_nodes: dict[Any, Any] = {}  # PyTorch's expression -> the first Dynamo node that is that number
         self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
@@ -94,6 +99,45 @@ class Program(Algebra):
         if found.rests_on:
             self.relied.setdefault(self.running, set()).update(found.rests_on)
         return found.interval
+
+    def within(self, terms: Iterable[Term]) -> Interval:
+        """What a sum of products of data lies in, each of which counts once."""
+        low = high = 0.0
+        for t in terms:
+            if not t.poly.is_const:
+                return ANY
+            number = t.coef * t.poly.const
+            logarithm = INF if t.exp.number is None else t.exp.number
+            weight = math.exp(logarithm) if abs(logarithm) <= LARGEST_EXPONENT else None
+            ends = product((number, number), (POSITIVE, INF) if weight is None else (weight, weight))
+            for leaf, _ in t.accs:
+                ends = product(ends, self.leaves[leaf].interval)
+            low, high = low + ends[0], high + ends[1]
+        return low, high
+
+    def sign(self, terms: Iterable[Term]) -> Interval:
+        """What a sum lies in of which it is not known how many places it has: its sign, where all summands have one."""
+        low = 0.0
+        for t in terms:
+            least, _ = self.within([t])
+            if least < 0:
+                return ANY
+            counts = all(len(g.terms) == 1 and g.terms[0][0] < 0 for g in t.guards)  # else it may be empty
+            low = max(low, POSITIVE if counts and least > 0 else 0.0)
+        return low, INF
+
+    def of_parameters(self, leaf: int) -> bool:
+        """Whether a leaf is a parameter, or computed from such alone; what it is computed from is older than it."""
+        for at in range(len(self._of_parameters), len(self.leaves)):
+            found = self.leaves[at]
+            of = found.kind.of if isinstance(found.kind, Opaque) else self.leaves.made_of(at)
+            self._of_parameters.append(found.parameter or (bool(of) and all(self._of_parameters[x] for x in of)))
+        return self._of_parameters[leaf]
+
+    def lies_in(self, interval: Interval, leaves: Iterable[int]) -> dict[str, Any]:
+        """What a leaf is told of its size, with the inputs whose values the intervals of these were read off."""
+        known = () if interval == ANY else leaves
+        return {"interval": interval, "rests_on": frozenset[Any]().union(*(self.leaves[x].rests_on for x in known))}
 
     def seen(self, size: Aff) -> Aff:
         return self._seen.get(size, size)

@@ -138,12 +138,10 @@ class Structure(Program):
         if self._projects_a_part(t):
             return False
         bound: dict[int, Aff] = {}
-        fixed = 0  # factors that are read at one place, as those of one token are
+        # factors that are read at one place, as those of one token are
+        fixed = sum(bool(self.places(a)) and not self._one_matrix_of_several(t, a) for a in t.accs)
         for leaf, idx in t.accs:
-            sizes = self.leaf_shapes[leaf]
-            of_one_place = any(a.is_const and size != ONE for a, size in zip(idx, sizes, strict=True))
-            fixed += of_one_place and not self.leaves[leaf].parameter  # of which that is one matrix of several
-            for size, a in zip(sizes, idx, strict=True):
+            for size, a in zip(self.leaf_shapes[leaf], idx, strict=True):
                 for v, c in a.terms:
                     if v < 0:
                         if c != 1 or a.const or len(a.terms) > 1:
@@ -168,6 +166,25 @@ class Structure(Program):
         if len(data) != 2:
             return False
         return any(self.projects_by(m, of) and self._summed_whole(t, m) for m, of in (data, data[::-1]))
+
+    def _one_matrix_of_several(self, t: Term, a: Access) -> bool:
+        """Whether it is a layer's matrix, and no token: what it projects is read at no place of as many."""
+        if self.leaves[a[0]].parameter:
+            return True
+        data = self.leaves.tensors(t.accs)
+        if len(data) != 2 or a not in data or not t.bound(self.space):
+            return False
+        (of,) = (x for x in data if x is not a)
+        return self._read_of(a).isdisjoint(self._read_of(of)) and self.projects_by(a, of)
+
+    def _read_of(self, a: Access) -> set[Aff]:
+        """Of how many places one is read; of a function, by those of its arguments that have all its dimensions."""
+        kind = self.leaves[a[0]].kind
+        if not isinstance(kind, Symbol):
+            return {n for _, n in self.leaves.places([a])}
+        given = [x[0] for x in kind.given(a[1]) if isinstance(x, tuple)]
+        free = self.space.vars_of(a[1])
+        return {n for x in given if self.space.vars_of(x[1]) == free for n in self._read_of(x)}
 
     def _summed_whole(self, t: Term, a: Access) -> bool:
         """Whether each summed index runs over a whole dimension of this factor, and nothing else is asked of any."""
@@ -249,6 +266,15 @@ class Structure(Program):
     def _of_one(self, a: Access) -> bool:
         """Whether it has a dimension of one entry, as a single sequence has a batch of one."""
         return ONE in self.leaf_shapes[a[0]]
+
+    def _sums_parameters(self, v: Val) -> bool:
+        """Whether it is a sum, of as many places everywhere, of what is computed from parameters alone."""
+
+        def summed(t: Term) -> bool:
+            free = any(x >= 0 for g in t.guards for x in self.space.vars(g))
+            return len(t.accs) == 1 and not t.exp and bool(t.bound(self.space)) and not free
+
+        return v.single and bool(v.terms) and all(summed(t) and self.of_parameters(t.accs[0][0]) for t in v.terms)
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""

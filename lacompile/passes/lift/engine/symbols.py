@@ -46,6 +46,7 @@ class Symbols(Tables):
         if v.alt is not None:
             self.taken_whole.extend(leaf for leaf, _ in v.alt.accs)
             return self.term_access(v.alt, dtype)
+        v = v.with_terms(self._at_places)
         if not v.single or not self.plain(v):
             if self.index_only(v):
                 return self.tabulate(v), None
@@ -57,8 +58,13 @@ class Symbols(Tables):
             out = self._symbol(aten.add.Tensor, [out, self.term_access(t, dtype)], dtype), None
         return out
 
+    def _at_places(self, t: Term) -> Term:
+        """With each rate of one place as that, as of one layer of several: in a function nothing telescopes with it."""
+        return t.but(exp=self.placed(t.exp, lambda _: True)) if t.exp.sums else t
+
     def term_access(self, t: Term, dtype: torch.dtype | None) -> tuple[Access, torch.dtype | None] | float:
         out: tuple[Access, torch.dtype | None] | None = None
+        t = self._at_places(t)
         coef = t.coef
 
         def times(other: Any) -> None:

@@ -196,7 +196,8 @@ class Interpreter:
             self.give_ups[node] = gave_up
             self._demand(node.all_input_nodes, by=node)
         kinds = [self.engine.leaves[leaf].kind for leaf in self.engine.taken_whole]
-        self._demand((k.node for k in kinds if isinstance(k, Opaque) and k.node is not None), by=node)
+        held = (k.only_node for k in kinds if isinstance(k, Opaque))
+        self._demand((n for n in held if n is not None), by=node)
         self.engine.taken_whole.clear()
         out = []
         single = len(outputs) == 1 and not isinstance(node.meta.get("example_value"), list | tuple)

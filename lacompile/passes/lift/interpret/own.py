@@ -14,6 +14,7 @@ from torch import fx
 
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
+from ..domain.intervals import ANY
 from ..domain.kinds import Opaque
 from ..domain.space import own_index
 from ..domain.term import Term, Val, value
@@ -28,14 +29,15 @@ def own_leaf(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> V
 def rooted(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
     """A leaf born inside this node becomes the node's own value, so that a rewrite can refer to it."""
     for t, (leaf, idx) in _accesses(val):
-        kind = engine.leaves[leaf].kind
+        found = engine.leaves[leaf]
+        kind = found.kind
         if not isinstance(kind, Opaque) or kind.node is not None or kind.series is not None:
             continue
         shape = engine.shape(tensor)
         if idx == own_index(engine.leaf_shapes[leaf]) and shape == engine.leaf_shapes[leaf]:
             kind.node = node
             return val
-        fresh = engine.leaf(tensor, replace(kind, node=node))
+        fresh = engine.leaf(tensor, replace(kind, node=node), interval=found.interval, rests_on=found.rests_on)
         return replace(val, alt=fresh.one) if t is val.alt else fresh
     return val
 
@@ -111,7 +113,8 @@ def readable(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor, comp
     for kind in (own, *named):
         if isinstance(kind, Opaque) and kind.node is node and val.single:
             kind.reading, kind.compute = val, compute
-    return replace(val, own=engine.leaf(tensor, own).one)
+    sign = engine.sign(val.terms) if val.single else ANY
+    return replace(val, own=engine.leaf(tensor, own, **engine.lies_in(sign, leaves_of([val]))).one)
 
 
 def leaves_of(vals: Iterable[Val]) -> tuple[int, ...]:

@@ -167,7 +167,7 @@ def _opposite(leaves: Leaves, share: Access, rest: Access) -> bool:
     here, there = _condition(leaves, share), _condition(leaves, rest)
     if here is not None and there is not None:
         return here[0] == there[0] and here[1] is not there[1]
-    return _one_less(leaves, rest) == share
+    return _one_less(leaves, rest) == share or _one_less(leaves, share) == rest
 
 
 def _between(leaves: Leaves, start: float, end: Access | float, share: Access) -> Access | None:

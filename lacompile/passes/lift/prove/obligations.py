@@ -126,12 +126,15 @@ def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Te
             "no gradient flows through a detached state, and one does through the tokens added since",
         )
     if found:
+        alike = len({t.signature for t in found}) < len(found)
         raise Refused(
             "single-term",
             "one sum over j <= i",
             f"{len(found)} sums that do not merge",
             2,
-            "pieces of a loop merge only if their weights agree exactly at the borders",
+            "pieces of a loop merge only if their weights agree exactly at the borders"
+            if alike
+            else "no two of them have the same factors, as where a query, a key or a value is a sum itself",
         )
     explain_missing(engine, terms, explained)
     raise Refused("causal-range", "a sum over j <= i", "no sum whose range ends at a position", 0)
@@ -196,9 +199,9 @@ def _label(engine: Engine, leaf: int, weights: Sequence[Access]) -> str:
 
 
 def _given(engine: Engine, leaf: int) -> bool:
-    """Numbers, an input, or something made of parameters alone: no function of the scores."""
+    """Numbers, an input, or something made of these or of parameters alone: no function of the scores."""
     kind = engine.leaves[leaf].kind
-    if not isinstance(kind, Opaque):
-        return isinstance(kind, Table)
-    is_input = kind.node is not None and kind.node.op == "placeholder"
-    return is_input or (bool(kind.of) and all(engine.leaves[s].parameter for s in kind.of))
+    if isinstance(kind, Opaque):
+        return engine.of_parameters(leaf) or (kind.node is not None and kind.node.op == "placeholder")
+    made_of = engine.leaves.made_of(leaf)
+    return isinstance(kind, Table) or (bool(made_of) and all(_given(engine, x) for x in made_of))

@@ -77,7 +77,8 @@ class Builder:
                 f"at most {MOST_PRODUCTS} products of features",
                 f"{dk} of them",
                 4,
-                "a power of the scores is a product of as many features, a tensor larger than what it would replace",
+                "a power of scores, or a product of sums, has a feature for each product of theirs: a tensor larger "
+                "than what it would replace",
             )
         groups_q = [batch, heads, [N_ROLE], p.key_features]
         e_group = [E_ROLE] if E_ROLE in p.roles else []

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
 
 from ..domain.affine import ONE, ZERO, Aff
+from ..domain.intervals import ANY, product
 from ..domain.kinds import Opaque
-from ..domain.term import Case, Term, Val
+from ..domain.term import Case, Term, Val, value
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
 from . import Op, rule
 from .arith import added
@@ -71,9 +73,9 @@ def _of_matrices(op: Op, a: Val, b: Val) -> Val:
     return product_sum(op, a, b, {0: 0}, {1: 1}, 1, 0)
 
 
-def _onto(op: Op, product: Val) -> Val:
+def _onto(op: Op, v: Val) -> Val:
     beta, alpha = op.kwargs.get("beta", 1), op.kwargs.get("alpha", 1)
-    return added(op, op.engine.scale(op.operand(0), float(beta)), op.engine.scale(product, float(alpha)))
+    return added(op, op.engine.scale(op.operand(0), float(beta)), op.engine.scale(v, float(alpha)))
 
 
 def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int, int], sum_a: int, sum_b: int) -> Val:
@@ -87,19 +89,28 @@ def product_sum(op: Op, a: Val, b: Val, keep_a: dict[int, int], keep_b: dict[int
     if _projects(engine, a, sum_a, b) or _projects(engine, b, sum_b, a):
         raise GiveUp("a projection of what is looked into")
     left, right = _over(engine, a, keep_a, sum_a, bound), _over(engine, b, keep_b, sum_b, bound)
+    x, y = _as_one(engine, a), _as_one(engine, b)
+    if x is not a or y is not b:
+        whole = _over(engine, x, keep_a, sum_a, bound), _over(engine, y, keep_b, sum_b, bound)
+        left, right = whole if _is_projection(engine, *whole) else (left, right)
     if len(left) * len(right) > MAX_TERMS * 4:
         raise GiveUp("a product of long sums")
     ranges = (Aff.var(FRESH), length - 1 - Aff.var(FRESH))
     terms = list(_products(engine, left, right, ranges))
     plain = engine.plain(a) and engine.plain(b)
-    alt = _as_it_is(op, terms) if plain and terms else None
+    alt = _as_it_is(op, terms, [length]) if plain and terms else None
     return engine.sum_of(shape, terms, alt, MAX_TERMS)
 
 
-def _as_it_is(op: Op, terms: Iterable[Term]) -> Term | None:
-    """A sum of these as one leaf, not looked into."""
+def _as_it_is(op: Op, terms: Sequence[Term], lengths: Iterable[Aff], scale: float = 1.0) -> Term | None:
+    """A sum of these over dimensions of these lengths as one leaf, not looked into."""
+    engine = op.engine
     of = tuple(dict.fromkeys(leaf for t in terms for leaf, _ in t.accs))
-    return op.engine.leaf(op.out, Opaque(None, str(op.func.overloadpacket), of)).one
+    within = engine.within(terms)
+    for n in () if within == ANY else lengths:
+        within = product(within, (max(engine.space.lower(n, {}), 0.0), engine.space.upper(n, {})))
+    kind = Opaque(None, str(op.func.overloadpacket), of)
+    return engine.leaf(op.out, kind, **engine.lies_in(product(within, (scale, scale)), of)).one
 
 
 def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
@@ -109,6 +120,27 @@ def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
         return False
     positions = (a for t in v.terms for a in (*t.guards, *(f for _, f in t.exp.lin), *(p for (_, p), _ in t.exp.sums)))
     return not any(a.coef(summed) for a in positions)
+
+
+def _as_one(engine: Engine, v: Val) -> Val:
+    """Data that is weighed, or a sum of such, as the one tensor that it is; all else, as an outer product, as it is."""
+    if v.alt is not None or not engine.plain(v) or engine.index_only(v) or any(map(engine.outer_product, v.terms)):
+        return v
+    if [len(t.accs) + len(t.exp.lin) for t in v.terms] == [1]:
+        return v
+    with suppress(GiveUp):
+        found = engine.access(v)
+        if isinstance(found, tuple):
+            return value(v.shape, [Term(accs=(found[0],))], precision=v.precision)
+    return v
+
+
+def _is_projection(engine: Engine, left: Sequence[Term], right: Sequence[Term]) -> bool:
+    """Whether one tensor is projected by another: ``(norm(x) * w) @ W``, of which no factor is projected by itself."""
+    if [len(t.accs) for t in left] != [1] or [len(t.accs) for t in right] != [1]:
+        return False
+    (x,), (y,) = left[0].accs, right[0].accs
+    return engine.projects_by(x, y) or engine.projects_by(y, x)
 
 
 def _operand(engine: Engine, v: Val, summed: int, other: Val) -> Val:
@@ -156,14 +188,14 @@ def _products(engine: Engine, left: Sequence[Term], right: Sequence[Term], range
             if start <= FRESH:
                 raise GiveUp("too many bound indices")
             y2 = y.sub(engine.space, {v: Aff.var(start - n) for n, v in enumerate(sorted(own, reverse=True))})
-            product = Term(
+            term = Term(
                 x.coef * y2.coef,
                 y2.poly if x.poly.is_const else x.poly,
                 tuple(sorted(x.accs + y2.accs)),
                 x.exp + y2.exp,
                 {*x.guards, *y2.guards, *ranges},
             )
-            yield bounded(product)
+            yield bounded(term)
 
 
 @rule(aten.sum, aten.mean)
@@ -177,8 +209,7 @@ def total(op: Op) -> Val:
     keepdim = bool(op.arg(2, "keepdim", False))
     if op.func.overloadpacket is aten.mean:
         count = math.prod(op.engine.length(v.shape[d]) for d in dims)
-        mean = op.engine.scale(summed(op, v, dims, keepdim), 1.0 / count)
-        return mean if mean.alt is None else replace(mean, alt=_as_it_is(op, mean.terms))
+        return summed(op, v, dims, keepdim, 1.0 / count)
     return summed(op, v, dims, keepdim)
 
 
@@ -194,8 +225,9 @@ def _keeps_entries(op: Op, dtype: torch.dtype | None) -> None:
         raise GiveUp(f"a sum of what the entries are in {dtype}")
 
 
-def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
+def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool, scale: float = 1.0) -> Val:
     engine = op.engine
+    lengths = [v.shape[d] for d in dims]
     if any(engine.moves_along_a_feature(v, d) for d in dims):
         v = engine.as_held(v) or v
     if v.alt is not None and not engine.structured(v) and not engine.scores_of_a_row(v, dims):
@@ -203,11 +235,11 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
     flat = engine.flat(v)
     if engine.plain(flat) and all(len(t.accs) < 2 for t in flat.terms) and any(t.accs for t in flat.terms):
         # A reduction of one tensor: a leaf for every purpose but a prefix total of log-decays.
-        alt = _as_it_is(op, flat.terms)
+        alt = _as_it_is(op, flat.terms, lengths, scale)
     else:
         alt = None
     if engine.plain(flat) and any(len(t.accs) >= 2 for t in flat.terms):
-        alt = _as_it_is(op, flat.terms)
+        alt = _as_it_is(op, flat.terms, lengths, scale)
     mapping: dict[int, Aff] = {}
     guards: list[Aff] = []
     kept = 0
@@ -226,7 +258,8 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
     for t in flat.terms:
         moved = t.sub(engine.space, mapping)
         terms.append(moved.but(guards=moved.guards | set(guards)))
-    return engine.sum_of(op.shape, terms, alt)
+    out = engine.scale(engine.sum_of(op.shape, terms), scale)
+    return out if alt is None else replace(out, alt=alt)
 
 
 @rule(aten.cumsum)

@@ -96,7 +96,7 @@ class Multiplication(Symbols):
             return v
         held = self.space.vars_of(i for _, idx in v.alt.accs for i in idx)
         free = [t.vars(self.space) - t.bound(self.space) for t in w.terms]
-        states = all(len(t.accs) > 1 and self.outer_product(t) for t in w.terms)
+        states = not self.projects(w) and all(len(t.accs) > 1 and self.outer_product(t) for t in w.terms)
         return self.whole(v) if states and all(held < x for x in free) else v
 
     def _one_index(self, x: Term, y: Term, shape: tuple[Aff, ...]) -> tuple[Term, Term]:

@@ -163,6 +163,32 @@ def test_a_gate_under_a_running_maximum():
     assert only_reason(mlstm(True), *heads(7, (), ())).obligation == "bounded-weights"
 
 
+def capped(limit):
+    """Of all pairs of positions, with a gate that is kept in range by itself, and under a maximum all the same."""
+
+    def run(q, k, v, i, f):
+        i, upto = limit * torch.tanh(i / limit), F.logsigmoid(f).cumsum(-1)
+        exponents = upto[..., :, None] - upto[..., None, :] + i[..., None, :]
+        exponents = exponents.masked_fill(torch.ones(2 * (q.shape[2],), dtype=torch.bool).triu(1), -torch.inf)
+        scores = (q @ k.mT) * (exponents - exponents.amax(-1, keepdim=True)).exp()
+        return scores @ v
+
+    return run
+
+
+def test_a_gate_in_range_under_a_maximum():
+    assert_rewritten(capped(15.0), *heads(7, (), ()), compiled=False)
+
+
+@pytest.mark.parametrize("limit, rewritten", [(15.0, 0), (5.0, 1)])
+def test_what_is_in_range_in_half_precision(limit, rewritten):
+    """exp(15) times a key is none of its numbers."""
+    torch._dynamo.reset()  # else the limit is no number the second time
+    report = explain(capped(limit))(*(x.detach().half() for x in heads(7, (), ())))
+    assert len(report.rewrites) == rewritten
+    assert rewritten or "bounded-weights" in {m.obligation for m in report.near_misses}
+
+
 def test_a_gate_that_needs_none():
     assert_rewritten(mlstm(False), *heads(7, (), ()), compiled=False)
 

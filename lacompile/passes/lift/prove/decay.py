@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 from ..domain.affine import TAU, Aff
 from ..domain.exponent import Access, Exponent, Mono, sub_mono
 from ..domain.intervals import BOUNDS, product
@@ -16,6 +18,7 @@ from .proof import Refused, at_position
 from .roles import Roles
 
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
+LARGEST_IN_HALF = 7.0  # exp of it, times a key of up to 60, is finite in float16
 MOST_STEPS = 4096  # of a decay at once: a chunk and more
 GROWTH = 1e-9
 BOUND = {p.__name__ for p in BOUNDS}
@@ -96,7 +99,8 @@ class Decay(Roles):
                 leaf = self.engine.leaves[mono[0][0]]
                 low, high = leaf.interval
                 self.proof.looked_at |= leaf.rests_on
-            if max(c * low, c * high) > LARGEST_EXPONENT:
+            largest = LARGEST_IN_HALF if self.fact.compute is torch.float16 else LARGEST_EXPONENT
+            if max(c * low, c * high) > largest:
                 raise Refused(
                     "bounded-weights",
                     "a weight of the keys that is finite by itself",

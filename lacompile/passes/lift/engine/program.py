@@ -22,7 +22,7 @@ from ..domain.term import Precision, Term, Val, value
 from ..normal.algebra import Algebra
 from .limits import GiveUp
 
-LARGEST_EXPONENT = 700.0  # exp of it is a number in fp64
+LARGEST_LOGARITHM = 700.0  # exp of it is a number in fp64
 
 
 class Program(Algebra):
@@ -108,7 +108,7 @@ class Program(Algebra):
                 return ANY
             number = t.coef * t.poly.const
             logarithm = INF if t.exp.number is None else t.exp.number
-            weight = math.exp(logarithm) if abs(logarithm) <= LARGEST_EXPONENT else None
+            weight = math.exp(logarithm) if abs(logarithm) <= LARGEST_LOGARITHM else None
             ends = product((number, number), (POSITIVE, INF) if weight is None else (weight, weight))
             for leaf, _ in t.accs:
                 ends = product(ends, self.leaves[leaf].interval)

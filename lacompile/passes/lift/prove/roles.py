@@ -162,8 +162,8 @@ class Roles:
             with_e = self.e is not None and self._holds(a, self.e)
             if with_d and with_e:
                 raise Refused("separable", "keys and values in separate tensors", "one factor with both features", 4)
-            of_key = p.v if with_e or self._of_values(a, with_d) else p.k
-            into = of_key if self._holds(a, self.j) else p.q if with_d else p.outer
+            of_token = p.v if with_e or self._of_values(a, with_d) else p.k
+            into = of_token if self._holds(a, self.j) else p.q if with_d else p.outer
             into.append(self._renamed(a))
         numbers = [a for a in p.outer if not self.engine.leaves.tensors([a])]
         if p.q:

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 def suppressed_guards(fake_mode: Any) -> contextlib.AbstractContextManager[None]:
@@ -274,11 +275,8 @@ def changes_mode(target: Any) -> bool:
 
 def functorch_active() -> bool:
     """Whether a functorch transform or forward-mode AD level is running."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
-        return True
-    from torch.autograd import forward_ad
-
-    return forward_ad._current_level >= 0
+    transform = torch._C._functorch.peek_interpreter_stack()  # type: ignore[attr-defined]
+    return transform is not None or forward_ad._current_level >= 0
 
 
 def hidden_from_dynamo(function: Any) -> Any:

@@ -58,10 +58,11 @@ def _tokens_first(q: Tensor) -> bool:
 
 def as_output(q: Tensor, made: Tensor) -> Tensor:
     """``made`` in q's dtype and with the strides of :func:`output_like`; a copy only where it has others."""
-    dense = made.transpose(1, 2) if _tokens_first(q) else made
-    if made.dtype == q.dtype and dense.is_contiguous():
+    _, heads, length, dv = made.shape
+    dense = (length * heads * dv, dv, heads * dv, 1) if _tokens_first(q) else (heads * length * dv, length * dv, dv, 1)
+    if made.dtype == q.dtype and made.stride() == dense:
         return made
-    return output_like(q, made.shape[1], made.shape[3]).copy_(made)
+    return output_like(q, heads, dv).copy_(made)
 
 
 def as_gradient(x: Tensor, made: Tensor) -> Tensor:
@@ -77,10 +78,13 @@ def _dense(shape: Sequence[int], stride: Sequence[int]) -> Sequence[int]:
     return torch.empty_like(torch.empty_strided(shape, stride, device="meta")).stride()
 
 
+AS_IT_IS = nullcontext()
+
+
 def own_precision(q: Tensor) -> AbstractContextManager[object]:
     """Implementations choose their own precision: autocast would round fp32 operands inside them."""
     kind = q.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else AS_IT_IS
 
 
 @operator("decayed_attention")

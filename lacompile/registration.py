@@ -18,6 +18,13 @@ LIBRARY = torch.library.Library("lacompile", "FRAGMENT")
 # Any strides will do, so that Inductor need not rebuild the gaps of a slice: the order of dimensions is enough.
 TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
 
+RECORDED = "recorded"
+"""The overload of an operator whose gradient is recorded by its caller: a call of it passes autograd by.
+
+It is what compiled graphs hold, which are made below autograd. Through the other one each of their calls would enter
+Python twice, once to find that there is nothing to record.
+"""
+
 Operator = torch._ops.OpOverload
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -26,18 +33,27 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     """``lacompile::name`` from a function that changes none of its arguments; its annotations are the schema."""
 
     def register(function: Callable[..., Any]) -> Operator:
-        LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()), tags=TAGS)
-        LIBRARY.impl(name, hidden_from_dynamo(function), "CompositeExplicitAutograd")
+        schema, implementation = torch.library.infer_schema(function, mutates_args=()), hidden_from_dynamo(function)
+        for overload in (name, f"{name}.{RECORDED}"):
+            LIBRARY.define(overload + schema, tags=TAGS)
+            LIBRARY.impl(overload, implementation, "CompositeExplicitAutograd")
+        LIBRARY.impl(f"{name}.{RECORDED}", torch.library.fallthrough_kernel, "Autograd")
         return getattr(torch.ops.lacompile, name).default
 
     return register
+
+
+def recorded(op: Operator) -> Operator:
+    """The same operator where its caller has recorded what gradients need."""
+    return getattr(op.overloadpacket, RECORDED)
 
 
 def fake(op: Operator) -> Callable[[Callable[..., Any]], None]:
     """What the results look like, for tensors without values."""
 
     def register(function: Callable[..., Any]) -> None:
-        torch.library.register_fake(op, function, lib=LIBRARY)
+        for overload in (op, recorded(op)):
+            torch.library.register_fake(overload, function, lib=LIBRARY)
 
     return register
 
@@ -50,9 +66,11 @@ def derivative(op: Operator, backward: Backward, *, setup_context: Callable[...,
         setup_context: ``(ctx, inputs, output)`` keeps in ``ctx`` what ``backward`` needs.
     """
 
+    below = recorded(op)
+
     def compute(keys: Any, *args: Any) -> Any:
         with below_autograd():
-            return op.redispatch(after_autograd(keys), *args)
+            return below.redispatch(after_autograd(keys), *args)
 
     class Recorded(torch.autograd.Function):
         @staticmethod

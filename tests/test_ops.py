@@ -6,6 +6,8 @@ import re
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.library import opcheck
 
@@ -205,6 +207,23 @@ class TestForwardMode:
         run = torch.compile(lambda x: torch.func.jvp(lambda y: attend(y, k, v, g)[0], (x,), (x,)), backend="aot_eager")
         with pytest.raises(Exception, match="forward-mode"):
             run(q)
+
+
+def test_compiled_graphs_call_the_operators_past_autograd():
+    """Each call would enter Python once more only to find that there is nothing to record."""
+    called = []
+
+    def collect(graph, _):
+        called.extend(str(node.target) for node in graph.graph.nodes if "lacompile" in str(node.target))
+        return make_boxed_func(graph)
+
+    q, k, v, g, _ = arguments(requires_grad=True)
+    compiled = torch.compile(lambda *x: attend(*x)[0], backend=aot_autograd(fw_compiler=collect, bw_compiler=collect))
+    compiled(q, k, v, g).sum().backward()
+    assert called == ["lacompile.decayed_attention.recorded", "lacompile.decayed_attention_backward.recorded"]
+    with torch.no_grad():
+        compiled(q, k, v, g)
+    assert called[2:] == ["lacompile.decayed_attention.recorded"]
 
 
 # --------------------------------------------------------------------------------------------------- wrong arguments

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 import triton
@@ -209,22 +209,21 @@ def _prepare(
     own_heads = q.shape[1], k.shape[1], v.shape[1]
     per_token, has_start = log_decay.dim() == 3, initial_state is not None
     rows, span = batch * heads, launch.span(per_token)
-
-    def gradients(*inputs: Tensor) -> Iterable[Tensor]:
-        return (launch.grad_like(x, heads) for x in inputs)
+    dq, dk_, dv_ = (launch.grad_like(x, heads) for x in (q, k, v))
+    new_gradients = [launch.Memory(x) for x in (dq, dk_, dv_)]
+    none = torch.empty(0, dtype=torch.float32, device=q.device)
 
     def finished(dq: Tensor, dk: Tensor, dv: Tensor, d_decay: Tensor, d_initial: Tensor) -> Gradients:
         dq, dk, dv = (launch.fold(g, n) for g, n in zip((dq, dk, dv), own_heads, strict=True))
-        return dq, dk, dv, d_decay, d_initial if has_start else d_initial.new_empty(0)
+        return dq, dk, dv, d_decay, d_initial if has_start else none
 
     end_shape = batch, heads, dk, dv
     if rows * length == 0:
         return lambda do, d_end, q, k, v, log_decay, initial: finished(
-            *gradients(q, k, v), torch.zeros(log_decay.shape if want_decay else (0,), device=q.device),
+            *(new() for new in new_gradients), torch.zeros(log_decay.shape if want_decay else (0,), device=q.device),
             torch.zeros(end_shape, device=q.device) if d_end is None else d_end.clone(),
         )  # fmt: skip
 
-    dq, dk_, dv_ = gradients(q, k, v)
     tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
     mark_dtype = launch.mark_dtype(q.dtype, per_token)
     for_v, for_k = launch.config("backward", dk, dv, q.dtype, q.device, tma, per_token, want_decay)
@@ -270,8 +269,7 @@ def _prepare(
         boxes = [Box(x, chunk, n) if tma else None for x, n in columns]
         options = {"num_warps": max(for_k.warps, for_v.warps), "num_stages": min(for_k.stages, for_v.stages)}
     run = Launch(kernel, programs * split.count, [*boxes, *[None] * 8], numbers, constants, options)
-    rows_shape = (k_blocks, rows, length) if want_decay else (0,)
-    marks_shape = (rows, launch.blocks(length, span), dk, dv) if want_decay else (0,)
+    rows_shape, marks_shape = (k_blocks, rows, length), (rows, launch.blocks(length, span), dk, dv)
     d_decays = None
     if want_decay:
         d_decays = decay_grad(log_decay, rows_shape, marks_shape, span, has_start, d_state is not None)
@@ -282,12 +280,12 @@ def _prepare(
         start, d_start = initial, d_end
         if states is not None:  # their scratch is free again before the gradients are made
             start, d_start = states(k, v, log_decay, initial, q, do, d_end)
-        dq, dk, dv = gradients(q, k, v)
-        d_initial = torch.empty(end_shape if store_end else (0,), dtype=torch.float32, device=q.device)
-        q_rows = torch.empty(rows_shape, dtype=torch.float32, device=q.device)
-        k_rows = torch.empty_like(q_rows) if want_decay else q_rows
-        marks = torch.empty(marks_shape, dtype=mark_dtype, device=q.device) if want_decay else q_rows
-        d_marks = torch.empty_like(marks) if want_decay else q_rows
+        dq, dk, dv = (new() for new in new_gradients)
+        d_initial = torch.empty(end_shape, dtype=torch.float32, device=q.device) if store_end else none
+        q_rows = k_rows = marks = d_marks = none
+        if want_decay:
+            q_rows, k_rows = (torch.empty(rows_shape, dtype=torch.float32, device=q.device) for _ in range(2))
+            marks, d_marks = (torch.empty(marks_shape, dtype=mark_dtype, device=q.device) for _ in range(2))
         decays = log_decay if factors is None else factors(log_decay)
         run(
             q, k, v, do, q, k, do, dq, dk, dv, decays, q_rows, k_rows, q_rows if start is None else start,

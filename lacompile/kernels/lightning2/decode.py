@@ -179,6 +179,7 @@ def _prepare(
     batch, _, length, dk = q.shape
     dv = v.shape[3]
     o = launch.empty_like_q(q, heads, dv)
+    new_o = launch.Memory(o)
     bk, bv, warps = tile(dk, dv)
     nowhere = (0, 0, 0, 0)
     numbers = [
@@ -194,7 +195,7 @@ def _prepare(
     run = Launch(decode_kernel, programs, [None] * 7, numbers, constants, {"num_warps": warps})
 
     def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, start: Tensor | None, end: Tensor | None) -> Tensor:
-        o = launch.empty_like_q(q, heads, dv)
+        o = new_o()
         run(q, k, v, o, log_decay, q if start is None else start, o if end is None else end)
         return o
 

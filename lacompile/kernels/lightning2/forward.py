@@ -134,15 +134,13 @@ def _prepare(
     dv = v.shape[3]
     per_token = log_decay.dim() == 3
     shape = (batch, heads, dk, dv) if want_state else (0,)
-
-    def outputs(q: Tensor) -> tuple[Tensor, Tensor]:
-        return launch.empty_like_q(q, heads, dv), torch.empty(shape, dtype=torch.float32, device=q.device)
+    o, state = launch.empty_like_q(q, heads, dv), torch.empty(shape, dtype=torch.float32, device=q.device)
+    new_o, new_state = launch.Memory(o), launch.Memory(state)
 
     def nothing(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
-        o, state = outputs(q)
-        return o, state.zero_() if initial is None or not want_state else state.copy_(initial)
+        state = new_state()
+        return new_o(), state.zero_() if initial is None or not want_state else state.copy_(initial)
 
-    o = outputs(q)[0]
     if o.numel() == 0:
         return nothing
     tma = launch.use_tma(q, k, v, o)
@@ -183,7 +181,7 @@ def _prepare(
     def call(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None) -> tuple[Tensor, Tensor]:
         # Its scratch is free again before o is made.
         start = initial if states is None else states(k, v, log_decay, initial)[0]
-        o, state = outputs(q)
+        o, state = new_o(), new_state()
         decays = log_decay if factors is None else factors(log_decay)
         run(q, k, v, o, decays, state if start is None else start, state)
         return o, state

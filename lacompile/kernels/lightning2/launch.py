@@ -224,6 +224,7 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+AS_IT_IS = nullcontext()
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
@@ -232,14 +233,15 @@ def on_device_of(x: Tensor) -> AbstractContextManager[object]:
     A thread gets a device's context with the first kernel that PyTorch or Triton launch from it. A descriptor needs it
     before that, where nothing else was launched: what memory is asked for may come from PyTorch's cache.
     """
-    if x.device.type != "cuda":
-        return nullcontext()
-    if x.device.index != torch.cuda.current_device():
+    device = x.device
+    if device.type != "cuda":
+        return AS_IT_IS
+    if device.index != torch.cuda.current_device():
         return torch.cuda.device_of(x)
     if not _thread.has_context:
-        torch.cuda.set_device(x.device)
+        torch.cuda.set_device(device)
         _thread.has_context = True
-    return nullcontext()
+    return AS_IT_IS
 
 
 def unit_last(x: Tensor) -> Tensor:
@@ -299,6 +301,16 @@ def decay_strides(log_decay: Tensor) -> tuple[int, int, int]:
     if log_decay.dim() == 1:
         return 0, log_decay.stride(0), 0
     return log_decay.stride(0), log_decay.stride(1), log_decay.stride(2)
+
+
+class Memory:
+    """Makes tensors like ``x``, one for each call."""
+
+    def __init__(self, x: Tensor):
+        self.shape, self.stride, self.dtype, self.device = x.shape, x.stride(), x.dtype, x.device
+
+    def __call__(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
 
 
 def empty_like_q(q: Tensor, heads: int, columns: int) -> Tensor:

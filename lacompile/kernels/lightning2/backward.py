@@ -182,7 +182,7 @@ def backward(
         q, k, v, do = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v), launch.unit_last(do)
         initial_state, d_state = launch.dense_state(initial_state), launch.dense_state(d_state)
         given = do, d_state, q, k, v, log_decay, initial_state
-        key = signature(*given), scale, want_decay, launch.setting(q.dtype)
+        key = signature(*given), scale, want_decay, launch.setting(q)
         return CALLS.get(key, lambda: _prepare(*given, float(scale), want_decay))(*given)
 
 
@@ -265,7 +265,7 @@ def _prepare(
         kernel, unit = backward_kernel, launch.unit(*tensors)
         numbers = [*[s for x in tensors for s in launch.strides(x, unit)], *decay_strides, *numbers]
         constants |= {"K_FULL": for_v.bk, "V_FULL": for_k.bk, "K_PART": for_k.bv, "V_PART": for_v.bv, "UNIT": unit}
-        constants |= {"TMA": tma, "PRECISION": launch.precision(q.dtype)}
+        constants |= {"TMA": tma, "PRECISION": launch.precision(q.dtype, q.device)}
         boxes = [Box(x, chunk, n) if tma else None for x, n in columns]
         options = {"num_warps": max(for_k.warps, for_v.warps), "num_stages": min(for_k.stages, for_v.stages)}
     run = Launch(kernel, programs * split.count, [*boxes, *[None] * 8], numbers, constants, options)

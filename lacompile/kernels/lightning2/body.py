@@ -80,6 +80,10 @@ def attend(
     backwards it is the state's gradient, which carries ``scale`` itself. Strides are those of tokens; the last one is
     1. States are ``[DK, DV]``, or ``[DV, DK]`` if TRANSPOSED. ``begin`` and ``span`` are multiples of CHUNK.
     """
+    EXACT: tl.constexpr = PRECISION != "tf32"
+    # What a token adds to its own row is in q . dq and in k . dk, and no decay is in it. Where a state is soon
+    # forgotten it is most of both, and what is left of their difference is less than its rounding.
+    APART: tl.constexpr = AUDIT and EXACT
     column = block * BV
     at_state, in_state = state_offsets(block, DK, DV, TRANSPOSED, BK, BV)
     if HAS_START:
@@ -93,14 +97,14 @@ def attend(
         a = read(a_source, batch, a_head, a_stride, at, stop, 0, CHUNK, BK, DK, TMA)
         b = tl.trans(read(b_source, batch, b_head, b_stride, at, stop, 0, CHUNK, BK, DK, TMA))
         c = read(c_source, batch, c_head, c_stride, at, stop, column, CHUNK, BV, DV, TMA)
-        sums, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN)
-        weight = between(sums, g_head, REVERSE, CHUNK, PER_TOKEN)
+        sums, rest, to_end, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN, EXACT)
+        weight = between(sums, rest, g_head, REVERSE, CHUNK, PER_TOKEN, EXACT)
         if REVERSE:
-            from_state = tl.exp2(last - sums)
+            from_state = tl.exp2(to_end)
             to_state = tl.exp2(sums) * scale
         else:
             from_state = tl.exp2(sums) * scale
-            to_state = tl.exp2(last - sums)
+            to_state = tl.exp2(to_end)
 
         # The state is advanced before the scores exist: that order needs the fewest registers.
         y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION) * from_state[:, None]
@@ -109,13 +113,20 @@ def attend(
         # scale goes into the scores of every use, so that q . dq and k . dk round the same products alike and their
         # difference, the decay's gradient, does not see that rounding.
         scores = tl.dot(a, b, input_precision=PRECISION) * (weight * scale)
+        t = tl.arange(0, CHUNK)
+        if APART:
+            own = t[:, None] == t[None, :]
+            of_own = tl.sum(tl.where(own, scores, 0.0), 1)
+            scores = tl.where(own, 0.0, scores)
         y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION)
+        without_own = y
+        if APART:
+            y += of_own[:, None] * c
 
         write(y_target, y, batch, y_head, y_stride, at, stop, column, CHUNK, BV, DV, TMA)
         if AUDIT:
             x = read(x_source, batch, x_head, x_stride, at, stop, column, CHUNK, BV, DV, TMA)
-            t = tl.arange(0, CHUNK)
-            tl.store(rows_ptr + at.to(tl.int64) + t, tl.sum(x.to(tl.float32) * y, 1), mask=t < stop - at)
+            tl.store(rows_ptr + at.to(tl.int64) + t, tl.sum(x.to(tl.float32) * without_own, 1), mask=t < stop - at)
             border = at if REVERSE else at + CHUNK
             if (border % span == 0) | (border >= length):
                 mark = (tl.cdiv(border, span) - (0 if REVERSE else 1)).to(tl.int64) * (DK * DV)

@@ -24,27 +24,33 @@ def to_log2(log_decay):
 
 
 @triton.jit
-def chunk_sums(g_ptr, g_stride, begin, stop, g_head, CHUNK: tl.constexpr, PER_TOKEN: tl.constexpr):
-    """(G ``[CHUNK]``, G at the chunk's last token) in base 2 for tokens ``[begin, min(begin + CHUNK, stop))``.
+def chunk_sums(g_ptr, g_stride, begin, stop, g_head, CHUNK: tl.constexpr, PER_TOKEN: tl.constexpr, EXACT: tl.constexpr):
+    """(G, what its rounding left out, G_last - G, each ``[CHUNK]``; G_last) in base 2, all in fp32.
 
-    ``g_ptr`` points at token 0 of the head; ``g_head`` is the head's log2-decay when it is not per token. After
-    ``stop`` G stays at its last value.
+    Of tokens ``[begin, min(begin + CHUNK, stop))``; after ``stop`` G stays at its last value. ``g_ptr`` points at token
+    0 of the head; ``g_head`` is the head's log2-decay when it is not per token. Two tokens that are near to each other
+    may have large sums, whose rounding is large beside their difference: EXACT sums in fp64.
     """
     t = tl.arange(0, CHUNK)
     if PER_TOKEN:
         at = (begin + t).to(tl.int64) * g_stride
         g = to_log2(tl.load(g_ptr + at, mask=begin + t < stop, other=0.0))
-        sums = tl.cumsum(g, 0)
-        last = tl.sum(tl.where(t == CHUNK - 1, sums, 0.0), 0)
+        wide = tl.cumsum(g.to(tl.float64) if EXACT else g, 0)
+        last = tl.sum(tl.where(t == CHUNK - 1, wide, 0.0), 0)
+        sums, to_end, last = wide.to(tl.float32), (last - wide).to(tl.float32), last.to(tl.float32)
+        rest = (wide - sums.to(wide.dtype)).to(tl.float32)
     else:
         count = tl.minimum(stop - begin, CHUNK)
         sums = tl.minimum(t + 1, count).to(tl.float32) * g_head
         last = count.to(tl.float32) * g_head
-    return sums, last
+        to_end, rest = last - sums, tl.zeros_like(sums)
+    return sums, rest, to_end, last
 
 
 @triton.jit
-def between(sums, g_head, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PER_TOKEN: tl.constexpr):
+def between(
+    sums, rest, g_head, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PER_TOKEN: tl.constexpr, EXACT: tl.constexpr
+):
     """``[CHUNK, CHUNK]`` factors from token (column) to token (row), 0 where time would run backwards.
 
     With REVERSE rows are the earlier tokens: the transpose, computed from the same numbers.
@@ -52,6 +58,8 @@ def between(sums, g_head, REVERSE: tl.constexpr, CHUNK: tl.constexpr, PER_TOKEN:
     row = tl.arange(0, CHUNK)[:, None]
     col = tl.arange(0, CHUNK)[None, :]
     gap = sums[:, None] - sums[None, :] if PER_TOKEN else (row - col).to(tl.float32) * g_head
+    if PER_TOKEN and EXACT:
+        gap += rest[:, None] - rest[None, :]
     if REVERSE:
         return tl.exp2(tl.where(row <= col, -gap, float("-inf")))
     return tl.exp2(tl.where(row >= col, gap, float("-inf")))

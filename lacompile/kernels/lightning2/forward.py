@@ -116,7 +116,7 @@ def forward(
     with launch.on_device_of(q):
         q, k, v = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v)
         initial_state = launch.dense_state(initial_state)
-        key = signature(q, k, v, log_decay, initial_state), scale, want_state, launch.setting(q.dtype)
+        key = signature(q, k, v, log_decay, initial_state), scale, want_state, launch.setting(q)
         call = CALLS.get(key, lambda: _prepare(q, k, v, log_decay, float(scale), initial_state, want_state))
         return call(q, k, v, log_decay, initial_state)
 
@@ -173,7 +173,7 @@ def _prepare(
     else:
         kernel, unit = forward_kernel, launch.unit(q, k, v, o)
         numbers = [*[s for x in (q, k, v, o) for s in launch.strides(x, unit)], *decay_strides, *numbers]
-        constants |= {"UNIT": unit, "TMA": tma, "PRECISION": launch.precision(q.dtype)}
+        constants |= {"UNIT": unit, "TMA": tma, "PRECISION": launch.precision(q.dtype, q.device)}
         boxes = [Box(x, tiles.chunk, n) if tma else None for x, n in columns]
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     run = Launch(kernel, programs * split.count, [*boxes, None, None, None], numbers, constants, options)
@@ -192,7 +192,7 @@ def _prepare(
         found = forward(known.q, known.k, known.v, known.log_decay, 1.0, start, want_state)
         return equal(found, known.outputs(start))
 
-    said = constants["HAS_START"], want_state, launch.precision(q.dtype)
+    said = constants["HAS_START"], want_state, launch.precision(q.dtype, q.device)
     kind = "forward", tiles, dk, dv, q.dtype, per_token, tma, *said, q.device
     if not is_right(kind, q.device, computes_integers):
         return lambda q, k, v, log_decay, initial: cpu.forward(q, k, v, log_decay, scale, initial, want_state)

@@ -72,18 +72,20 @@ def prepass_config(dk: int, dv: int, dtype: torch.dtype) -> Config:
     return tiles if dtype == torch.float32 or tiles.bk > 128 else replace(tiles, stages=3)
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, device: torch.device) -> str:
     """How fp32 products are formed: as PyTorch's own, by ``torch.set_float32_matmul_precision``.
 
-    Three TF32 products each, an error of about 1e-6; one, about 3e-4, where that allows TF32. 16-bit inputs ignore it.
+    Six products of bf16 each, as exact as fp32 itself; one of TF32, an error of about 3e-4, where that allows it.
+    16-bit inputs ignore it. Triton's interpreter has fp32 itself.
     """
-    exact = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return "tf32x3" if exact else "tf32"
+    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "bf16x6" if device.type == "cuda" else "ieee"
 
 
-def setting(dtype: torch.dtype) -> Hashable:
+def setting(q: Tensor) -> Hashable:
     """What a launch depends on beside its tensors."""
-    return precision(dtype), forced, _stood_for.get()
+    return precision(q.dtype, q.device), forced, _stood_for.get()
 
 
 def span(per_token: bool) -> int:

@@ -81,8 +81,8 @@ def contribution(
         at = first + step * turn
         b = tl.trans(read(b_source, batch, b_head, b_stride, at, stop, 0, CHUNK, BK, DK, TMA))
         c = read(c_source, batch, c_head, c_stride, at, stop, block * BV, CHUNK, BV, DV, TMA)
-        sums, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN)
-        to_state = tl.exp2(tl.where(reverse, sums, last - sums)) * scale
+        sums, _, to_end, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN, PRECISION != "tf32")
+        to_state = tl.exp2(tl.where(reverse, sums, to_end)) * scale
         weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
         state = tl.dot(b, weighted, state * tl.exp2(last), input_precision=PRECISION)
         if PER_TOKEN:
@@ -308,7 +308,7 @@ def segment_states(
         [*[s for x in sources for s in launch.strides(x, unit)], *launch.decay_strides(log_decay),
          1.0 if back is None else back.scale, heads, *(heads // x.shape[1] for x in sources), *cut],
         {"DK": dk, "DV": dv, "BK": tiles.bk, "BV": tiles.bv, "CHUNK": chunk, "UNIT": unit,
-         "BOTH": both, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": launch.precision(k.dtype)},
+         "BOTH": both, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": launch.precision(k.dtype, k.device)},
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
     )  # fmt: skip
     tile = min(1024, next_power_of_2(dk * dv))

@@ -103,12 +103,12 @@ def portable(dk: int, dv: int, dtype: torch.dtype) -> Config:
     bk = max(64, next_power_of_2(dk))
     bv = max(16, min(64, next_power_of_2(dv)))
     if dtype == torch.float32:
-        # Three products for one leave few registers: short chunks, or narrow blocks, some of which then spill and are
+        # Six products for one leave few registers: short chunks, or narrow blocks, some of which then spill and are
         # faster all the same (docs/kernel-notes.md, section 17).
         if max(bk, next_power_of_2(dv)) == 64:
             return Config("portable", bk, min(bv, 32), CHUNK, 4, 1, pace=65.0)
         if max(bk, next_power_of_2(dv)) == 128:
-            return Config("portable", bk, bv, 16, 4, 2, pace=300.0)
+            return Config("portable", bk, bv, 16, 4, 1, pace=300.0)
         return Config("portable", bk, min(bv, 32), 16, 8, 1, pace=300.0)
     if bk == 256:
         return Config("portable", bk, min(bv, 32), CHUNK, 4, 2)

@@ -48,7 +48,7 @@ SLOPES = torch.tensor([0.5, 0.1])
 
 
 def masked_by_rows(n):
-    return lambda q, k, v: leet("linear_attn").linear_attn(q, k, v, SLOPES), heads(n)
+    return lambda q, k, v: leet("linear_attn").linear_attn(q, k, v, SLOPES.to(q.device)), heads(n)
 
 
 def lower_triangle(n):
@@ -56,7 +56,8 @@ def lower_triangle(n):
 
 
 def lightning(n):
-    return lambda q, k, v: leet("lightningAttention2_torch").lightningAttention2_torch(q, k, v, SLOPES), heads(n)
+    f = leet("lightningAttention2_torch").lightningAttention2_torch
+    return lambda q, k, v: f(q, k, v, SLOPES.to(q.device)), heads(n)
 
 
 def lightning_without_decay(n):
@@ -71,7 +72,7 @@ def recursion(n):
     def run(q, k, v, slopes):
         return leet("Recursion").recursive_infer_with_decay(q, k, v, 0, n, slopes)
 
-    return run, (*heads(n), SLOPES)
+    return run, (*heads(n), SLOPES.to(torch.get_default_device()))
 
 
 ROWS = [

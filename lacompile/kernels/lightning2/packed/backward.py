@@ -180,7 +180,7 @@ def backward(
             *launch.decay_strides(log_decay)[1:], float(scale), heads, *groups, length, span, spans,
             DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv,
             CHUNK=min(for_k.chunk, for_v.chunk), UNIT=unit, PER_TOKEN=per_token,
-            DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype),
+            DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype, q.device),
             num_warps=max(for_k.warps, for_v.warps), num_stages=min(for_k.stages, for_v.stages),
         )  # fmt: skip
         d_decay = q_rows

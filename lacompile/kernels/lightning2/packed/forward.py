@@ -125,7 +125,7 @@ def forward(
             *(s for x in (q, k, v, o) for s in launch.strides(x, unit)[1:]), *launch.decay_strides(log_decay)[1:],
             float(scale), heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
             DK=dk, DV=dv, BK=tiles.bk, BV=tiles.bv, CHUNK=tiles.chunk, UNIT=unit, PER_TOKEN=log_decay.dim() == 3,
-            STORE_END=want_state, PRECISION=launch.precision(q.dtype),
+            STORE_END=want_state, PRECISION=launch.precision(q.dtype, q.device),
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         return o, end

@@ -153,7 +153,7 @@ def piece_states(
         *launch.strides(b, unit)[1:], *launch.strides(c, unit)[1:], *launch.decay_strides(log_decay)[1:],
         float(scale), heads, heads // b.shape[1], heads // c.shape[1],
         DK=dk, DV=dv, BK=tiles.bk, BV=tiles.bv, CHUNK=tiles.chunk, UNIT=unit, REVERSE=reverse,
-        PER_TOKEN=log_decay.dim() == 3, PRECISION=launch.precision(b.dtype),
+        PER_TOKEN=log_decay.dim() == 3, PRECISION=launch.precision(b.dtype, b.device),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     tile = min(1024, next_power_of_2(dk * dv))

@@ -1,0 +1,27 @@
+"""The programs of the support matrix on a GPU: as many rewrites as on a CPU, computed by the kernels, and right."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+import torch
+
+from lacompile.testing import assert_rewritten
+
+from .matrix import Row
+from .rows import ROWS
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.rewrites], ids=str)
+def test_row(row: Row):
+    try:
+        version(row.package)
+    except PackageNotFoundError:
+        pytest.skip("a public package that is tested where it is installed")
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        program, args = row.make(row.length)
+    assert_rewritten(program, *args, count=row.rewrites, grads=row.grads, compiled=False)

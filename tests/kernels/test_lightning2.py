@@ -229,11 +229,21 @@ class TestDecays:
         assert torch.equal(out, want) and torch.equal(last, want_last)
 
     def test_decay_gradient_may_be_left_out(self):
-        args, do, d_state = arguments(C + 5)
+        args, do, d_state = arguments(C + 5, dtype=torch.float16)
         got = lightning2.backward(do, d_state, *args, want_decay=False)
         want = lightning2.backward(do, d_state, *args)
         assert not got[3].numel() and want[3].any()
         assert all(torch.equal(a, b) for n, (a, b) in enumerate(zip(got, want, strict=True)) if n != 3)
+
+    def test_decay_gradient_may_be_left_out_in_fp32(self):
+        """Where it is wanted the other gradients are summed in another order."""
+        args, do, d_state = arguments(C + 5)
+        *got, none, d_initial = lightning2.backward(do, d_state, *args, want_decay=False)
+        *want, _, want_initial = wanted(args, do, d_state)[2]
+        assert not none.numel()
+        for name, x, exact in zip(("dq", "dk", "dv"), got, want, strict=True):
+            check_error(name, x, exact, kind="gradient")
+        check_error("d_initial", d_initial, want_initial, kind="gradient")
 
     def test_factors_of_chunks(self):
         """What Hopper's body reads: of a ragged last chunk the sum stays at its last value."""

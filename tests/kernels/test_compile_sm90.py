@@ -128,7 +128,7 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
         const = {"DKV": dk * dv, "TILE": 1024, "CHUNK": v.chunk, "PIECES": launch.PIECES, "BOTH": True}
         const |= {"PER_TOKEN": per_token, "HAS_FIRST": True, "HAS_D_LAST": True}
         return Case(segments.scan_kernel, const, {}, {"num_warps": 4})
-    const = {"DKV": dk * dv, "BLOCKS": 2, "SPAN": launch.span(per_token), "PER_TOKEN": per_token}
+    const = {"DKV": dk * dv, "BLOCKS": 2, "SPAN": launch.SPAN_PER_TOKEN, "PER_TOKEN": per_token}
     return Case(decay_grad_kernel, const | {"HAS_START": True, "HAS_D_END": True}, {}, {"num_warps": 4})
 
 

@@ -208,7 +208,7 @@ def _prepare(
     dv = v.shape[3]
     own_heads = q.shape[1], k.shape[1], v.shape[1]
     per_token, has_start = log_decay.dim() == 3, initial_state is not None
-    rows, span = batch * heads, launch.span(per_token)
+    rows, span = batch * heads, launch.span(per_token, q, v)
     dq, dk_, dv_ = (launch.grad_like(x, heads) for x in (q, k, v))
     new_gradients = [launch.Memory(x) for x in (dq, dk_, dv_)]
     none = torch.empty(0, dtype=torch.float32, device=q.device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..tuning.choose import place
-from ..tuning.space import CHUNK, Config, Kind, Use, candidates, portable
+from ..tuning.space import CHUNK, Config, Kind, Use, candidates, next_power_of_2, portable
 from .compiler import identity
 
 TMA = True  # read and write by tensor descriptors where that is possible
@@ -22,7 +22,8 @@ HOPPER = True  # use the body in hopper/ where that is possible
 # Tokens between two states that are written down when the decay's gradient is wanted (see decay_grad.py): powers of two
 # and multiples of every chunk. Between them rounding accumulates, as the root of their number. A fixed decay sums its
 # gradient over all tokens, which amplifies that, so it gets a mark at every chunk; per token, marks take a quarter of
-# the memory of q, and 2 % of the bytes that the backward pass moves.
+# the memory of q, and 2 % of the bytes that the backward pass moves. In fp32 rounding is what there is of errors, and
+# gates that share a parameter add up theirs: marks take a quarter of the memory of q there too, as many as that allows.
 SPAN_PER_TOKEN = 2048
 SPAN_FIXED = 64
 # Segments are multiples of this many tokens; a multiple of every chunk.
@@ -88,9 +89,13 @@ def setting(q: Tensor) -> Hashable:
     return precision(q.dtype, q.device), forced, _stood_for.get()
 
 
-def span(per_token: bool) -> int:
+def span(per_token: bool, q: Tensor, v: Tensor) -> int:
     """Tokens between two marks."""
-    return SPAN_PER_TOKEN if per_token else SPAN_FIXED
+    if not per_token:
+        return SPAN_FIXED
+    if q.dtype != torch.float32:
+        return SPAN_PER_TOKEN
+    return max(SPAN_FIXED, min(SPAN_PER_TOKEN, 4 * next_power_of_2(max(q.shape[3], v.shape[3]))))
 
 
 def mark_dtype(dtype: torch.dtype, per_token: bool) -> torch.dtype:

@@ -165,7 +165,7 @@ def backward(
         d_states = piece_states(q, do, log_decay, scale, pieces, heads, d_state, d_initial, reverse=True)
         for_k, for_v = launch.portable(dv, dk, q.dtype), launch.portable(dk, dv, q.dtype)
         k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
-        span = launch.span(per_token)
+        span = launch.span(per_token, q, v)
         spans = launch.blocks(pieces.tokens, span)
         q_rows = torch.empty((k_blocks, heads, length) if want_decay else (0,), **fp32)
         k_rows = torch.empty_like(q_rows)

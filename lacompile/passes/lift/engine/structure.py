@@ -236,8 +236,7 @@ class Structure(Program):
     def _weighs_what_is_summed(self, a: Access) -> bool:
         """Whether it is made of parameters, as the share that each feature of a token has in a mixture of two."""
         leaf, idx = a
-        of_the_layer = all(self.leaves[n].parameter or self.leaves.made_of(n) for n in self.leaves.data([leaf]))
-        return of_the_layer and all(x < 0 for x in self.space.vars_of(idx))
+        return self.of_parameters(leaf) and all(x < 0 for x in self.space.vars_of(idx))
 
     def weighs_columns(self, v: Val, w: Val) -> bool:
         """Whether a weight moves along a free dimension of what ``v`` projects by, if that is no parameter.

@@ -303,17 +303,18 @@ class Structure(Program):
     def scores_of_a_row(self, v: Val, dims: Sequence[int]) -> bool:
         """What one row reads of some columns, which ``dims`` number: products over features with a token of their own.
 
-        Both have a batch or heads in common, which tokens and a matrix that projects them have not.
+        The columns may weigh values by then. All have a batch or heads in common with the row, which tokens and a
+        matrix that projects them have not.
         """
         if not v.single or len(v.terms) != 1:
             return False
         data = self.leaves.tensors(v.terms[0].accs)
         rows = [a for a in data if self.places(a)]
-        columns = [a for a in data if not self.places(a)]
-        if len(rows) != 1 or len(columns) != 1:
+        columns = [self.space.vars_of(idx) for leaf, idx in data if not self.places((leaf, idx))]
+        if len(rows) != 1 or not columns:
             return False
-        row, column = (self.space.vars_of(idx) for (_, idx) in (*rows, *columns))
-        return all(d in column - row for d in dims) and any(x >= 0 for x in row & column)
+        row = self.space.vars_of(rows[0][1])
+        return all(all(d in column - row for d in dims) and any(x >= 0 for x in row & column) for column in columns)
 
     def _of_pairs(self, t: Term) -> bool:
         """Whether all summed indices run over whole dimensions, and rows and columns are each of some factor alone."""

@@ -228,6 +228,8 @@ def _keeps_entries(op: Op, dtype: torch.dtype | None) -> None:
 def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool, scale: float = 1.0) -> Val:
     engine = op.engine
     lengths = [v.shape[d] for d in dims]
+    if all(n == ONE for n in lengths) and op.dtypes[0] is op.out.dtype and op.out.is_floating_point():
+        return engine.scale(_of_one_entry(op, v, dims, keepdim), scale)
     if any(engine.moves_along_a_feature(v, d) for d in dims):
         v = engine.as_held(v) or v
     if v.alt is not None and not engine.structured(v) and not engine.scores_of_a_row(v, dims):
@@ -260,6 +262,12 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool, scale: float = 1.
         terms.append(moved.but(guards=moved.guards | set(guards)))
     out = engine.scale(engine.sum_of(op.shape, terms), scale)
     return out if alt is None else replace(out, alt=alt)
+
+
+def _of_one_entry(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
+    """A sum over dimensions of one entry each is these entries: the first of a row of sums is no tensor of its own."""
+    kept = [d for d in range(len(v.shape)) if keepdim or d not in dims]
+    return op.engine.index(v, {d: Aff.var(n) for n, d in enumerate(kept) if d != n and v.shape[d] != ONE}, op.shape)
 
 
 @rule(aten.cumsum)

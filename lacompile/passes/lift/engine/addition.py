@@ -57,8 +57,8 @@ class Addition(Multiplication):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
                 if len(a.terms) + len(b.terms) > MAX_TERMS:  # a residual stream: no layer looks into all before it
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
-                alt = self._alt_of_sum(a, b, out)
-                return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
+                found = self.sum_of(a.shape, (*a.terms, *b.terms))
+                return found if self._is_access(found) else replace(found, alt=self._alt_of_sum(a, b, out))
         a, b = (self.pick(v) if _of_rates(w) and self.projects(v) else v for v, w in ((a, b), (b, a)))
         left, right = self._gathered(a, b)
         left, right = align_weights(self.space, self.leaves, a.shape, left, right)
@@ -140,6 +140,8 @@ class Addition(Multiplication):
             return None
         if len(found.terms) != 1:
             return None
+        if self._is_access(found) and not came_in:
+            return found
         found = replace(found, cases=(Case(NO_GUARDS, (*came_in, *found.terms)),)) if came_in else found
         alt = self._alt_of_sum(before, new, out) or self.leaf(out, Opaque(None, "add")).one
         return replace(found, alt=alt)
@@ -151,6 +153,11 @@ class Addition(Multiplication):
             return self.pointwise(aten.add.Tensor, [a, b], {}, out).one
         except GiveUp:
             return None
+
+    def _is_access(self, v: Val) -> bool:
+        """Whether nothing is left of a sum but one factor, as of two running sums that are taken from each other."""
+        t = v.one
+        return t is not None and self.plain_term(t) and len(t.accs) == 1 and not t.exp and t.coef == 1
 
     def _of_one_token(self, a: Val, b: Val) -> bool:
         """Whether they are products of what is read at the same places, neither an outer product: no state has such a

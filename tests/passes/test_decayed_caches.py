@@ -96,9 +96,7 @@ def of_the_token_before(g, t):
 
 
 @pytest.mark.parametrize("form", [joined, from_the_first_token_on, listed])
-@pytest.mark.parametrize(
-    "decay", [of_another_number_once, of_another_sign, of_a_gate_of_any_sign, of_the_token_before]
-)
+@pytest.mark.parametrize("decay", [of_another_number_once, of_another_sign, of_a_gate_of_any_sign, of_the_token_before])
 def test_twins(form, decay):
     assert_refused(form(decay), *arguments())
 

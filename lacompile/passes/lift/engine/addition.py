@@ -37,7 +37,7 @@ class Addition(Multiplication):
         for x, y in ((a, b), (b, a)):
             if x.single and not x.terms:
                 return y
-        a, b = self.as_data(a, b), self.as_data(b, a)
+        a, b = self._bound_as_data(a, b), self._bound_as_data(b, a)
         if (self.index_only(a) and self.index_only(b)) or not a.single or not b.single:
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
         if out.is_floating_point() and self._of_one_token(a, b):
@@ -63,6 +63,20 @@ class Addition(Multiplication):
         left, right = self._gathered(a, b)
         left, right = align_weights(self.space, self.leaves, a.shape, left, right)
         return self.sum_of(a.shape, (*left, *right), limit=MAX_TERMS)
+
+    def _bound_as_data(self, v: Val, w: Val) -> Val:
+        """A gate's lower bound ``m``, summed over layers, as the tensor that it is in ``m + (1 - m) x``.
+
+        No normaliser is taken from a number, and none is added to what was computed from it.
+        """
+        if (v.alt is None and v.own is None) or not self._sums_places(v) or not self.plain(w):
+            return self.as_data(v, w)
+        number = w.number
+        positive = all(self.leaves[t.accs[0][0]].interval[0] >= 0 for t in v.terms)
+        left = number is not None and number > 0 and positive and all(t.coef < 0 for t in v.terms)
+        held = {leaf for t in (v.alt, v.own) if t is not None for leaf in t.signature}
+        beside_itself = not held.isdisjoint(self.leaves.data(leaf for t in w.terms for leaf in t.leaves))
+        return (self.as_held(v) or self.whole(v)) if left or beside_itself else self.as_data(v, w)
 
     def _gathered(self, a: Val, b: Val) -> tuple[list[Term], list[Term]]:
         """The terms of both sides, multiples of one sum in one; two tokens apart where their line is none of both."""

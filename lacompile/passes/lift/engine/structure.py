@@ -266,14 +266,18 @@ class Structure(Program):
         """Whether it has a dimension of one entry, as a single sequence has a batch of one."""
         return ONE in self.leaf_shapes[a[0]]
 
-    def _sums_parameters(self, v: Val) -> bool:
-        """Whether it is a sum, of as many places everywhere, of what is computed from parameters alone."""
+    def _sums_places(self, v: Val) -> bool:
+        """Whether it is a sum of one tensor at as many places everywhere."""
 
         def summed(t: Term) -> bool:
             free = any(x >= 0 for g in t.guards for x in self.space.vars(g))
             return len(t.accs) == 1 and not t.exp and bool(t.bound(self.space)) and not free
 
-        return v.single and bool(v.terms) and all(summed(t) and self.of_parameters(t.accs[0][0]) for t in v.terms)
+        return v.single and bool(v.terms) and all(map(summed, v.terms))
+
+    def _sums_parameters(self, v: Val) -> bool:
+        """Whether it is a sum, of as many places everywhere, of what is computed from parameters alone."""
+        return self._sums_places(v) and all(self.of_parameters(t.accs[0][0]) for t in v.terms)
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""

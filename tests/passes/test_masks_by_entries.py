@@ -63,6 +63,18 @@ def test_masks_by_entries(put, entry):
     assert_rewritten(put(entry), *arguments(), grads=entry is not of_one_rate, compiled=False)
 
 
+@pytest.mark.parametrize("put", [by_writes, by_stacks])
+def test_products_of_what_is_given(put):
+    """Of gates that an argument holds it is assumed that they are positive; others are left alone."""
+
+    def entry(g, i, j):
+        return g[:, :, j + 1 : i + 1].prod(-1)
+
+    *operands, g = arguments()
+    assert_rewritten(put(entry), *operands, torch.sigmoid(g).detach().requires_grad_(), compiled=False)
+    assert_refused(put(entry), *operands, g, obligation="decay")
+
+
 def with_one_gate_left_out(g, i, j):
     return g[:, :, j + 1 : i + (i != 6)].sum(-1).exp()
 

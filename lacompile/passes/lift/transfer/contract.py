@@ -316,12 +316,12 @@ def prod(op: Op) -> Val:
     d, keepdim = op.dim(op.args[1], len(v.shape)), bool(op.arg(2, "keepdim", False))
     if v.shape[d] == ZERO:
         return constant(op.shape, 1.0)
-    if v.shape[d] == ONE:
+    if v.shape[d] == ONE and not engine.in_part(v):
         return _of_one_entry(op, v, [d], keepdim)
     v = engine.pick(v) if v.single else v
     logs = engine.flat(Val(v.shape, tuple(Case(c.guards, tuple(_logarithm(engine, c))) for c in v.cases)))
     total = replace(summed(op, logs, [d], keepdim), alt=None)
-    if not engine.structured(total):
+    if v.shape[d] != ONE and not engine.structured(total):
         raise GiveUp("a product of a whole dimension, which may be one of features")
     return exponential(op, total, 1.0)
 

@@ -39,9 +39,8 @@ class Rates(Regions):
         lin: list[Lin] = []
         sums: list[Sum] = list(exp.sums)
         for (mono, f), found in zip(rates, readings, strict=True):
-            # alone, a rate says nothing of what it is read along, and one of summed features is a factor of one token
-            alone = not accs or any(v < 0 for _, idx in mono for v in self.space.vars_of(idx))
-            found = [r for r in found if not alone or walked[r.along] > 1]
+            # alone, a rate says nothing of what it is read along
+            found = [r for r in found if accs or walked[r.along] > 1]
             if not found:
                 lin.append((mono, f))
                 continue

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lacompile import explain
 from lacompile.testing import assert_refused, assert_rewritten
 
 B, N, D, SIZE = 2, 13, 4, 4
@@ -30,6 +31,8 @@ def turned(x, start):
 MAPS = {
     "as they are": lambda x, start: x,
     "softmax": lambda x, start: x.softmax(-1),
+    "exponentials": lambda x, start: x.exp(),
+    "less the largest": lambda x, start: (x - x.amax(-1, keepdim=True)).exp(),
     "turned": turned,
     "an exponential that is turned": lambda x, start: turned(x.exp(), start),
 }
@@ -111,3 +114,43 @@ def test_whose_token_is_another_function():
         return x.softmax(-1) if x.shape[2] > 1 else x.softmax(1)
 
     assert_refused(loop(another), *inputs())
+
+
+# ---------------------------------------------------------------------------------- exponentials of what is given
+
+
+def of_arguments(features, of_the_last=lambda x: x):
+    """``of_the_last``: what else is done to the queries of the last chunk's token."""
+
+    def run(q, k, v):
+        state, total, out = torch.zeros(B, 2, D, D), torch.zeros(B, 2, D), []
+        for a in range(0, N, SIZE):
+            q_c, k_c, v_c = features(q[:, :, a : a + SIZE]), features(k[:, :, a : a + SIZE]), v[:, :, a : a + SIZE]
+            q_c = of_the_last(q_c) if q_c.shape[2] == 1 else q_c
+            o = (q_c @ k_c.mT).tril() @ v_c + q_c @ state
+            out.append(o / (q_c * (total[:, :, None] + k_c.cumsum(2))).sum(-1, keepdim=True))
+            state, total = state + k_c.mT @ v_c, total + k_c.sum(2)
+        return torch.cat(out, 2)
+
+    return run
+
+
+def arguments():
+    torch.manual_seed(0)
+    return [torch.randn(B, 2, N, D, requires_grad=True) for _ in range(3)]
+
+
+EXPONENTIALS = {"exp": torch.exp, "less the largest": lambda x: (x - x.amax(-1, keepdim=True)).exp()}
+
+
+@pytest.mark.parametrize("name", EXPONENTIALS)
+def test_exponentials_with_their_normaliser(name):
+    report = assert_rewritten(of_arguments(EXPONENTIALS[name]), *arguments(), count=2, compiled=False)
+    assert {r.length for r in report.rewrites} == {str(N)} and not report.near_misses
+
+
+@pytest.mark.parametrize("name", EXPONENTIALS)
+def test_exponentials_of_which_the_last_are_others(name):
+    torch._dynamo.reset()
+    report = explain(of_arguments(EXPONENTIALS[name], torch.square))(*arguments())
+    assert report.near_misses and all(r.length != str(N) for r in report.rewrites)  # a chunk may be one

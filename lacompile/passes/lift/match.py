@@ -246,7 +246,10 @@ def _fitted(schedule: Schedule, interpreter: Interpreter, m: Match) -> tuple[fx.
 
 
 def _inside(schedule: Schedule, matches: list[Match]) -> set[fx.Node]:
-    """The values that nothing but the matches was computed from: what they are alone is no longer asked."""
+    """The values that nothing but the matches was computed from: what they are alone is no longer asked.
+
+    The rewrite leaves nothing of these, nor of some that are written into place; but readings are compared before it.
+    """
     found: set[fx.Node] = set()
     for m in matches:
         region = schedule.ancestors(m.target, {v.node for v in values_of(m.replacement)})

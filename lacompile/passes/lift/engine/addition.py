@@ -37,7 +37,7 @@ class Addition(Multiplication):
         for x, y in ((a, b), (b, a)):
             if x.single and not x.terms:
                 return y
-        a, b = self.as_data(a, b), self.as_data(b, a)
+        a, b = self._bound_as_data(a, b), self._bound_as_data(b, a)
         if (self.index_only(a) and self.index_only(b)) or not a.single or not b.single:
             return self.zip_cases([a, b], lambda g: _add_infinite(g[0], g[1]))
         if out.is_floating_point() and self._of_one_token(a, b):
@@ -57,12 +57,26 @@ class Addition(Multiplication):
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
                 if len(a.terms) + len(b.terms) > MAX_TERMS:  # a residual stream: no layer looks into all before it
                     return self.pointwise(aten.add.Tensor, [a, b], {}, out)
-                alt = self._alt_of_sum(a, b, out)
-                return self.sum_of(a.shape, (*a.terms, *b.terms), alt)
+                found = self.sum_of(a.shape, (*a.terms, *b.terms))
+                return found if self._is_access(found) else replace(found, alt=self._alt_of_sum(a, b, out))
         a, b = (self.pick(v) if _of_rates(w) and self.projects(v) else v for v, w in ((a, b), (b, a)))
         left, right = self._gathered(a, b)
         left, right = align_weights(self.space, self.leaves, a.shape, left, right)
         return self.sum_of(a.shape, (*left, *right), limit=MAX_TERMS)
+
+    def _bound_as_data(self, v: Val, w: Val) -> Val:
+        """A gate's lower bound ``m``, summed over layers, as the tensor that it is in ``m + (1 - m) x``.
+
+        No normaliser is taken from a number, and none is added to what was computed from it.
+        """
+        if (v.alt is None and v.own is None) or not self._sums_places(v) or not self.plain(w):
+            return self.as_data(v, w)
+        number = w.number
+        positive = all(self.leaves[t.accs[0][0]].interval[0] >= 0 for t in v.terms)
+        left = number is not None and number > 0 and positive and all(t.coef < 0 for t in v.terms)
+        held = {leaf for t in (v.alt, v.own) if t is not None for leaf in t.signature}
+        beside_itself = not held.isdisjoint(self.leaves.data(leaf for t in w.terms for leaf in t.leaves))
+        return (self.as_held(v) or self.whole(v)) if left or beside_itself else self.as_data(v, w)
 
     def _gathered(self, a: Val, b: Val) -> tuple[list[Term], list[Term]]:
         """The terms of both sides, multiples of one sum in one; two tokens apart where their line is none of both."""
@@ -140,6 +154,8 @@ class Addition(Multiplication):
             return None
         if len(found.terms) != 1:
             return None
+        if self._is_access(found) and not came_in:
+            return found
         found = replace(found, cases=(Case(NO_GUARDS, (*came_in, *found.terms)),)) if came_in else found
         alt = self._alt_of_sum(before, new, out) or self.leaf(out, Opaque(None, "add")).one
         return replace(found, alt=alt)
@@ -151,6 +167,11 @@ class Addition(Multiplication):
             return self.pointwise(aten.add.Tensor, [a, b], {}, out).one
         except GiveUp:
             return None
+
+    def _is_access(self, v: Val) -> bool:
+        """Whether nothing is left of a sum but one factor, as of two running sums that are taken from each other."""
+        t = v.one
+        return t is not None and self.plain_term(t) and len(t.accs) == 1 and not t.exp and t.coef == 1
 
     def _of_one_token(self, a: Val, b: Val) -> bool:
         """Whether they are products of what is read at the same places, neither an outer product: no state has such a

@@ -150,6 +150,8 @@ class Multiplication(Symbols):
         held, places = self.space.vars_of(t.accs[0][1]), {i for i in t.accs[0][1] if i.is_const}
         for mono, f in t.exp.lin:
             mine = [i for _, idx in mono for i in idx]
+            if any(x < 0 for x in self.space.vars_of(mine)):
+                continue  # the features of scores, which are summed already
             if f.is_const and not self.space.vars_of(mine) <= held and places & {i for i in mine if i.is_const}:
                 found = self.term_access(Term(exp=Exponent(((mono, f),))), None)
                 if isinstance(found, tuple):

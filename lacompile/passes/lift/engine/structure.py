@@ -236,8 +236,7 @@ class Structure(Program):
     def _weighs_what_is_summed(self, a: Access) -> bool:
         """Whether it is made of parameters, as the share that each feature of a token has in a mixture of two."""
         leaf, idx = a
-        of_the_layer = all(self.leaves[n].parameter or self.leaves.made_of(n) for n in self.leaves.data([leaf]))
-        return of_the_layer and all(x < 0 for x in self.space.vars_of(idx))
+        return self.of_parameters(leaf) and all(x < 0 for x in self.space.vars_of(idx))
 
     def weighs_columns(self, v: Val, w: Val) -> bool:
         """Whether a weight moves along a free dimension of what ``v`` projects by, if that is no parameter.
@@ -267,14 +266,18 @@ class Structure(Program):
         """Whether it has a dimension of one entry, as a single sequence has a batch of one."""
         return ONE in self.leaf_shapes[a[0]]
 
-    def _sums_parameters(self, v: Val) -> bool:
-        """Whether it is a sum, of as many places everywhere, of what is computed from parameters alone."""
+    def _sums_places(self, v: Val) -> bool:
+        """Whether it is a sum of one tensor at as many places everywhere."""
 
         def summed(t: Term) -> bool:
             free = any(x >= 0 for g in t.guards for x in self.space.vars(g))
             return len(t.accs) == 1 and not t.exp and bool(t.bound(self.space)) and not free
 
-        return v.single and bool(v.terms) and all(summed(t) and self.of_parameters(t.accs[0][0]) for t in v.terms)
+        return v.single and bool(v.terms) and all(map(summed, v.terms))
+
+    def _sums_parameters(self, v: Val) -> bool:
+        """Whether it is a sum, of as many places everywhere, of what is computed from parameters alone."""
+        return self._sums_places(v) and all(self.of_parameters(t.accs[0][0]) for t in v.terms)
 
     def contracts(self, v: Val) -> bool:
         """Holds a sum of products of leaves: the work a rewrite could replace."""
@@ -304,17 +307,18 @@ class Structure(Program):
     def scores_of_a_row(self, v: Val, dims: Sequence[int]) -> bool:
         """What one row reads of some columns, which ``dims`` number: products over features with a token of their own.
 
-        Both have a batch or heads in common, which tokens and a matrix that projects them have not.
+        The columns may weigh values by then. All have a batch or heads in common with the row, which tokens and a
+        matrix that projects them have not.
         """
         if not v.single or len(v.terms) != 1:
             return False
         data = self.leaves.tensors(v.terms[0].accs)
         rows = [a for a in data if self.places(a)]
-        columns = [a for a in data if not self.places(a)]
-        if len(rows) != 1 or len(columns) != 1:
+        columns = [self.space.vars_of(idx) for leaf, idx in data if not self.places((leaf, idx))]
+        if len(rows) != 1 or not columns:
             return False
-        row, column = (self.space.vars_of(idx) for (_, idx) in (*rows, *columns))
-        return all(d in column - row for d in dims) and any(x >= 0 for x in row & column)
+        row = self.space.vars_of(rows[0][1])
+        return all(all(d in column - row for d in dims) and any(x >= 0 for x in row & column) for column in columns)
 
     def _of_pairs(self, t: Term) -> bool:
         """Whether all summed indices run over whole dimensions, and rows and columns are each of some factor alone."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from ..domain.affine import MAX_DIMS, Aff, Number
 from ..domain.term import Term
 from .algebra import Algebra
+from .fit import as_steps
 from .lines import own_guards, points
 
 Ends = tuple[Aff, Aff]
@@ -106,7 +107,9 @@ def _is_there(
     if var >= 0:
         moved = moved.but(guards=moved.guards | {x - at, at - x})
     there = algebra.normalise(moved, shape)
-    if there is None or there.body != point.body or not same(point.coef, there.coef):
+    if there is None or not same(point.coef, there.coef):
+        return False
+    if there.body != point.body and there.body != point.but(exp=as_steps(algebra, point.exp, there.exp)).body:
         return False
     return there.guards == point.guards or not (
         own_guards(algebra, there, point, shape) or own_guards(algebra, point, there, shape)

@@ -29,13 +29,14 @@ def fit(algebra: Algebra, a: Term, b: Term, t: int, pinned: Points) -> tuple[tup
         accs.append(fitted)
     first, own = a.exp, Exponent()
     if not pinned:
-        first, own = _own_decay(algebra, a.but(exp=_as_steps(algebra, a.exp, b.exp)), b, t)
+        first, own = _own_decay(algebra, a.but(exp=as_steps(algebra, a.exp, b.exp)), b, t)
     ends = (_latest, _earliest) if any(i.coef(t) < 0 for _, idx in accs for i in idx) else (_earliest, _latest)
-    exp = _fit_exponent(algebra, first, b.exp, t, pinned, ends)
+    then = b.exp if pinned else as_steps(algebra, b.exp, first)
+    exp = _fit_exponent(algebra, first, then, t, pinned, ends)
     return None if exp is None else (tuple(accs), exp + own)
 
 
-def _as_steps(algebra: Algebra, a: Exponent, b: Exponent) -> Exponent:
+def as_steps(algebra: Algebra, a: Exponent, b: Exponent) -> Exponent:
     """``a`` with the rates at single places as the steps ``P(p + 1) - P(p)`` of a sum that only ``b`` has.
 
     The first token's decay of a state that came in, ``P(1)``, looks like the rate of a head.

@@ -33,7 +33,7 @@ def running_terms(
         return None
     out, came_in = [], []
     for t in (x for whole in before for x in opened(space, leaves, whole, (now[0],))):
-        if (found := _at_another_place(leaves, as_access, t, new, now)) is not None:
+        if (found := _at_another_place(space, leaves, as_access, t, new, now)) is not None:
             out.append(found)
         elif (found := _came_in(space, leaves, t, now)) is not None:
             came_in.append(found)
@@ -59,7 +59,9 @@ def _came_in(space: Space, leaves: Leaves, t: Term, now: Access) -> Term | None:
     return t.but(accs=(whole[0],), exp=t.exp + logarithm(leaves, scalars))
 
 
-def _at_another_place(leaves: Leaves, as_access: AsAccess, t: Term, new: Term, now: Access) -> Term | None:
+def _at_another_place(
+    space: Space, leaves: Leaves, as_access: AsAccess, t: Term, new: Term, now: Access
+) -> Term | None:
     accs = list(t.accs)
     summed = [a for a in accs if a[0] == now[0]]
     exp = t.exp
@@ -78,7 +80,15 @@ def _at_another_place(leaves: Leaves, as_access: AsAccess, t: Term, new: Term, n
         exp = Exponent.of([(m, f) for m, f in exp.lin if m not in monos], exp.sums)
     if not _moved(leaves, then, now) or any(v < 0 for _, idx in accs for i in idx for v, _ in i.terms):
         return None
+    weights = [*accs, *(a for m, f in exp.lin if f.is_const for a in m)]
+    if any(_of_all_tokens(space, leaves, a, now) for a in weights):
+        return None
     return t.but(accs=(then,), exp=exp + logarithm(leaves, accs))
+
+
+def _of_all_tokens(space: Space, leaves: Leaves, weight: Access, now: Access) -> bool:
+    """Whether a factor is no weight of one token: a rate times a gate, beside which there is another rate."""
+    return not leaves.places([weight]) and not space.vars_of(weight[1]) <= space.vars_of(now[1])
 
 
 def _alike(t: Term, new: Term) -> tuple[tuple[Access, ...], set[Mono]] | None:

@@ -12,7 +12,7 @@ import torch
 from ..domain.affine import ONE, ZERO, Aff
 from ..domain.intervals import ANY, product
 from ..domain.kinds import Opaque
-from ..domain.term import Case, Term, Val, value
+from ..domain.term import Case, Term, Val, constant, value
 from ..engine import MAX_TERMS, Engine, GiveUp, bounded
 from . import Op, rule
 from .arith import added
@@ -228,6 +228,10 @@ def _keeps_entries(op: Op, dtype: torch.dtype | None) -> None:
 def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool, scale: float = 1.0) -> Val:
     engine = op.engine
     lengths = [v.shape[d] for d in dims]
+    if ZERO in lengths:
+        return constant(op.shape, 0.0)
+    if all(n == ONE for n in lengths) and op.dtypes[0] is op.out.dtype and op.out.is_floating_point():
+        return engine.scale(_of_one_entry(op, v, dims, keepdim), scale)
     if any(engine.moves_along_a_feature(v, d) for d in dims):
         v = engine.as_held(v) or v
     if v.alt is not None and not engine.structured(v) and not engine.scores_of_a_row(v, dims):
@@ -262,6 +266,12 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool, scale: float = 1.
     return out if alt is None else replace(out, alt=alt)
 
 
+def _of_one_entry(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:
+    """A sum over dimensions of one entry each is these entries: the first of a row of sums is no tensor of its own."""
+    kept = [d for d in range(len(v.shape)) if keepdim or d not in dims]
+    return op.engine.index(v, {d: Aff.var(n) for n, d in enumerate(kept) if d != n and v.shape[d] != ONE}, op.shape)
+
+
 @rule(aten.cumsum)
 def cumsum(op: Op) -> Val:
     _keeps_entries(op, op.arg(2, "dtype", None))
@@ -294,6 +304,26 @@ def cumprod(op: Op) -> Val:
     terms = (x.but(guards=guards).sub(engine.space, {d: b}) for guards, x in logs)
     running = engine.sum_of(v.shape, (t.but(guards=t.guards | {b, Aff.var(d) - b}) for t in terms))
     return exponential(op, running, 1.0)
+
+
+@rule(aten.prod)
+def prod(op: Op) -> Val:
+    """The product of positive factors at a part of the tokens, as the exponential of a sum of logarithms."""
+    engine = op.engine
+    v: Val = op.args[0]
+    if op.func is not aten.prod.dim_int or op.dtypes[0] is not op.out.dtype or not op.out.is_floating_point():
+        raise GiveUp("a product of all entries, or of what they are in another format")
+    d, keepdim = op.dim(op.args[1], len(v.shape)), bool(op.arg(2, "keepdim", False))
+    if v.shape[d] == ZERO:
+        return constant(op.shape, 1.0)
+    if v.shape[d] == ONE and not engine.in_part(v):
+        return _of_one_entry(op, v, [d], keepdim)
+    v = engine.pick(v) if v.single else v
+    logs = engine.flat(Val(v.shape, tuple(Case(c.guards, tuple(_logarithm(engine, c))) for c in v.cases)))
+    total = replace(summed(op, logs, [d], keepdim), alt=None)
+    if v.shape[d] != ONE and not engine.structured(total):
+        raise GiveUp("a product of a whole dimension, which may be one of features")
+    return exponential(op, total, 1.0)
 
 
 def _logarithm(engine: Engine, c: Case) -> list[Term]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from ..domain.term import NO_GUARDS, Case, Term, Val, value
 from ..engine import Engine
 from . import Op, rule
 from .functions import one_function
+from .kept import decayed
 
 aten = torch.ops.aten
 
@@ -76,6 +78,8 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
     out = engine.sum_of(shape, one_function(engine, shape, pieces))
     if len(out.terms) > 1 and (scaled := _numbered(engine, shape, pieces, d)) is not None:
         return scaled
+    if len(out.terms) > 1 and d < len(shape) - 1 and (kept := decayed(engine, shape, pieces)) is not None:
+        return replace(kept, alt=engine.leaf(op.out, Opaque(None, "cat", tuple(kept.terms[0].signature))).one)
     return _side_by_side(op, out) if len(out.terms) > 1 and _different_data(engine, out) else out
 
 

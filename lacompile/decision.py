@@ -258,12 +258,12 @@ def _bodies(
 
 def _called(node: fx.Node) -> Iterator[tuple[str, Sequence[Any] | None]]:
     """The names of the graphs that an operator calls, and what it gives each; None where that is its own affair."""
+    graphs = [str(a.target) for a in node.args[:2] if isinstance(a, fx.Node)]
     if node.target is torch.ops.higher_order.tag_activation_checkpoint:
-        yield str(node.args[0].target), node.args[1:]
+        yield graphs[0], node.args[1:]
     elif node.target is torch.ops.higher_order.autograd_function_apply:
-        forward, backward, *given = node.args
-        yield str(forward.target), given
-        yield str(backward.target), None
+        yield graphs[0], node.args[2:]
+        yield graphs[1], None
 
 
 def _number(arg: Any) -> Any:

@@ -52,11 +52,11 @@ def checkpointed_beside_another(q, k, v):
 
 
 def written(q, k, v):
-    state, out = q.new_zeros(2, 3, 8, 8), torch.empty_like(v)
+    state, out = q.new_zeros(2, 3, 8, 8), torch.empty_like(v[:, :, :6])
     for t in range(6):
         state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
         out[:, :, t] = (q[:, :, t, None] @ state)[:, :, 0]
-    return out[:, :, :6]
+    return out
 
 
 @torch.no_grad()
@@ -65,11 +65,40 @@ def generated(q, k, v):
     return written(q, k, v)
 
 
+def generated_before_the_rest(q, k, v):
+    with torch.no_grad():
+        out = written(q, k, v)
+    return out * q[:, :, :6]
+
+
+def generated_and_written_into(q, k, v):
+    """The gradient of the one row is the one that it was written with."""
+    with torch.no_grad():
+        out = written(q, k, v)
+    out[:, :, 0] = 3.0 * q[:, :, 0]
+    return out * q[:, :, :6]
+
+
+def generated_in_part(q, k, v):
+    """The state is data where the gradients begin."""
+    with torch.no_grad():
+        state, out = q.new_zeros(2, 3, 8, 8), torch.empty_like(v)
+        for t in range(3):
+            state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out[:, :, t] = (q[:, :, t, None] @ state)[:, :, 0]
+    for t in range(3, 6):
+        state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+        out[:, :, t] = (q[:, :, t, None] @ state)[:, :, 0]
+    return out[:, :, :6]
+
+
 def generated_over_what_has_gradients(q, k, v):
     """For autograd the result is the one that was there before."""
-    out = q * 3.0
+    state, out = q.new_zeros(2, 3, 8, 8), q * 3.0
     with torch.no_grad():
-        out[:, :, :6] = written(q, k, v)
+        for t in range(40):
+            state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out[:, :, t] = (q[:, :, t, None] @ state)[:, :, 0]
     return out
 
 
@@ -204,6 +233,9 @@ def tangent(q, k, v):
         (checkpointed, 1),
         (checkpointed_beside_another, 2),
         (generated, 1),
+        (generated_before_the_rest, 1),
+        (generated_and_written_into, 1),
+        (generated_in_part, 0),
         (generated_over_what_has_gradients, 0),
         (overwritten, 2),
         (derived, 4),

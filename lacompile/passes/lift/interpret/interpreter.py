@@ -184,8 +184,10 @@ class Interpreter:
         recorded = self.capture.records_gradients_at
         data = [root for root, by in self._memory.written() if not recorded(by)]
         for root in dict.fromkeys(data):
-            known = last and not any(recorded(n) for n in (root.node, *root.writers) if n is not None)
-            if not known and not self.engine.index_only(root.value):
+            by_itself = not any(recorded(n) for n in (root.node, *root.writers) if n is not None)
+            if by_itself and root.node is not None:
+                self._demand([root.node])
+            if not (last and by_itself) and not self.engine.index_only(root.value):
                 self._memory.spoil([root.tensor], "written into without gradients")
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:

@@ -240,21 +240,30 @@ def _bodies(
 
     for node in gm.graph.nodes:
         written |= effects.writes.get(node, NOWHERE)
-        if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
-            continue
-        name, given = str(node.args[0].target), node.args[1:]
-        body = getattr(gm, name)
-        if named[name] > 1:
-            continue
-        outer = [input_of(a) for a in given]
-        inputs = [example_inputs[i] if i is not None else _number(a) for i, a in zip(outer, given, strict=True)]
-        of_body, found = _found(body, inputs, options, may_be_equal=False)
-        made = _decided(of_body, inputs, options, found, time.perf_counter())
-        assumed = [(outer[i], a) for i, a in made.assumed]
-        if any(i is None for i, _ in assumed):
-            made = made.without_rewrites("rewrite", "an assumption about a value that is no input")
-            assumed = []
-        yield name, replace(made, assumed=tuple((i, a) for i, a in assumed if i is not None))
+        for name, given in _called(node):
+            body = getattr(gm, name)
+            if named[name] > 1:
+                continue
+            given = given if given is not None else body.graph.find_nodes(op="placeholder")
+            outer = [input_of(a) for a in given]
+            inputs = [example_inputs[i] if i is not None else _number(a) for i, a in zip(outer, given, strict=True)]
+            of_body, found = _found(body, inputs, options, may_be_equal=False)
+            made = _decided(of_body, inputs, options, found, time.perf_counter())
+            assumed = [(outer[i], a) for i, a in made.assumed]
+            if any(i is None for i, _ in assumed):
+                made = made.without_rewrites("rewrite", "an assumption about a value that is no input")
+                assumed = []
+            yield name, replace(made, assumed=tuple((i, a) for i, a in assumed if i is not None))
+
+
+def _called(node: fx.Node) -> Iterator[tuple[str, Sequence[Any] | None]]:
+    """The names of the graphs that an operator calls, and what it gives each; None where that is its own affair."""
+    graphs = [str(a.target) for a in node.args[:2] if isinstance(a, fx.Node)]
+    if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+        yield graphs[0], node.args[1:]
+    elif node.target is torch.ops.higher_order.autograd_function_apply:
+        yield graphs[0], node.args[2:]
+        yield graphs[1], None
 
 
 def _number(arg: Any) -> Any:

@@ -51,6 +51,167 @@ def checkpointed_beside_another(q, k, v):
     return checkpoint(attention, attention(k, q, v), k, v, use_reentrant=False)
 
 
+def written(q, k, v):
+    state, out = q.new_zeros(2, 3, 8, 8), torch.empty_like(v[:, :, :6])
+    for t in range(6):
+        state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+        out[:, :, t] = (q[:, :, t, None] @ state)[:, :, 0]
+    return out
+
+
+@torch.no_grad()
+def generated(q, k, v):
+    """All of it without gradients, and written into place token by token."""
+    return written(q, k, v)
+
+
+def generated_before_the_rest(q, k, v):
+    with torch.no_grad():
+        out = written(q, k, v)
+    return out * q[:, :, :6]
+
+
+def generated_and_written_into(q, k, v):
+    """The gradient of the one row is the one that it was written with."""
+    with torch.no_grad():
+        out = written(q, k, v)
+    out[:, :, 0] = 3.0 * q[:, :, 0]
+    return out * q[:, :, :6]
+
+
+def generated_in_part(q, k, v):
+    """The state is data where the gradients begin."""
+    with torch.no_grad():
+        state, out = q.new_zeros(2, 3, 8, 8), torch.empty_like(v)
+        for t in range(3):
+            state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out[:, :, t] = (q[:, :, t, None] @ state)[:, :, 0]
+    for t in range(3, 6):
+        state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+        out[:, :, t] = (q[:, :, t, None] @ state)[:, :, 0]
+    return out[:, :, :6]
+
+
+def generated_over_what_has_gradients(q, k, v):
+    """For autograd the result is the one that was there before."""
+    state, out = q.new_zeros(2, 3, 8, 8), q * 3.0
+    with torch.no_grad():
+        for t in range(40):
+            state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out[:, :, t] = (q[:, :, t, None] @ state)[:, :, 0]
+    return out
+
+
+def overwritten(q, k, v):
+    out = attention(q, k, v)
+    with torch.no_grad():
+        out.copy_(attention(2.0 * q, k, v))
+    return out
+
+
+class Derived(torch.autograd.Function):
+    """Its derivatives are attentions again."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return attention(q, k, v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        weights, of_weights = (q @ k.mT).tril(), (grad @ v.mT).tril()
+        return of_weights @ k, of_weights.mT @ q, weights.mT @ grad
+
+
+class DerivedInHalf(torch.autograd.Function):
+    """Its derivatives are not those of what it computes."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return attention(q, k, v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, _ = ctx.saved_tensors
+        return None, k * grad.sum(), 0.5 * (q @ k.mT).tril().mT @ grad
+
+
+class Doubling(torch.autograd.Function):
+    """It writes into one of its inputs, which it returns."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        k.mul_(2.0)
+        ctx.mark_dirty(k)
+        ctx.save_for_backward(q, k, v)
+        return attention(q, k, v), k
+
+    @staticmethod
+    def backward(ctx, grad, of_keys):
+        q, k, v = ctx.saved_tensors
+        weights, of_weights = (q @ k.mT).tril(), (grad @ v.mT).tril()
+        return of_weights @ k, 2.0 * (of_weights.mT @ q + of_keys), weights.mT @ grad
+
+
+class DerivedByLoops(torch.autograd.Function):
+    """Its derivatives are loops too, of which the second goes backwards."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return written(q, k, v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        state, of_queries = q.new_zeros(2, 3, 8, 8), torch.zeros_like(q)
+        for t in range(6):
+            state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+            of_queries[:, :, t] = (state @ grad[:, :, t, :, None])[..., 0]
+        ahead, of_keys, of_values = q.new_zeros(2, 3, 8, 8), torch.zeros_like(k), torch.zeros_like(v)
+        for t in reversed(range(6)):
+            ahead = 0.9 * ahead + q[:, :, t, :, None] * grad[:, :, t, None]
+            of_keys[:, :, t] = (ahead @ v[:, :, t, :, None])[..., 0]
+            of_values[:, :, t] = (k[:, :, t, None] @ ahead)[:, :, 0]
+        return of_queries, of_keys, of_values
+
+
+def derived(q, k, v):
+    return Derived.apply(q.sin(), k, v) * 2.0
+
+
+def derived_by_loops(q, k, v):
+    return DerivedByLoops.apply(*(x[:, :, :6] * 1.0 for x in (q, k, v)))
+
+
+def checkpointed_loop(q, k, v):
+    """What is a tensor of the program's own is read for its format alone."""
+
+    def run(x, q, k, v):
+        state, out = x.new_zeros(2, 3, 8, 8), []
+        for t in range(6):
+            state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append(q[:, :, t, None] @ state)
+        return torch.cat(out, 2)
+
+    return checkpoint(run, q.sin(), q, k, v, use_reentrant=False)
+
+
+def derived_in_half(q, k, v):
+    return DerivedInHalf.apply(q, k, v) * 2.0
+
+
+def doubling(q, k, v):
+    out, keys = Doubling.apply(q, k * 1.0, v)
+    return out * keys
+
+
+def derived_inside_a_checkpoint(q, k, v):
+    return checkpoint(derived, q, k, v, use_reentrant=False)
+
+
 def per_head(q, k, v):
     return torch.vmap(torch.vmap(attention))(q, k, v)
 
@@ -71,6 +232,18 @@ def tangent(q, k, v):
         (half_without_gradients, 0),
         (checkpointed, 1),
         (checkpointed_beside_another, 2),
+        (generated, 1),
+        (generated_before_the_rest, 1),
+        (generated_and_written_into, 1),
+        (generated_in_part, 0),
+        (generated_over_what_has_gradients, 0),
+        (overwritten, 2),
+        (derived, 4),
+        (derived_by_loops, 4),
+        (checkpointed_loop, 1),
+        (derived_in_half, 2),
+        (doubling, 3),
+        (derived_inside_a_checkpoint, 4),
         (per_head, 1),
         (gradient, 0),
         (tangent, 0),

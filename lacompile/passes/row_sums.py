@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
-import torch
 from torch import fx
 
 from .effects import overlap
 from .facts import Call, Const, Expr, Match, Size, children, values_of
+from .lenders import numbers_read
 from .schedule import Schedule
-
-ALIKE = {
-    "ones_like", "zeros_like", "full_like", "empty_like", "rand_like", "randn_like", "new_ones", "new_zeros",
-    "new_full", "new_empty", "new_tensor", "size",
-}  # fmt: skip
-"""Of what these are called on they read the shape and the format."""
-OF_ANOTHER = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
-"""And these of what they are given beside that."""
 
 
 def worthwhile(schedule: Schedule, matches: Sequence[Match]) -> list[Match]:
@@ -64,19 +56,5 @@ def _still_computed(schedule: Schedule, matches: Collection[Match]) -> set[fx.No
             continue
         seen.add(at)
         m = instead.get(at)
-        work += _read_by(at) if m is None else [v.node for v in values_of(m.replacement)]
+        work += numbers_read(at) if m is None else [v.node for v in values_of(m.replacement)]
     return seen
-
-
-def _read_by(node: fx.Node) -> Iterator[fx.Node]:
-    """The values whose numbers a node is computed from: none that lends its shape and format alone.
-
-    What makes a tensor like another one is traced without it, and what is read by nothing else goes.
-    """
-    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
-    pytorch = node.op == "call_method" or getattr(torch, name, None) is node.target
-    at = None if not pytorch else 0 if name in ALIKE else 1 if name in OF_ANOTHER else None
-    lends = node.args[at] if at is not None and len(node.args) > at else None
-    for given in node.all_input_nodes:
-        if given is not lends or list(node.args).count(given) > 1:
-            yield given

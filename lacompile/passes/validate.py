@@ -179,6 +179,9 @@ def _compare(
     decays = region.first(v.node for f in match.facts for v in values_of(f.log_decay))
     made = _Inputs(real, decays, by_value, near)
     env = {n: made.of(n) for n in region.inputs}
+    # of a graph that an operator calls the inputs may be known to nobody: the region reads their shape and format alone
+    unknown = {n: made.of(n) for n in region.nodes if n.op == "placeholder" and real.get(n) is None}
+    real = {**real, **unknown}
     _tame_decays(match, region, env, decays, by_value, reference)
     leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
     # backwards through a state that is overwritten is an error of the program's own, unless what was saved is kept

@@ -212,6 +212,34 @@ def test_a_decay_behind_an_exclusive_sum():
     assert_rewritten(bonus, *heads(6, (1,)), torch.rand(H, 1), compiled=False, grads=False)
 
 
+@pytest.mark.parametrize("by_matmul", [False, True])
+def test_a_fixed_decay_by_channel(by_matmul):
+    """Of what reads it no more is known: the state itself shows it, and of a decay of each head there is nothing."""
+
+    def run(q, k, v, rate):
+        state, out = q.new_zeros(B, H, D, D), []
+        for t in range(q.shape[2]):
+            state = torch.sigmoid(rate)[..., None] * state + outer(k[:, :, t], v[:, :, t])
+            out.append((q[:, :, t, None] @ state)[:, :, 0] if by_matmul else read(q[:, :, t], state))
+        return torch.stack(out, 2)
+
+    assert only_reason(run, *heads(6), torch.randn(H, D)).found == "a decay that differs by feature channel"
+    assert_rewritten(run, *heads(6), torch.randn(H, 1), compiled=False)
+
+
+def test_the_last_state_of_values_with_heads_of_their_own():
+    """The decay is that of a head, which the keys have none of: no channel has one of its own."""
+
+    def run(k, v, rate):
+        state = v.new_zeros(B, H, D, D)
+        for t in range(v.shape[2]):
+            state = torch.sigmoid(rate)[:, None, None] * state + outer(k[:, :, t], v[:, :, t])
+        return state
+
+    _, k, v = heads(6)
+    assert "state behind the last token" in only_reason(run, k[:, :1], v, torch.randn(H)).found
+
+
 # ------------------------------------------------------------------------------------------- without queries and keys
 
 
@@ -225,6 +253,20 @@ def test_an_elementwise_recurrence():
 
     miss = only_reason(run, torch.randn(2, 6, 8), -torch.rand(2, 6, 8))
     assert miss.obligation == "separable" and "elementwise" in miss.found
+
+
+def test_an_elementwise_prefix_sum():
+    """As in the attention-free transformer: one of many keys and a value is rewritten, one of a channel is not."""
+
+    def run(q, k, v):
+        return torch.sigmoid(q) * (k.exp() * v).cumsum(1) / k.exp().cumsum(1)
+
+    assert "elementwise" in only_reason(run, *(torch.randn(2, 12, 8) for _ in range(3))).found
+
+    def contracted(q, k, v):
+        return ((k.exp() * v).cumsum(1) * torch.sigmoid(q)).sum(-1)
+
+    assert_rewritten(contracted, *(torch.randn(2, 12, 8) for _ in range(3)), compiled=False, grads=False)
 
 
 def test_the_state_of_a_normaliser_is_not_one_apart():

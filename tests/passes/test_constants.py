@@ -106,6 +106,46 @@ def test_a_mask_of_booleans():
     assert_rewritten(hidden, *qkv(*SHAPE), compiled=False)
 
 
+def written_at_indices(mask, x):
+    i, j = torch.tril_indices(N, N)
+    mask[i, j] = 0.9 ** (i - j).to(x)
+    return mask
+
+
+def like_the_scores(q):
+    return torch.zeros_like(q[0, 0] @ q[0, 0].mT)
+
+
+@pytest.mark.parametrize(
+    "empty", [lambda q: torch.zeros(N, N).to(q), lambda q: q.new_zeros(N, N), lambda q: torch.zeros(N, N).type_as(q)]
+)
+def test_of_the_format_that_data_has(empty):
+    """Of the data no number is read; in the twin one is."""
+
+    def run(q, k, v):
+        return (q @ k.mT * written_at_indices(empty(q), q)) @ v
+
+    def of_data(q, k, v):
+        return (q @ k.mT * written_at_indices(empty(q) + q[0, 0, :, :1], q)) @ v
+
+    assert_rewritten(run, *qkv(*SHAPE), compiled=False)
+    assert_refused(of_data, *qkv(*SHAPE))
+
+
+def test_of_the_shape_that_data_has():
+    """The type is that of the second argument, the numbers are those of the first."""
+
+    def run(q, k, v):
+        return (q @ k.mT * written_at_indices(like_the_scores(q), q)) @ v
+
+    def of_data(q, k, v):
+        weights = q[0, 0, :, 0].expand(N, N).type_as(torch.ones(N)).clone()
+        return (q @ k.mT * written_at_indices(weights, q)) @ v
+
+    assert_rewritten(run, *qkv(*SHAPE), compiled=False)
+    assert_refused(of_data, *qkv(*SHAPE))
+
+
 def one_entry_off(g):
     mask = at_indices(g)
     mask[:, 5, 2] = 0.5

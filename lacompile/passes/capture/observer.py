@@ -28,7 +28,7 @@ class Observer(Protocol):
     def write(self, base: Any, view: ViewStep, new: Any, tensor: torch.Tensor) -> Any:
         """The value of a tensor one of whose views now holds ``new``."""
 
-    def gradients_resume(self) -> None:
+    def gradients_resume(self, last: bool) -> None:
         """Called where a part of the program that recorded no gradients ends."""
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Any]]) -> list[Any]:
@@ -50,7 +50,7 @@ class Ignorant:
 
     def write(self, base: Any, view: ViewStep, new: Any, tensor: torch.Tensor) -> None: ...
 
-    def gradients_resume(self) -> None: ...
+    def gradients_resume(self, last: bool) -> None: ...
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Any]]) -> list[Any]:
         return [None] * len(outputs)

@@ -59,7 +59,7 @@ class Capture:
                 resumes = self._grad_modes[node] and not self.records_gradients
                 self.memory.node = node
                 if resumes:
-                    self.observer.gradients_resume()
+                    self.observer.gradients_resume(last=node.op == "output")
                 if node.op in ("placeholder", "get_attr"):
                     real = next(reals, None) if node.op == "placeholder" else None
                     env[node] = self._input(node, real) if node.op == "placeholder" else self._constant(node)

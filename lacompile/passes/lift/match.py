@@ -194,7 +194,8 @@ class Search:
         """Where nothing was found or told of any value: whether all of them together are a loop, or one is its end."""
         if self.matches or self.refusals:
             return
-        told = unrolled(self.engine, (self.interpreter.facts[n] for n in self.interpreter.demanded))
+        told = next(((s, r) for s in self._states if (r := self._causes.of_state(s.value.terms)) is not None), None)
+        told = told or unrolled(self.engine, (self.interpreter.facts[n] for n in self.interpreter.demanded))
         told = told or next(((s, state_alone()) for s in self._states if self.engine.accumulates(s.value)), None)
         if told is not None:
             self.refusals.append(_refusal(told[0].node, told[1]))

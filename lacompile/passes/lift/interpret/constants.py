@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from ...._compat import outside_modes
 from ...capture import Capture, Record
 from ...effects import NOWHERE, overlap
+from ...lenders import numbers_read
 from ..domain.kinds import Opaque
 from ..domain.term import Val
 from ..engine import FEW_CASES, Engine
@@ -54,7 +55,7 @@ class Constants:
 
     def are_read_by(self, node: fx.Node) -> bool:
         """Whether a node is computed from nothing but numbers that the program writes, and no input."""
-        return all(n in self._rests_on for n in node.all_input_nodes)
+        return all(n in self._rests_on for n in numbers_read(node))
 
     def note(self, node: fx.Node, makes: bool) -> None:
         """A call of operations of PyTorch on such nodes alone; ``makes``: it has made tensors."""
@@ -62,11 +63,12 @@ class Constants:
         writes = effects.writes.get(node, NOWHERE)
         if not (makes or writes) or not _is_small(node):
             return
-        given = [self.results[n].tensor for n in node.all_input_nodes if n in self.results]
+        read = list(numbers_read(node))
+        given = [self.results[n].tensor for n in read if n in self.results]
         writers = {w for t in given for w in memory.record(t).root.writers} - {node}
         outside = node in effects.impure or overlap(writes, effects.outside)
         if not outside and self._rests_on.keys() >= writers:
-            self._rests_on[node] = frozenset(writers.union(node.all_input_nodes))
+            self._rests_on[node] = frozenset(writers.union(read))
             self._waiting.append(node)
 
     # -------------------------------------------------------------------------------------------------------- reading
@@ -134,7 +136,7 @@ class Constants:
             self._held[node] = self._given[node].detach().clone()
             return
         try:
-            args, kwargs = map_arg((node.args, node.kwargs), self._held.__getitem__)
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: self._held[n] if n in self._held else _lent(n))
             if node.op == "call_function":
                 result = node.target(*args, **kwargs)  # type: ignore[operator]
             else:
@@ -143,6 +145,12 @@ class Constants:
             return
         if _alike(result, node.meta.get("example_value")):
             self._held[node] = result
+
+
+def _lent(node: fx.Node) -> torch.Tensor:
+    """The shape and format of a value that is read for these alone, without its memory."""
+    example = node.meta["example_value"]
+    return torch.zeros((), dtype=example.dtype, device=example.device).expand(example.shape)
 
 
 def _is_small(node: fx.Node) -> bool:

@@ -166,21 +166,28 @@ class Interpreter:
         """Whether the program only ever saw the view: ``zeros_like`` detaches what it makes, say."""
         return self._memory.record(view.parent_tensor).node is self._memory.record(view.out).node
 
-    def gradients_resume(self) -> None:
+    def gradients_resume(self, last: bool) -> None:
         """For autograd what was computed so far without gradients is data, whatever it was computed from.
 
-        So is what was written then into a tensor, and of the rest of that tensor no more is known.
+        So is what was written then into a tensor, and of the rest of that tensor no more is known. At the ``last``
+        node, the output, nothing is computed any more that would see it as data; but what autograd knows of a tensor
+        that was made with gradients is then no longer what it holds.
         """
         assert self.capture is not None
-        self._demand(node for node, _ in self.without_gradients)
-        for node, tensor in self.without_gradients:
-            before = self._memory.read(self._memory.record(tensor))
-            kind = Opaque(node if node in self.facts else None, "computed without gradients", leaves_of([before]))
-            self._memory.forget(tensor, self.engine.leaf(tensor, kind))
-        self.without_gradients.clear()
-        data = [root for root, by in self._memory.written() if not self.capture.records_gradients_at(by)]
+        if not last:
+            self._demand(node for node, _ in self.without_gradients)
+            for node, tensor in self.without_gradients:
+                before = self._memory.read(self._memory.record(tensor))
+                kind = Opaque(node if node in self.facts else None, "computed without gradients", leaves_of([before]))
+                self._memory.forget(tensor, self.engine.leaf(tensor, kind))
+            self.without_gradients.clear()
+        recorded = self.capture.records_gradients_at
+        data = [root for root, by in self._memory.written() if not recorded(by)]
         for root in dict.fromkeys(data):
-            if not self.engine.index_only(root.value):
+            by_itself = not any(recorded(n) for n in (root.node, *root.writers) if n is not None)
+            if by_itself and root.node is not None:
+                self._demand([root.node])
+            if not (last and by_itself) and not self.engine.index_only(root.value):
                 self._memory.spoil([root.tensor], "written into without gradients")
 
     def finished(self, node: fx.Node, outputs: list[tuple[torch.Tensor, Val]]) -> list[Val]:

@@ -67,7 +67,7 @@ class Causes:
                 5,
             )
         if refused and any(self._by_channel(t) for t in terms):
-            return Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+            return _of_channels()
         if refused and self._scaled_apart(terms):
             return Refused(
                 "single-term",
@@ -89,6 +89,10 @@ class Causes:
                 "an unrolled loop is one sum if its weights are products of one positive decay for each token",
             )
         return None
+
+    def of_state(self, terms: Iterable[Term]) -> Refused | None:
+        """The cause that shows in a state of which nothing more is known, as where no row that reads it is."""
+        return _of_channels() if any(self._by_channel_of_state(t) for t in terms) else None
 
     def told(self, terms: Iterable[Term]) -> bool:
         """Whether the cause of a sum with some of these factors was told before; it is from now on."""
@@ -201,6 +205,20 @@ class Causes:
         moving = [m for m, f in _moving(t) if m in sums or not f.is_const]
         return any(features & self.space.vars_of(idx) for m in moving for _, idx in m)
 
+    def _by_channel_of_state(self, t: Term) -> bool:
+        """The same of an outer product over all tokens: a rate for each dimension that one of its factors alone has.
+
+        A head is one that both have, or that one has beside its features.
+        """
+        if not self._outer(t):
+            return False
+        held = [self._free(a) for a in t.accs]
+        bound = t.bound(self.space)
+        along = {v for m, f in _moving(t) if bound & self.space.vars(f) for a in m for v in self._free(a)}
+        largest = {mine for mine in held if not any(mine < theirs for theirs in held)}
+        own = [mine - frozenset().union(*largest - {mine}) for mine in largest]
+        return len(own) > 1 and any(mine and mine <= along for mine in own)
+
     def _elementwise(self, t: Term, positions: set[int]) -> bool:
         """A weighted sum over positions alone, one factor of which holds all else that the product holds."""
         bound = t.bound(self.space)
@@ -211,6 +229,10 @@ class Causes:
             return False
         rest = frozenset().union(*map(self._free, t.accs)) - positions
         return any(rest <= self._free(a) for a in along)
+
+
+def _of_channels() -> Refused:
+    return Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
 
 
 def _apart(a: Access, b: Access) -> bool:

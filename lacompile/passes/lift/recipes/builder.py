@@ -82,6 +82,7 @@ class Builder:
             )
         groups_q = [batch, heads, [N_ROLE], p.key_features]
         e_group = [E_ROLE] if E_ROLE in p.roles else []
+        dv = self._length(p, e_group)
         shared = not p.later or p.state is None
         q = positions.of_queries(lambda e, at: e.operand(at.q, at.q_weights, groups_q, dtype, shared))
         k = positions.of_keys(lambda e, at: e.operand(at.k, at.k_weights, groups_q, dtype))
@@ -99,6 +100,10 @@ class Builder:
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
         read = {v.node for e in recipes for v in values_of(e)}
         region = self.assumptions.region(p.fact.node, read)
+        written = formulation(p, region)
+        if written != "parallel" and not p.key_features and dv == 1:
+            # a prefix sum or a loop of each channel by itself, which an operator of as many heads only slows down
+            raise Refused("separable", "queries and keys", "an elementwise recurrence, without queries and keys", 1)
         fact = DecayedAttention(
             q=Call(torch.cat, ([rows(q, 1, None), no_row(q)], 2)) if p.later else q,
             k=k,
@@ -110,10 +115,10 @@ class Builder:
             heads=self._length(p, heads),
             length=self._length(p, [N_ROLE]),
             dk=dk,
-            dv=self._length(p, e_group),
+            dv=dv,
             dtype=dtype,
             decay_per_token=bool(p.tokens),
-            formulation=formulation(p, region),
+            formulation=written,
             decay_source=self._decay_source(p),
             assumptions=self.assumptions.of(p, read, region),
         )

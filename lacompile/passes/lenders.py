@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 ALIKE = {
     "ones_like", "zeros_like", "full_like", "empty_like", "rand_like", "randn_like", "new_ones", "new_zeros",
@@ -25,6 +26,8 @@ def numbers_read(node: fx.Node) -> Iterator[fx.Node]:
     pytorch = node.op == "call_method" or getattr(torch, name, None) is node.target
     at = None if not pytorch else 0 if name in ALIKE else 1 if name in OF_ANOTHER else None
     lends = node.args[at] if at is not None and len(node.args) > at else None
+    reads: list[fx.Node] = []
+    map_arg((node.args, node.kwargs), reads.append)
     for given in node.all_input_nodes:
-        if given is not lends or list(node.args).count(given) > 1:
+        if given is not lends or reads.count(given) > 1:
             yield given

@@ -192,3 +192,32 @@ def test_a_mask_that_is_written_over_between_two_products():
         return first, (q @ k.mT * mask) @ v
 
     assert_rewritten(twice, *(x.detach() for x in qkv(*SHAPE)), count=2, grads=False, compiled=False)
+
+
+def test_of_the_order_in_memory_that_data_has():
+    """``zeros_like`` keeps it: in the twins a view by strides reads other entries, and what is flattened is a copy."""
+
+    def by_strides(like):
+        mask = torch.zeros_like(like)
+        mask.as_strided((N, N), (N, 1)).copy_(torch.ones(N, N).tril())
+        return mask
+
+    def flattened(like):
+        mask = written_at_indices(torch.zeros_like(like), like)
+        mask[3, 1] = 0.5
+        mask.reshape(-1)[3 * N + 1 : 3 * N + 2].fill_(0.9**2)
+        return mask
+
+    for mask in (by_strides, flattened):
+        x = torch.randn(N, N)
+        assert_rewritten(lambda q, k, v, m, mask=mask: (q @ k.mT * mask(m)) @ v, *qkv(*SHAPE), x, compiled=False)
+        assert_refused(
+            lambda q, k, v, m, mask=mask: (q @ k.mT * mask(m.mT)) @ v, *qkv(*SHAPE), x, options={"validate": "off"}
+        )
+
+
+def test_a_tensor_that_is_read_twice_lends_nothing_alone():
+    def run(q, k, v, x):
+        return (q @ k.mT * written_at_indices(x.new_tensor(data=x), x)) @ v
+
+    assert "internal-error" not in str(assert_refused(run, *qkv(*SHAPE), torch.randn(N, N)))

@@ -148,8 +148,14 @@ class Constants:
 
 
 def _lent(node: fx.Node) -> torch.Tensor:
-    """The shape and format of a value that is read for these alone, without its memory."""
+    """The shape and format of a value that is read for these alone, without its memory.
+
+    Raises:
+        ValueError: it lies in memory in another order, which ``zeros_like`` keeps, so that a view may see it.
+    """
     example = node.meta["example_value"]
+    if not example.is_contiguous():
+        raise ValueError(f"{node.name} is not contiguous")
     return torch.zeros((), dtype=example.dtype, device=example.device).expand(example.shape)
 
 

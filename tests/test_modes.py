@@ -109,8 +109,14 @@ def overwritten(q, k, v):
     return out
 
 
+def derivatives(grad, q, k, v):
+    """Those of ``attention``, which are attentions again."""
+    weights, of_weights = (q @ k.mT).tril(), (grad @ v.mT).tril()
+    return of_weights @ k, of_weights.mT @ q, weights.mT @ grad
+
+
 class Derived(torch.autograd.Function):
-    """Its derivatives are attentions again."""
+    """Its derivatives are written down, and right."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -119,9 +125,7 @@ class Derived(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
-        weights, of_weights = (q @ k.mT).tril(), (grad @ v.mT).tril()
-        return of_weights @ k, of_weights.mT @ q, weights.mT @ grad
+        return derivatives(grad, *ctx.saved_tensors)
 
 
 class DerivedInHalf(torch.autograd.Function):
@@ -150,9 +154,8 @@ class Doubling(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, of_keys):
-        q, k, v = ctx.saved_tensors
-        weights, of_weights = (q @ k.mT).tril(), (grad @ v.mT).tril()
-        return of_weights @ k, 2.0 * (of_weights.mT @ q + of_keys), weights.mT @ grad
+        dq, dk, dv = derivatives(grad, *ctx.saved_tensors)
+        return dq, 2.0 * (dk + of_keys), dv
 
 
 class DerivedByLoops(torch.autograd.Function):

@@ -43,7 +43,7 @@ CASES = {
     "forward bf16 128x64 per token": ("forward", "bf16", 128, 64, True, True, 48),
     "forward bf16 256": ("forward", "bf16", 256, 256, False, True, 0),
     "forward fp16 80 by pointer": ("forward", "fp16", 80, 80, True, False, 96),
-    # Tiles of fp32 that spill little or nothing are slower (docs/kernel-notes.md, section 17).
+    # Tiles of fp32 that spill little or nothing are slower (docs/kernel-notes.md, sections 17 and 18).
     "forward fp32 64": ("forward", "fp32", 64, 64, False, False, 320),
     "forward fp32 128": ("forward", "fp32", 128, 128, False, False, 608),
     "backward bf16 64 per token": ("backward", "bf16", 64, 64, True, True, 0),

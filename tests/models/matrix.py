@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ class Row:
 
     def __str__(self) -> str:
         return f"{self.package} {self.what}".replace("`", "")
+
+    @property
+    def installed(self) -> bool:
+        """Whether the package is there; it need not be."""
+        return next(distributions(name=self.package), None) is not None
 
     @property
     def key(self) -> tuple[str, str]:

@@ -46,6 +46,8 @@ CASES = {
     # Tiles of fp32 that spill little or nothing are slower (docs/kernel-notes.md, sections 17 and 18).
     "forward fp32 64": ("forward", "fp32", 64, 64, False, False, 320),
     "forward fp32 128": ("forward", "fp32", 128, 128, False, False, 608),
+    "backward fp32 64": ("backward", "fp32", 64, 64, True, False, 640),
+    "backward fp32 128": ("backward", "fp32", 128, 128, True, False, 984),
     "backward bf16 64 per token": ("backward", "bf16", 64, 64, True, True, 0),
     "backward bf16 128": ("backward", "bf16", 128, 128, False, True, 0),
     "backward bf16 128 per token": ("backward", "bf16", 128, 128, True, True, 48),
@@ -54,6 +56,8 @@ CASES = {
     "segments bf16 128 per token": ("contributions", "bf16", 128, 128, True, True, 0),
     "scan": ("scan", "fp32", 128, 128, False, False, 0),
     "decay gradient": ("decay_grad", "bf16", 128, 128, True, False, 0),
+    "inside fp32 64": ("inside", "fp32", 64, 64, True, False, 0),
+    "inside fp32 128": ("inside", "fp32", 128, 128, True, False, 0),
     "decode bf16 128": ("decode", "bf16", 128, 128, False, False, 0),
     "decode bf16 256 per token": ("decode", "bf16", 256, 256, True, False, 0),
 }
@@ -73,7 +77,7 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
     """As the launcher chooses, in the form that needs the most: with states in and out, and the decay's gradient."""
     import torch
 
-    from lacompile.kernels.lightning2 import launch, segments
+    from lacompile.kernels.lightning2 import inside, launch, segments
     from lacompile.kernels.lightning2.backward import backward_kernel
     from lacompile.kernels.lightning2.decay_grad import decay_grad_kernel
     from lacompile.kernels.lightning2.decode import decode_kernel, tile
@@ -120,6 +124,11 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
         columns = {"k_source": pre.bk, "v_source": pre.bv, "q_source": pre.bk, "do_source": pre.bv}
         options = {"num_warps": pre.warps, "num_stages": pre.stages}
         return Case(segments.contributions_kernel, common | own, columns, options)
+    if name == "inside":
+        const = {"DK": dk, "DV": dv, "BLOCK": inside.BLOCK, "CHUNK": v.chunk, "PER_TOKEN": per_token}
+        const |= {"UNIT": 8, "PRECISION": own["PRECISION"]}
+        columns = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "do_ptr"), 0)
+        return Case(inside.inside_kernel, const, columns, {"num_warps": inside.warps(v.chunk)})
     if name == "decode":
         bk, bv, warps = tile(dk, dv)
         const = {"DK": dk, "DV": dv, "BK": bk, "BV": bv, "PER_TOKEN": per_token, "s_v": 1, "e_v": 1} | end
@@ -128,7 +137,7 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
         const = {"DKV": dk * dv, "TILE": 1024, "CHUNK": v.chunk, "PIECES": launch.PIECES, "BOTH": True}
         const |= {"PER_TOKEN": per_token, "HAS_FIRST": True, "HAS_D_LAST": True}
         return Case(segments.scan_kernel, const, {}, {"num_warps": 4})
-    const = {"DKV": dk * dv, "BLOCKS": 2, "SPAN": launch.SPAN_PER_TOKEN, "PER_TOKEN": per_token}
+    const = {"DKV": dk * dv, "BLOCKS": 2, "SPAN": launch.SPAN_PER_TOKEN, "INSIDE": True, "PER_TOKEN": per_token}
     return Case(decay_grad_kernel, const | {"HAS_START": True, "HAS_D_END": True}, {}, {"num_warps": 4})
 
 

@@ -174,16 +174,19 @@ class TestDecays:
 
     @pytest.mark.parametrize("most", [0.05, 1.0, 5.0])
     def test_gates_cost_no_more_digits_than_in_the_chunked_form(self, most, own_tiles):
-        """The sums of a chunk's gates are large beside the differences that count; a token's own terms of q . dq and
-        k . dk are large beside what is left of them."""
+        """The sums of a chunk's gates are large beside the differences that count; tokens of one chunk are most of
+        q . dq and of k . dk, and large beside what is left of their difference. A parameter that all tokens share adds
+        up what is left of its rounding."""
         q, k, v = qkv(B, H, C + 6, 16, 16)
         do = qkv(B, H, C + 6, 16, 16, seed=7)[2]
         args = q, k, v, -most * torch.rand(B, H, C + 6, generator=torch.Generator().manual_seed(0)), 1.0, None
         want, _, wanted_grads = wanted(args, do, None)
         check_error("o", lightning2.forward(*args)[0], want, eager=cpu.forward(*args)[0])
-        pairs = zip(lightning2.backward(do, None, *args), wanted_grads, cpu.backward(do, None, *args), strict=True)
-        for name, (got, exact, chunked) in zip(("dq", "dk", "dv", "dg"), pairs, strict=False):
+        grads = lightning2.backward(do, None, *args), wanted_grads, cpu.backward(do, None, *args)
+        for name, got, exact, chunked in zip(("dq", "dk", "dv", "dg"), *grads, strict=False):
             check_error(name, got, exact, eager=chunked, kind="gradient")
+        got, exact, chunked = ((x[3].double() * args[3]).sum((0, 2)) for x in grads)
+        check_error("rates", got.float(), exact, eager=chunked, kind="gradient")
 
     @DECAYS
     def test_minus_infinity_forgets_everything(self, per_token):
@@ -228,22 +231,13 @@ class TestDecays:
         want, want_last = reference.quadratic(*args)
         assert torch.equal(out, want) and torch.equal(last, want_last)
 
-    def test_decay_gradient_may_be_left_out(self):
-        args, do, d_state = arguments(C + 5, dtype=torch.float16)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+    def test_decay_gradient_may_be_left_out(self, dtype):
+        args, do, d_state = arguments(C + 5, dtype=dtype)
         got = lightning2.backward(do, d_state, *args, want_decay=False)
         want = lightning2.backward(do, d_state, *args)
         assert not got[3].numel() and want[3].any()
         assert all(torch.equal(a, b) for n, (a, b) in enumerate(zip(got, want, strict=True)) if n != 3)
-
-    def test_decay_gradient_may_be_left_out_in_fp32(self):
-        """Where it is wanted the other gradients are summed in another order."""
-        args, do, d_state = arguments(C + 5)
-        *got, none, d_initial = lightning2.backward(do, d_state, *args, want_decay=False)
-        *want, _, want_initial = wanted(args, do, d_state)[2]
-        assert not none.numel()
-        for name, x, exact in zip(("dq", "dk", "dv"), got, want, strict=True):
-            check_error(name, x, exact, kind="gradient")
-        check_error("d_initial", d_initial, want_initial, kind="gradient")
 
     def test_factors_of_chunks(self):
         """What Hopper's body reads: of a ragged last chunk the sum stays at its last value."""

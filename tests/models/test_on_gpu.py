@@ -1,7 +1,4 @@
-"""The programs of the support matrix on a GPU: as many rewrites as on a CPU, computed by the kernels, and right.
-
-Not all of it is: gradients of ``A_log`` may be further off than eager's allows (docs/kernel-notes.md, section 18).
-"""
+"""The programs of the support matrix on a GPU: as many rewrites as on a CPU, computed by the kernels, and right."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from .body import attend
 from .calls import Box, Calls, Launch, signature
 from .decay import to_log2
 from .decay_grad import decay_grad
+from .inside import inside
 from .segments import Backwards, segment_states
 from .selfcheck import Integers, equal, is_right
 from .tiles import of_head
@@ -44,7 +45,7 @@ def backward_kernel(
     dk_part,
     dv_part,
     g_ptr,
-    q_rows_ptr,  # [blocks, rows, N] fp32: sums of q * dq over a block's columns
+    q_rows_ptr,  # [blocks, rows, N] fp32: sums of q * dq over a block's columns, as in body.py
     k_rows_ptr,  # the same of k * dk
     start_ptr,  # [rows, segments, DK, DV] fp32: states before each segment
     d_start_ptr,  # [rows, segments, DK, DV] fp32: gradients of the states after each segment
@@ -209,6 +210,7 @@ def _prepare(
     own_heads = q.shape[1], k.shape[1], v.shape[1]
     per_token, has_start = log_decay.dim() == 3, initial_state is not None
     rows, span = batch * heads, launch.span(per_token, q, v)
+    exact = launch.is_exact(q)
     dq, dk_, dv_ = (launch.grad_like(x, heads) for x in (q, k, v))
     new_gradients = [launch.Memory(x) for x in (dq, dk_, dv_)]
     none = torch.empty(0, dtype=torch.float32, device=q.device)
@@ -270,9 +272,10 @@ def _prepare(
         options = {"num_warps": max(for_k.warps, for_v.warps), "num_stages": min(for_k.stages, for_v.stages)}
     run = Launch(kernel, programs * split.count, [*boxes, *[None] * 8], numbers, constants, options)
     rows_shape, marks_shape = (k_blocks, rows, length), (rows, launch.blocks(length, span), dk, dv)
-    d_decays = None
+    d_decays = insides = None
     if want_decay:
-        d_decays = decay_grad(log_decay, rows_shape, marks_shape, span, has_start, d_state is not None)
+        d_decays = decay_grad(log_decay, rows_shape, marks_shape, span, exact, has_start, d_state is not None)
+        insides = inside(q, k, v, do, log_decay, scale, chunk) if exact else None
 
     def call(
         do: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None
@@ -291,7 +294,10 @@ def _prepare(
             q, k, v, do, q, k, do, dq, dk, dv, decays, q_rows, k_rows, q_rows if start is None else start,
             q_rows if d_start is None else d_start, marks, d_marks, d_initial,
         )  # fmt: skip
-        d_decay = q_rows if d_decays is None else d_decays(q_rows, k_rows, marks, d_marks, initial, d_end)
+        d_decay = none
+        if d_decays is not None:
+            pairs = none if insides is None else insides(q, k, v, do, log_decay)
+            d_decay = d_decays(q_rows, k_rows, pairs, marks, d_marks, initial, d_end)
         return finished(dq, dk, dv, d_decay, d_initial)
 
     def computes_integers() -> bool:

@@ -35,7 +35,7 @@ def attend(
     c_source,  # [N, DV]
     y_target,  # [N, DV] output
     x_source,  # [N, DV] factor of y in the row sums, if AUDIT
-    rows_ptr,  # [N] fp32 output: sum over this block's columns of x * y, if AUDIT
+    rows_ptr,  # [N] fp32 output: sum over this block's columns of x * y (in fp32 less the chunk's own), if AUDIT
     marks_ptr,  # output if AUDIT: states after each span, or backwards before it
     g_ptr,  # [N] log-decays if PER_TOKEN
     start_ptr,  # fp32 state to begin with, if HAS_START
@@ -81,9 +81,6 @@ def attend(
     1. States are ``[DK, DV]``, or ``[DV, DK]`` if TRANSPOSED. ``begin`` and ``span`` are multiples of CHUNK.
     """
     EXACT: tl.constexpr = PRECISION != "tf32"
-    # What a token adds to its own row is in q . dq and in k . dk, and no decay is in it. Where a state is soon
-    # forgotten it is most of both, and what is left of their difference is less than its rounding.
-    APART: tl.constexpr = AUDIT and EXACT
     column = block * BV
     at_state, in_state = state_offsets(block, DK, DV, TRANSPOSED, BK, BV)
     if HAS_START:
@@ -113,20 +110,15 @@ def attend(
         # scale goes into the scores of every use, so that q . dq and k . dk round the same products alike and their
         # difference, the decay's gradient, does not see that rounding.
         scores = tl.dot(a, b, input_precision=PRECISION) * (weight * scale)
-        t = tl.arange(0, CHUNK)
-        if APART:
-            own = t[:, None] == t[None, :]
-            of_own = tl.sum(tl.where(own, scores, 0.0), 1)
-            scores = tl.where(own, 0.0, scores)
+        of_state = y
         y = tl.dot(scores.to(c.dtype), c, y, input_precision=PRECISION)
-        without_own = y
-        if APART:
-            y += of_own[:, None] * c
 
         write(y_target, y, batch, y_head, y_stride, at, stop, column, CHUNK, BV, DV, TMA)
         if AUDIT:
             x = read(x_source, batch, x_head, x_stride, at, stop, column, CHUNK, BV, DV, TMA)
-            tl.store(rows_ptr + at.to(tl.int64) + t, tl.sum(x.to(tl.float32) * without_own, 1), mask=t < stop - at)
+            t = tl.arange(0, CHUNK)
+            row_sums = tl.sum(x.to(tl.float32) * (of_state if EXACT else y), 1)  # the rest is inside.py's
+            tl.store(rows_ptr + at.to(tl.int64) + t, row_sums, mask=t < stop - at)
             border = at if REVERSE else at + CHUNK
             if (border % span == 0) | (border >= length):
                 mark = (tl.cdiv(border, span) - (0 if REVERSE else 1)).to(tl.int64) * (DK * DV)

@@ -2,7 +2,8 @@
 
 Over a long sequence the two row sums nearly cancel and their rounding does not. So the sum is cut at marks: all that
 comes after a mark is, exactly, the inner product of the state there with the state's gradient there, and so is all
-that comes after a token less what lies between.
+that comes after a token less what lies between. In fp32 the row sums are of pairs in different chunks alone, and
+what the others add to each gate is summed by itself (inside.py).
 """
 
 # What @triton.jit makes of a function and of its launch is beyond a type checker.
@@ -36,12 +37,14 @@ def inner(states_ptr, grads_ptr, DKV: tl.constexpr):
 def span_gradient(
     q_rows_ptr,  # fp32: partial sums of q * dq over the tokens of one span
     k_rows_ptr,  # the same of k * dk
+    inside_ptr,  # fp32: sums of inside.py over the span, if INSIDE
     to_next,  # elements from one partial sum to the next
     before,  # <S, dS> at the span's start
     after,  # <S, dS> at its end
     count,
     BLOCKS: tl.constexpr,
     SPAN: tl.constexpr,
+    INSIDE: tl.constexpr,
 ):
     """``[SPAN]`` gradients of ``count`` tokens' log-decays, then zeros.
 
@@ -56,13 +59,17 @@ def span_gradient(
         difference -= tl.load(k_rows_ptr + block * to_next + t, mask=here, other=0.0)
     so_far = tl.cumsum(difference, 0) - difference
     missed = after - (before - tl.sum(difference, 0))
-    return tl.where(here, before - so_far + missed * (t.to(tl.float32) / count), 0.0)
+    gradient = before - so_far + missed * (t.to(tl.float32) / count)
+    if INSIDE:
+        gradient += tl.load(inside_ptr + t, mask=here, other=0.0)
+    return tl.where(here, gradient, 0.0)
 
 
 @triton.jit(do_not_specialize=["length", "rows", "spans"])
 def decay_grad_kernel(
     q_rows_ptr,  # [blocks, rows, N] fp32: partial sums of q * dq
     k_rows_ptr,  # the same of k * dk
+    inside_ptr,  # [rows, N] fp32: sums of inside.py, if INSIDE
     marks_ptr,  # [rows, spans, DK, DV]: states after each span
     d_marks_ptr,  # the same: gradients of the states before each span
     start_ptr,  # [rows, DK, DV]: the state before token 0, if HAS_START
@@ -74,6 +81,7 @@ def decay_grad_kernel(
     DKV: tl.constexpr,
     BLOCKS: tl.constexpr,
     SPAN: tl.constexpr,
+    INSIDE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     HAS_START: tl.constexpr,
     HAS_D_END: tl.constexpr,
@@ -97,8 +105,9 @@ def decay_grad_kernel(
     count = tl.minimum(length - span * SPAN, SPAN)
     at = row * length + span.to(tl.int64) * SPAN
     gradient = span_gradient(
-        q_rows_ptr + at, k_rows_ptr + at, rows.to(tl.int64) * length, before, after, count, BLOCKS, SPAN
-    )
+        q_rows_ptr + at, k_rows_ptr + at, inside_ptr + at, rows.to(tl.int64) * length, before, after, count,
+        BLOCKS=BLOCKS, SPAN=SPAN, INSIDE=INSIDE,
+    )  # fmt: skip
     if PER_TOKEN:
         t = tl.arange(0, SPAN)
         tl.store(out_ptr + at + t, gradient, mask=t < count)
@@ -111,13 +120,14 @@ def decay_grad(
     rows_shape: Sequence[int],
     marks_shape: Sequence[int],
     span: int,
+    is_exact: bool,
     has_start: bool,
     has_d_end: bool,
 ) -> Callable[..., Tensor]:
     """Makes the gradient of log-decays like these, ``[H]`` or ``[B,H,N]``, of what the backward kernel wrote down.
 
-    The result takes its row sums and marks, of the shapes given, the state before the first token and the gradient of
-    that after the last, if there are any. It returns fp32.
+    The result takes its row sums and marks, of the shapes given, with the sums inside chunks between them if inputs are
+    fp32, the state before the first token and the gradient of that after the last, if there are any. It returns fp32.
     """
     blocks, rows, length = rows_shape
     _, spans, dk, dv = marks_shape
@@ -125,17 +135,24 @@ def decay_grad(
     heads = log_decay.shape[1 if per_token else 0]
     shape = log_decay.shape if per_token else (rows // heads, heads, spans)
     run = Launch(
-        decay_grad_kernel, rows * spans, [None] * 7, [length, rows, spans],
-        {"DKV": dk * dv, "BLOCKS": blocks, "SPAN": span, "PER_TOKEN": per_token, "HAS_START": has_start,
-         "HAS_D_END": has_d_end},
+        decay_grad_kernel, rows * spans, [None] * 8, [length, rows, spans],
+        {"DKV": dk * dv, "BLOCKS": blocks, "SPAN": span, "INSIDE": is_exact, "PER_TOKEN": per_token,
+         "HAS_START": has_start, "HAS_D_END": has_d_end},
         {"num_warps": 4},
     )  # fmt: skip
 
     def gradient(
-        q_rows: Tensor, k_rows: Tensor, marks: Tensor, d_marks: Tensor, start: Tensor | None, d_end: Tensor | None
+        q_rows: Tensor,
+        k_rows: Tensor,
+        inside: Tensor,
+        marks: Tensor,
+        d_marks: Tensor,
+        start: Tensor | None,
+        d_end: Tensor | None,
     ) -> Tensor:
         out = torch.empty(shape, dtype=torch.float32, device=q_rows.device)
-        run(q_rows, k_rows, marks, d_marks, q_rows if start is None else start, q_rows if d_end is None else d_end, out)
+        start, d_end = (q_rows if x is None else x for x in (start, d_end))
+        run(q_rows, k_rows, inside, marks, d_marks, start, d_end, out)
         return out if per_token else out.sum((0, 2))
 
     return gradient

@@ -84,6 +84,11 @@ def precision(dtype: torch.dtype, device: torch.device) -> str:
     return "bf16x6" if device.type == "cuda" else "ieee"
 
 
+def is_exact(q: Tensor) -> bool:
+    """Whether sums keep what products keep of fp32, more than 16-bit inputs have."""
+    return precision(q.dtype, q.device) != "tf32"
+
+
 def setting(q: Tensor) -> Hashable:
     """What a launch depends on beside its tensors."""
     return precision(q.dtype, q.device), forced, _stood_for.get()

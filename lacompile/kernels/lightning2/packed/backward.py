@@ -16,6 +16,7 @@ from ..body import attend
 from ..decay import to_log2
 from .decay_grad import packed_decay_grad
 from .forward import cut_for
+from .inside import packed_inside
 from .pieces import piece_at
 from .states import piece_states
 
@@ -37,7 +38,7 @@ def packed_backward_kernel(
     g_ptr,
     table_ptr,
     firsts_ptr,
-    q_rows_ptr,  # [blocks, H, N] fp32: sums of q * dq over a block's columns
+    q_rows_ptr,  # [blocks, H, N] fp32: sums of q * dq over a block's columns, as in body.py
     k_rows_ptr,  # the same of k * dk
     states_ptr,  # [pieces, H, DK, DV] fp32: states before the pieces
     d_states_ptr,  # [pieces, H, DK, DV] fp32: gradients of the states after the pieces
@@ -172,20 +173,23 @@ def backward(
         marks_shape = (pieces.count, heads, spans, dk, dv) if want_decay else (0,)
         marks = torch.empty(marks_shape, dtype=launch.mark_dtype(q.dtype, per_token), device=q.device)
         d_marks = torch.empty_like(marks)
-        tensors = (q, k, v, do, dq, dk_, dv_)
+        tensors, chunk = (q, k, v, do, dq, dk_, dv_), min(for_k.chunk, for_v.chunk)
         unit = launch.unit(*tensors)
         packed_backward_kernel[(pieces.count * heads * (2 * k_blocks + v_blocks),)](
             *tensors, log_decay, pieces.table, pieces.firsts, q_rows, k_rows, states, d_states, marks, d_marks,
             d_initial, *(s for x in tensors for s in launch.strides(x, unit)[1:]),
             *launch.decay_strides(log_decay)[1:], float(scale), heads, *groups, length, span, spans,
             DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv,
-            CHUNK=min(for_k.chunk, for_v.chunk), UNIT=unit, PER_TOKEN=per_token,
+            CHUNK=chunk, UNIT=unit, PER_TOKEN=per_token,
             DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype, q.device),
             num_warps=max(for_k.warps, for_v.warps), num_stages=min(for_k.stages, for_v.stages),
         )  # fmt: skip
         d_decay = q_rows
         if want_decay:
-            d_decay = packed_decay_grad((q_rows, k_rows), (marks, d_marks), (states, d_states), pieces, span, per_token)
+            exact = launch.is_exact(q)
+            inside = packed_inside(q, k, v, do, log_decay, scale, chunk, pieces) if exact else None
+            rows, ends = (q_rows, k_rows), (states, d_states)
+            d_decay = packed_decay_grad(rows, inside, (marks, d_marks), ends, pieces, span, per_token)
         d_initial = d_initial if initial_state is not None else d_initial.new_empty(0)
         dq, dk_, dv_ = (launch.fold(grad, x.shape[1]) for grad, x in ((dq, q), (dk_, k), (dv_, v)))
         return dq, dk_, dv_, d_decay, d_initial

@@ -18,6 +18,7 @@ from .pieces import Pieces, piece_at
 def packed_decay_grad_kernel(
     q_rows_ptr,  # [blocks, H, N] fp32: partial sums of q * dq
     k_rows_ptr,  # the same of k * dk
+    inside_ptr,  # [H, N] fp32: sums of inside.py, if INSIDE
     marks_ptr,  # [pieces, H, spans, DK, DV]: states after each span of a piece
     d_marks_ptr,  # the same: gradients of the states before each span
     states_ptr,  # [pieces, H, DK, DV] fp32: states before the pieces
@@ -31,6 +32,7 @@ def packed_decay_grad_kernel(
     DKV: tl.constexpr,
     BLOCKS: tl.constexpr,
     SPAN: tl.constexpr,
+    INSIDE: tl.constexpr,
     PER_TOKEN: tl.constexpr,
 ):
     """One program per (piece, head, span)."""
@@ -55,8 +57,9 @@ def packed_decay_grad_kernel(
             after = inner(marks_ptr + slot, d_states_ptr + row * DKV, DKV)
     at = h.to(tl.int64) * length + begin + span * SPAN
     gradient = span_gradient(
-        q_rows_ptr + at, k_rows_ptr + at, heads.to(tl.int64) * length, before, after, count, BLOCKS, SPAN
-    )
+        q_rows_ptr + at, k_rows_ptr + at, inside_ptr + at, heads.to(tl.int64) * length, before, after, count,
+        BLOCKS=BLOCKS, SPAN=SPAN, INSIDE=INSIDE,
+    )  # fmt: skip
     if PER_TOKEN:
         t = tl.arange(0, SPAN)
         tl.store(out_ptr + at + t, gradient, mask=t < count)
@@ -66,6 +69,7 @@ def packed_decay_grad_kernel(
 
 def packed_decay_grad(
     rows: tuple[Tensor, Tensor],
+    inside: Tensor | None,
     marks: tuple[Tensor, Tensor],
     states: tuple[Tensor, Tensor],
     pieces: Pieces,
@@ -75,13 +79,15 @@ def packed_decay_grad(
     """Gradient of log-decays ``[H]`` or ``[1,H,N]``, fp32, from what the backward kernel wrote down.
 
     ``rows``, ``marks`` and ``states`` are pairs: sums of q * dq and of k * dk, and states and their gradients.
+    ``inside`` is there where inputs are fp32 (inside.py).
     """
     blocks, heads, length = rows[0].shape
     spans = marks[0].shape[2]
     shape = (1, heads, length) if per_token else (pieces.count, heads, spans)
     out = torch.empty(shape, dtype=torch.float32, device=rows[0].device)
     packed_decay_grad_kernel[(pieces.count * heads * spans,)](
-        *rows, *marks, *states, pieces.table, pieces.firsts, out, length, heads, spans,
-        DKV=marks[0].shape[3] * marks[0].shape[4], BLOCKS=blocks, SPAN=span, PER_TOKEN=per_token, num_warps=4,
+        *rows, rows[0] if inside is None else inside, *marks, *states, pieces.table, pieces.firsts, out, length, heads,
+        spans, DKV=marks[0].shape[3] * marks[0].shape[4], BLOCKS=blocks, SPAN=span, INSIDE=inside is not None,
+        PER_TOKEN=per_token, num_warps=4,
     )  # fmt: skip
     return out if per_token else out.sum((0, 2))

@@ -12,7 +12,9 @@ from torch import fx
 
 import lacompile
 from lacompile import guards
+from lacompile.decision import decide
 from lacompile.guards import guarded
+from lacompile.options import Options
 from lacompile.passes.facts import Assumption
 
 
@@ -333,6 +335,44 @@ def test_a_compiled_model_follows_its_buffer(change, monkeypatch):
     assert (after - before).norm() > 0.1 * before.norm()
     for _ in range(2):
         torch.testing.assert_close(compiled(q, k, v), after)
+
+
+class MaskedThenStepped(Masked):
+    """A layer under a mask, then one that goes from token to token and asks its own input how many there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(4))
+
+    def forward(self, x):
+        _, _, length, size = x.shape
+        x = (x @ x.mT * self.mask[:, :length, :length]) @ x
+        x = torch.nn.functional.layer_norm(x, (size,))
+        batch, heads, length, size = x.shape
+        x = torch.nn.functional.linear(x, self.weight).view(batch, heads, length, size)
+        state, rows = x.new_zeros(batch, heads, size, size), []
+        for t in range(length):
+            state = 0.9 * state + x[:, :, t, :, None] * x[:, :, t, None, :]
+            rows.append((x[:, :, t, None] @ state).squeeze(2))
+        return torch.stack(rows, 2)
+
+
+def test_a_length_rests_on_no_numbers():
+    """What asks a tensor for its size knows nothing of the buffer that the tensor was computed from."""
+    reports = []
+
+    def backend(gm, example_inputs):
+        reports.append(decide(gm, example_inputs, Options()).report)
+        return gm.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(MaskedThenStepped(), backend=backend)
+    for length in (6, 7):  # the second time sizes are asked for in the graph
+        compiled(torch.randn(1, 2, length, 4))
+    for report in reports:
+        masked, stepped = report.rewrites
+        assert (masked.formulation, stepped.formulation) == ("parallel", "recurrent")
+        assert masked.assumptions and not stepped.assumptions
 
 
 class TestPassed:

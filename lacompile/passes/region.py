@@ -51,8 +51,8 @@ def cuts(schedule: Schedule, match: Match) -> Iterator[list[fx.Node]]:
     independent = [n for n in read if not schedule.computed_from(n, {*read} - {n})]
     if len(independent) < len(read):
         yield independent
-    above = schedule.ancestors(match.target, ()).union(*(schedule.ancestors(n, ()) for n in read))
-    given = [n for n in schedule.inputs if n in above and is_floating(n)]
+    ends = match.target, *read
+    given = [n for n in schedule.inputs if is_floating(n) and any(schedule.computed_from(at, {n}) for at in ends)]
     if any(n not in given for n in independent):
         yield given
 

@@ -15,6 +15,7 @@ from torch import fx
 from .._compat import changes_mode
 from .capture.modes import AUTOCAST, grad_modes
 from .effects import ANYWHERE, NOWHERE, Effects, Storages
+from .lenders import numbers_read
 
 
 class Schedule:
@@ -114,7 +115,7 @@ class Schedule:
         given: Collection[fx.Node],
         alike: Callable[[fx.Node, fx.Node], bool] = lambda copy, original: True,
     ) -> set[fx.Node]:
-        """The nodes that a value is computed by other than through ``given`` values; itself and graph inputs too.
+        """The nodes that a value's numbers are computed by other than through ``given`` values; graph inputs too.
 
         A value that the program computes once more is a given one as well where ``alike`` finds the two so: else the
         region of a match would be open to all that stands before it.
@@ -128,7 +129,7 @@ class Schedule:
             if at in seen or at in given or (original is not None and alike(at, original)):
                 continue
             seen.add(at)
-            work += at.all_input_nodes
+            work += numbers_read(at)
         return seen
 
     @cached_property

@@ -14,6 +14,8 @@ from ..domain.kinds import Argument, Extended, Opaque, Positions, Scalar, Symbol
 from ..domain.leaves import Leaves
 from ..prove.proof import N_ROLE, Proof
 
+TABLE = "a table of numbers"
+
 
 def formulation(p: Proof, region: set[fx.Node]) -> Literal["parallel", "chunkwise", "recurrent"]:
     """How the program wrote it, in the nodes between what is read and the result."""
@@ -46,7 +48,9 @@ def source(leaves: Leaves, mono: Mono, c: float) -> str:
             return name(kind.of)
         if isinstance(kind, Scalar):
             return f"1 / {kind.of}" if kind.inverse else str(kind.of)
-        return "positions" if isinstance(kind, Positions) else "a table of numbers"
+        return "positions" if isinstance(kind, Positions) else TABLE
 
     factors = " * ".join(name(leaf) for leaf, _ in mono)
-    return factors if c == 1 else f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"
+    if c == 1 or factors == TABLE:  # the numbers of a table have their sign
+        return factors
+    return f"-{factors}" if c == -1 else f"{c:.6g} * {factors}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,3 +181,33 @@ def test_products_of_all_chunks():
 def test_a_chunk_that_is_added_twice_is_left_alone():
     """In place of the second one the first is added once more."""
     assert_refused(lambda *args: products_of_all_chunks(*args, read=lambda c: max(c - 1, 0)), *arguments()[:4])
+
+
+def square(first=1, last=N - 1, rate=0.3, query=lambda q: q):
+    """A prefill behind a cache: a masked square, and the rows and the next state that the cache adds to."""
+
+    def run(q, k, v, s, z):
+        at = torch.arange(N)
+        weights = torch.exp(-0.3 * (at[:, None] - at)).masked_fill(at[:, None] < at, 0)
+        out = (q @ k.mT * weights) @ v + query(q) * torch.exp(-rate * (at + first))[:, None] @ s
+        kept = (k * torch.exp(-0.3 * (last - at))[:, None]).mT @ v
+        return out, kept + math.exp(-0.3 * N) * s + 0 * z[..., None]
+
+    return run
+
+
+def test_a_square_behind_a_cache():
+    report = assert_rewritten(square(), *arguments(), count=1, compiled=False)
+    assert report.rewrites[0].initial_state and report.rewrites[0].final_state
+
+
+@pytest.mark.parametrize("twin", [{"first": 0}, {"first": 2}, {"rate": 0.2}, {"query": torch.cos}], ids=str)
+def test_a_cache_that_is_read_otherwise(twin):
+    """Of these the square alone is the operator's, or its state is not the cache as it stands."""
+    report = assert_rewritten(square(**twin), *arguments(), count=1, compiled=False)
+    assert report.rewrites[0].initial_state == ("first" in twin)
+
+
+def test_a_next_state_that_decays_otherwise():
+    report = assert_rewritten(square(last=N), *arguments(), count=1, compiled=False)
+    assert report.rewrites[0].initial_state and not report.rewrites[0].final_state

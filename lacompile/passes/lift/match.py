@@ -283,7 +283,8 @@ def _closest(
 ) -> tuple[Proof, DecayedAttention, Expr]:
     """The same attention at the earliest value that is it: before views, row factors and residuals.
 
-    Of several parts that are read of one, as the sums beside which a column of ones counts, it is the whole.
+    What it reads of a state that it starts from is none of these. Of several parts that are read of one, as the sums
+    beside which a column of ones counts, it is the whole.
     """
     work = _tensors_behind(interpreter, proof.fact.node)
     seen: set[fx.Node] = set()
@@ -295,7 +296,8 @@ def _closest(
         seen.add(at)
         try:
             earlier = prove(interpreter.engine, fact)
-            same = earlier.size == proof.size and earlier.leaves <= proof.leaves
+            of_one = earlier.size == proof.size and earlier.leaves <= proof.leaves
+            same = of_one and (earlier.state is None) == (proof.state is None)
             if not same and not (_in_parts(interpreter, at) and builder.schedule.effects.alias(at, proof.fact.node)):
                 continue
             found, expr = builder.build(earlier)

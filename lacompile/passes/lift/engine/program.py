@@ -45,6 +45,9 @@ class Program(Algebra):
         self.turned_whole = False  # whether these are taken as they are
         self.weighed = False  # whether the features of a token or chunk were multiplied by known numbers
         self.weighed_whole = False  # whether these products are taken as they are
+        self.parts: set[tuple[int, ...]] = set()  # leaves of sums over parts of a dimension, as a head's features are
+        self.parts_weighed = False  # whether such a sum was met in an exponent
+        self.parts_whole = False  # whether these sums are taken as they are
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
 

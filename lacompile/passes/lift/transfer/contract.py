@@ -263,7 +263,14 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool, scale: float = 1.
         moved = t.sub(engine.space, mapping)
         terms.append(moved.but(guards=moved.guards | set(guards)))
     out = engine.scale(engine.sum_of(op.shape, terms), scale)
-    return out if alt is None else replace(out, alt=alt)
+    if alt is None:
+        return out
+    if engine.structured(out) and all(len(set(t.accs)) == 1 for t in flat.terms):
+        # Of a part of a dimension: of a chunk's tokens, which a decay is summed over, or of the features of a head.
+        if engine.parts_whole:
+            return value(op.shape, [alt])
+        engine.parts |= {t.signature for t in out.terms}
+    return replace(out, alt=alt)
 
 
 def _of_one_entry(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:

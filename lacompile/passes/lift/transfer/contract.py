@@ -179,8 +179,12 @@ def _products(engine: Engine, left: Sequence[Term], right: Sequence[Term], range
     ranges = tuple(ranges)
     for x in left:
         for y in right:
-            if math.isinf(x.coef) or math.isinf(y.coef) or not (x.poly.is_const or y.poly.is_const):
+            if math.isinf(x.coef) or math.isinf(y.coef):
                 raise GiveUp("a contraction of a mask in log space")
+            if not (x.poly.is_const or y.poly.is_const):  # queries and keys, each times its position
+                if not engine.leaves.tensors((*x.accs, *y.accs)):
+                    raise GiveUp("a contraction of positions")
+                y = engine.counted(y)
             shared = {FRESH}
             own = {v for v in y.bound(engine.space) if v not in shared}
             taken = x.bound(engine.space) | own | shared

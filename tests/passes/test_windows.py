@@ -79,6 +79,40 @@ def test_inductor_compiles_it():
     assert_rewritten(Layer(CONVOLUTIONS["bias and activation"]), *inputs())
 
 
+class Projected(nn.Module):
+    """A step that projects its token itself; the window holds a part of the features, and gates are another."""
+
+    def __init__(self, bias, stays=1.0):
+        super().__init__()
+        torch.manual_seed(1)
+        self.stays = stays
+        self.project = nn.Linear(5, C + 4, bias=bias)
+        self.weight = nn.Parameter(torch.randn(C, K))
+
+    def forward(self, x):
+        held, state, outs = x.new_zeros(B, C, K - 1), x.new_zeros(B, D, D), []
+        for t in range(N):
+            gate, _, rest = self.project(x[:, t]).split([1, 3, C], -1)
+            held = torch.cat([held[:, :, 1 - K :], rest[:, :, None]], -1)
+            q, k, v = F.silu((held * self.weight).sum(-1)).split(D, -1)
+            state = state * torch.exp(-F.softplus(gate))[..., None] + k[:, :, None] * v[:, None, :]
+            state = state * self.stays if t == 4 else state
+            outs.append((q[:, None] @ state)[:, 0])
+        return torch.stack(outs, 1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_window_of_a_part_of_what_each_step_projects(bias):
+    x = torch.randn(B, N, 5, generator=torch.Generator().manual_seed(0))
+    report = assert_rewritten(Projected(bias), x, compiled=False)
+    assert f"N={N}" in str(report)
+
+
+def test_a_window_of_a_part_of_what_each_step_projects_and_a_state_that_shrinks_once():
+    x = torch.randn(B, N, 5, generator=torch.Generator().manual_seed(0))
+    assert_refused(Projected(True, stays=-1.0), x, options={"validate": "off"})
+
+
 # -------------------------------------------------------------------------------------------------------------- twins
 
 

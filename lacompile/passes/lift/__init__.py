@@ -76,7 +76,8 @@ def analyse(
 def _other_readings(
     first: Interpreter, gm: fx.GraphModule, example_inputs: Sequence[Any], may_be_equal: bool
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Where rounding leaves another reading of a buffer, inputs are turned or weighed, or sizes of several may be one.
+    """Where rounding leaves another reading of a buffer, inputs are turned or weighed, a sum over a part of a dimension
+    is no decay, or sizes of several may be one.
 
     Each is what an interpreter is told for it, and whether that is the length that a loop over chunks has.
     """
@@ -86,9 +87,13 @@ def _other_readings(
         yield {"turned_whole": True}, False
     if first.engine.weighed:
         yield {"weighed_whole": True}, False
+    if first.engine.parts_weighed:
+        yield {"parts_whole": True}, False
     inputs = gm.graph.find_nodes(op="placeholder")
     if may_be_equal and (equal := alike(inputs, example_inputs)):
         yield {"equal": equal}, False
+        if first.engine.parts_weighed:
+            yield {"equal": equal, "parts_whole": True}, False
     confined = first.engine.sizes.confined
     if may_be_equal and confined and (numbers := alike(inputs, example_inputs, confined)) != equal:
         yield {"equal": numbers}, True

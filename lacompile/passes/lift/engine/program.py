@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ...._compat import hint
-from ..domain.affine import INF, Aff
+from ..domain.affine import INF, ONE, Aff
 from ..domain.exponent import Access
 from ..domain.intervals import ANY, POSITIVE, Interval, product
 from ..domain.kinds import Opaque, Scalar
@@ -45,6 +45,9 @@ class Program(Algebra):
         self.turned_whole = False  # whether these are taken as they are
         self.weighed = False  # whether the features of a token or chunk were multiplied by known numbers
         self.weighed_whole = False  # whether these products are taken as they are
+        self.parts: set[tuple[int, ...]] = set()  # leaves of sums over parts of a dimension, as a head's features are
+        self.parts_weighed = False  # whether such a sum was met in an exponent
+        self.parts_whole = False  # whether these sums are taken as they are
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
 
@@ -125,6 +128,11 @@ class Program(Algebra):
             counts = all(len(g.terms) == 1 and g.terms[0][0] < 0 for g in t.guards)  # else it may be empty
             low = max(low, POSITIVE if counts and least > 0 else 0.0)
         return low, INF
+
+    def counted(self, t: Term) -> Term:
+        """A term with what it counts, a factor that is an index form, as data."""
+        counted = self.leaves.at_position(t.poly, self.endless)
+        return t.but(poly=ONE, accs=tuple(sorted((*t.accs, counted))))
 
     def of_parameters(self, leaf: int) -> bool:
         """Whether a leaf is a parameter, or computed from such alone; what it is computed from is older than it."""

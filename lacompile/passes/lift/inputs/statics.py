@@ -24,10 +24,12 @@ from ..domain.precision import EXACT_UP_TO
 from ..domain.term import Precision, Term, Val, value
 from ..engine import Engine, GiveUp
 from .buffers import (
+    Distances,
     Family,
     Fit,
     aligned,
     block_decays,
+    distances,
     families,
     fit,
     lines,
@@ -64,6 +66,7 @@ class Statics:
         self._values: dict[fx.Node, Val] = {}
         self._used: set[fx.Node] = set()
         self._sloped: set[fx.Node] = set()
+        self._distances: dict[fx.Node, Distances] = {}
         nodes: list[fx.Node] = []
         fits: dict[int, Fit] = {}
         vectors: dict[int, torch.Tensor] = {}
@@ -74,6 +77,11 @@ class Statics:
                 continue
             if real.is_floating_point() and real.dtype not in EXACT_UP_TO:
                 continue  # eight bits: PyTorch computes nothing in them
+            if (apart := distances(real)) is not None:
+                self._distances[node], self.real[node] = apart, real
+                if not belongs_to_module(node, real):
+                    self._passed[node] = None
+                continue
             if not belongs_to_module(node, real):
                 passed[n] = real
                 continue
@@ -97,6 +105,9 @@ class Statics:
 
     def value(self, node: fx.Node, tensor: torch.Tensor) -> Val | None:
         """What the numbers of this input say; None if they are not looked at."""
+        if node in self._distances:
+            self._used.add(node)
+            return self._distances[node].value(self.engine.shape(tensor))
         if node not in self._used and (positions := self._positions(node, tensor)) is not None:
             return positions
         return self._values.get(node)
@@ -139,6 +150,8 @@ class Statics:
     def _still(self, node: fx.Node) -> Callable[[torch.Tensor], bool]:
         """Whether another tensor is the mask that this argument is; one without a slope may be of any length."""
         found, seen = self._passed[node], self.real[node]
+        if (apart := self._distances.get(node)) is not None:  # of any length
+            return lambda now: now.dtype == seen.dtype and distances(now) == apart
         if found is None or not found.selects or node in self._sloped:
             return unchanged(seen)
         dtype, rank = seen.dtype, seen.dim()

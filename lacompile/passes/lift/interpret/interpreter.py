@@ -47,6 +47,7 @@ class Interpreter:
     equal: Sequence[Equal] = ()
     turned_whole: bool = False
     weighed_whole: bool = False
+    parts_whole: bool = False
     numbers: Numbers = field(init=False)
     _mode: Any = None  # that Dynamo traced in
     _gave_up: str | None = None
@@ -61,6 +62,7 @@ class Interpreter:
         self.numbers = Numbers(self.engine)
         self.engine.sizes.taken_for.update(self.equal)
         self.engine.turned_whole, self.engine.weighed_whole = self.turned_whole, self.weighed_whole
+        self.engine.parts_whole = self.parts_whole
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)

@@ -55,6 +55,8 @@ class LoopResults:
         kind = leaf.kind
         if not isinstance(kind, Opaque) or kind.node is not node or kind.unmerged or kind.series is not None:
             return val
+        if window(self._engine, val, given_to(node, self._facts)) is not None:
+            return val  # a part of the features, which has a place of its own among them, is no place of the window
         call = self._circumstances(node, tensor, repeatable)
         found = self._series.piece(
             node, val.shape, tensor.dtype, self._data_of, kind, (leaf.interval, leaf.rests_on), call

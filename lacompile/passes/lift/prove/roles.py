@@ -90,14 +90,11 @@ class Roles:
         return any(v in self.space.vars(i) for i in a[1])
 
     def assign_roles(self) -> None:
+        if not (poly := self.main.poly).is_const:
+            if self.space.vars(poly) not in ({self.n}, {self.j}):  # of both it is a distance
+                raise Refused("separable", "factors that are tensors", f"a factor {self._named(poly)} of positions", 4)
+            self.main = self.engine.counted(self.main)
         accs = self.main.accs
-        if not self.main.poly.is_const:
-            raise Refused(
-                "separable",
-                "factors that are tensors",
-                f"a factor {self._named(self.main.poly)} of positions",
-                4,
-            )
         for a in accs:
             if self._holds(a, self.j) and self._holds(a, self.n):
                 kind = self.engine.leaves[a[0]].kind

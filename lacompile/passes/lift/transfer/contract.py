@@ -179,8 +179,12 @@ def _products(engine: Engine, left: Sequence[Term], right: Sequence[Term], range
     ranges = tuple(ranges)
     for x in left:
         for y in right:
-            if math.isinf(x.coef) or math.isinf(y.coef) or not (x.poly.is_const or y.poly.is_const):
+            if math.isinf(x.coef) or math.isinf(y.coef):
                 raise GiveUp("a contraction of a mask in log space")
+            if not (x.poly.is_const or y.poly.is_const):  # queries and keys, each times its position
+                if not engine.leaves.tensors((*x.accs, *y.accs)):
+                    raise GiveUp("a contraction of positions")
+                y = engine.counted(y)
             shared = {FRESH}
             own = {v for v in y.bound(engine.space) if v not in shared}
             taken = x.bound(engine.space) | own | shared
@@ -263,7 +267,14 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool, scale: float = 1.
         moved = t.sub(engine.space, mapping)
         terms.append(moved.but(guards=moved.guards | set(guards)))
     out = engine.scale(engine.sum_of(op.shape, terms), scale)
-    return out if alt is None else replace(out, alt=alt)
+    if alt is None:
+        return out
+    if engine.structured(out) and all(len(set(t.accs)) == 1 for t in flat.terms):
+        # Of a part of a dimension: of a chunk's tokens, which a decay is summed over, or of the features of a head.
+        if engine.parts_whole:
+            return value(op.shape, [alt])
+        engine.parts |= {t.signature for t in out.terms}
+    return replace(out, alt=alt)
 
 
 def _of_one_entry(op: Op, v: Val, dims: Sequence[int], keepdim: bool) -> Val:

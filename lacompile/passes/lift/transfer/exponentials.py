@@ -59,6 +59,7 @@ def weights(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> l
     splits: list[Aff] = []
     for t in c.terms:
         bound = t.bound(engine.space)
+        engine.parts_weighed |= t.signature in engine.parts
         if t.exp:
             t = without_exponential(engine, t, shape)
         if t.accs and abs(t.coef * factor) < LEAST:

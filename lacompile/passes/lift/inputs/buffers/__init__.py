@@ -11,12 +11,14 @@ module were made from one slope, so their intervals must meet; the graph's own s
 families     buffers of one slope
 fits         one buffer, entry by entry
 entries      the slopes that explain what a format left of an entry
+distances    a buffer of distances, before they are weights
 slopes       intervals of slopes
 written      the slope among the numbers that the program writes down
 """
 
 from __future__ import annotations
 
+from .distances import Distances, distances
 from .families import SHORTEST_LINE, Family, block_decays, families, lines
 from .fits import Fit, aligned, fit, head_index, selected
 from .slopes import EXPONENT_ERROR, EXPONENT_ERROR_FP64, rounding
@@ -26,10 +28,12 @@ __all__ = [
     "EXPONENT_ERROR",
     "EXPONENT_ERROR_FP64",
     "SHORTEST_LINE",
+    "Distances",
     "Family",
     "Fit",
     "aligned",
     "block_decays",
+    "distances",
     "families",
     "fit",
     "head_index",

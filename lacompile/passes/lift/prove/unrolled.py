@@ -55,7 +55,7 @@ def weighed_apart(engine: Engine, facts: Iterable[Fact]) -> tuple[Fact, Refused]
                     "one sum over j <= i",
                     f"{len(rows)} rows of one sum, each times a factor of its own",
                     1,
-                    "a factor that is computed step by step, as a running scale or a normaliser, is no part of one tensor",
+                    "a factor that is computed step by step, as a running scale, is no part of one tensor",
                 )
     return None
 

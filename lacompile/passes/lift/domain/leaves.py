@@ -191,7 +191,7 @@ class Leaves:
         """Whether it is a function that reaches no end of its interval, or a multiple of one and a number more."""
         if not isinstance(kind, Symbol) or kind.kwargs:
             return False
-        if kind.op.overloadpacket in OPEN:
+        if getattr(kind.op, "overloadpacket", kind.op) in OPEN:
             return True
         given = [a for a in kind.args if isinstance(a, Argument)]
         numbers = [a.value if isinstance(a, Number) else a for a in kind.args if not isinstance(a, Argument)]

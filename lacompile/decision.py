@@ -22,6 +22,7 @@ from .passes.capture import fake_mode_of
 from .passes.effects import NOWHERE, Effects, overlap
 from .passes.facts import Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
 from .passes.fission import fissioned
+from .passes.layers import one_after_the_other
 from .passes.legality import settled
 from .passes.lift import Analysis, analyse
 from .passes.rewrite import rewrite
@@ -128,21 +129,39 @@ def _decided(
         return empty.without_rewrites("rewrite", f"{type(error).__name__}: {error}")
 
 
-def _behind_loops(
-    gm: fx.GraphModule, look: Callable[[fx.GraphModule], Analysis], found: Analysis
-) -> tuple[fx.GraphModule, Analysis]:
-    """The graph in which a loop's results are joined before they are projected, where more is found in that."""
-    try:
-        other = fissioned(found.schedule)
-        if other is None:
-            return gm, found
-        again = look(other)
-        better = bool(again.matches) and _worth(again) >= _worth(found)
-    except Exception:  # what cannot be moved stays where it is
-        log.debug("a loop's results could not be joined", exc_info=True)
-        return gm, found
-    seconds = {k: found.seconds.get(k, 0) + s for k, s in again.seconds.items()}
-    return (other, replace(again, seconds=seconds)) if better else (gm, replace(found, seconds=seconds))
+Reading = tuple[fx.GraphModule, Analysis]
+"""A graph, and what was found in it."""
+
+
+def _behind_loops(gm: fx.GraphModule, look: Callable[[fx.GraphModule], Analysis], found: Analysis) -> Reading:
+    """The graph in which a loop's results are joined before they are projected, where more is found in that.
+
+    Where layers alternate in the loop, that is looked for in one in which they do not.
+    """
+
+    def made_by(change: Callable[[Schedule], fx.GraphModule | None], at: Analysis) -> Reading | None:
+        try:
+            other = change(at.schedule)
+            return None if other is None else (other, look(other))
+        except Exception:  # what cannot be moved stays where it is
+            log.debug("a loop could not be written in another way", exc_info=True)
+            return None
+
+    best = gm, found
+    if (apart := made_by(one_after_the_other, found)) is not None:
+        best = _better(best, _better(apart, made_by(fissioned, apart[1])))
+    return _better(best, made_by(fissioned, found)) if best[0] is gm else best
+
+
+def _better(one: Reading, other: Reading | None) -> Reading:
+    """The other one, if more is found in it; the time that both took is told."""
+    if other is None:
+        return one
+    (_, before), (_, again) = one, other
+    better = bool(again.matches) and _worth(again) >= _worth(before)
+    seconds = {k: before.seconds.get(k, 0) + s for k, s in again.seconds.items()}
+    gm, found = other if better else one
+    return gm, replace(found, seconds=seconds)
 
 
 def _worth(found: Analysis) -> tuple[int, int]:

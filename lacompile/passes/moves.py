@@ -116,13 +116,13 @@ def move(
         if isinstance(arg, Kept):
             function = torch.stack if arg.stacks else torch.cat
             parts = [mapping[n] for n in arg.parts]
-            return _made(graph, "call_function", function, (parts, arg.dim), {}, arg.parts[0])
+            return made_like(graph, "call_function", function, (parts, arg.dim), {}, arg.parts[0])
         if isinstance(arg, Turned):
             return _turned_back(graph, call(arg.of, along.turned), arg)
         args = tuple(call(a, along) for a in arg.args)
         if arg.target in BATCHED:
             return _at_once(graph, along, arg, args)
-        return _made(graph, arg.op, arg.target, args, arg.kwargs, arg.parts[0])
+        return made_like(graph, arg.op, arg.target, args, arg.kwargs, arg.parts[0])
 
     with graph.inserting_before(mapping[join.node]):
         new = call(moved, join)
@@ -130,7 +130,7 @@ def move(
             places = (*[slice(None)] * join.dim, slice(join.into.start, join.into.stop))
             graph.call_function(operator.setitem, (mapping[join.into.tensor], places, new)).meta = join.node.meta.copy()
         elif not same_strides(new.meta["example_value"], example_of(join.node)):
-            new = _made(graph, "call_method", "contiguous", (new,), {}, join.node)
+            new = made_like(graph, "call_method", "contiguous", (new,), {}, join.node)
             if not same_strides(new.meta["example_value"], example_of(join.node)):
                 raise ValueError("the join has a layout of its own")
     if join.into is None:
@@ -146,22 +146,24 @@ def _turned_back(graph: fx.Graph, stacked: fx.Node, turned: Turned) -> fx.Node:
     join, like = turned.join, turned.of.parts[0]
     order = list(range(1, example_of(stacked).dim()))
     order.insert(join.dim, 0)
-    there = _made(graph, "call_method", "permute", (stacked, *order), {}, like)
-    return there if join.stacks else _made(graph, "call_method", "flatten", (there, join.dim, join.dim + 1), {}, like)
+    there = made_like(graph, "call_method", "permute", (stacked, *order), {}, like)
+    return (
+        there if join.stacks else made_like(graph, "call_method", "flatten", (there, join.dim, join.dim + 1), {}, like)
+    )
 
 
 def _at_once(graph: fx.Graph, join: Join, moved: Moved, args: tuple[Any, ...]) -> fx.Node:
     """A call of a function that has one dimension for all its rows."""
     like = moved.parts[0]
     if not join.stacks:
-        return _made(graph, moved.op, moved.target, args, moved.kwargs, like)
-    rows = _made(graph, "call_method", "flatten", (args[0], 0, 1), {}, like)
-    rows = _made(graph, moved.op, moved.target, (rows, *args[1:]), moved.kwargs, like)
+        return made_like(graph, moved.op, moved.target, args, moved.kwargs, like)
+    rows = made_like(graph, "call_method", "flatten", (args[0], 0, 1), {}, like)
+    rows = made_like(graph, moved.op, moved.target, (rows, *args[1:]), moved.kwargs, like)
     n = len(moved.parts)
-    return _made(graph, "call_method", "unflatten", (rows, 0, (-1, n) if join.dim else (n, -1)), {}, like)
+    return made_like(graph, "call_method", "unflatten", (rows, 0, (-1, n) if join.dim else (n, -1)), {}, like)
 
 
-def _made(
+def made_like(
     graph: fx.Graph, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: fx.Node
 ) -> fx.Node:
     """A call in the place of another node's."""

@@ -128,6 +128,7 @@ class _Inputs:
         real: the inputs at hand, by placeholder.
         decays: those that a decay is made of.
         by_value: those whose numbers the proof rests on.
+        positive: those that the proof takes for positive.
         near: inputs of the graph are not made up, but somewhat other than they are.
         generator: of what is made up.
     """
@@ -135,6 +136,7 @@ class _Inputs:
     real: Mapping[fx.Node, Any]
     decays: set[fx.Node]
     by_value: set[fx.Node]
+    positive: set[fx.Node]
     near: bool
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
@@ -156,7 +158,7 @@ class _Inputs:
             return torch.randint(0, 3, shape, generator=self.generator).to(example.dtype)
         if node in self.decays:
             return torch.rand(shape, generator=self.generator, dtype=torch.float64) * 0.1 + 0.01
-        return self._normal(shape)
+        return self._normal(shape).abs() + 0.01 if node in self.positive else self._normal(shape)
 
     def _normal(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
@@ -177,7 +179,8 @@ def _compare(
     start = time.perf_counter()
     by_value = region.first(a.node for a in match.assumed if a.kind != "positive")
     decays = region.first(v.node for f in match.facts for v in values_of(f.log_decay))
-    made = _Inputs(real, decays, by_value, near)
+    positive = {a.node for a in match.assumed if a.kind == "positive"}
+    made = _Inputs(real, decays, by_value, positive, near)
     env = {n: made.of(n) for n in region.inputs}
     # of a graph that an operator calls the inputs may be known to nobody: the region reads their shape and format alone
     unknown = {n: made.of(n) for n in region.nodes if n.op == "placeholder" and real.get(n) is None}

@@ -143,3 +143,26 @@ def covariance(q, k, v, w):
 
 def test_a_product_over_tokens_is_none():
     assert not explain(covariance)(*inputs()).near_misses
+
+
+def rescaled(q, k, v, w, read=lambda q_t, state: q_t @ state):
+    """A state that is divided by the root of a scale that grows with it, as in the recurrent form of a retention."""
+    rate, scale, state, outs = w[:H].mean(-1).sigmoid(), torch.ones(H), torch.zeros(B, H, D, D), []
+    for t in range(N):
+        before, scale = scale, scale * rate + 1 if t else scale
+        kept, new = (x.view(H, 1, 1) for x in (before.sqrt() * rate / scale.sqrt(), 1 / scale.sqrt()))
+        state = state * kept + k[:, :, t, :, None] * v[:, :, t, None] * new
+        outs.append(read(q[:, :, t, None], state))
+    return torch.cat(outs, 2)
+
+
+def test_rows_that_each_have_a_factor_of_their_own():
+    report = explain(rescaled)(*inputs())
+    (miss,) = report.near_misses
+    assert not report.rewrites and miss.obligation == "single-term" and "each times a factor of its own" in miss.found
+    assert "no row" not in str(report)
+
+
+def test_a_state_that_no_row_reads_is_told_as_that():
+    report = explain(lambda *given: rescaled(*given, read=lambda q_t, state: state)[:, :, -D:])(*inputs())
+    assert not report.rewrites and "factor of its own" not in str(report)

@@ -18,7 +18,7 @@ from .prove.obligations import explain_missing, prove
 from .prove.proof import Proof, Refused
 from .prove.roles import sequence_index
 from .prove.step import prove_step
-from .prove.unrolled import state_alone, unrolled
+from .prove.unrolled import state_alone, unrolled, weighed_apart
 from .recipes.builder import Builder, Proved
 from .recipes.holders import Holders
 from .recipes.segments import prove_segments
@@ -195,7 +195,8 @@ class Search:
         if self.matches or self.refusals:
             return
         told = next(((s, r) for s in self._states if (r := self._causes.of_state(s.value.terms)) is not None), None)
-        told = told or unrolled(self.engine, (self.interpreter.facts[n] for n in self.interpreter.demanded))
+        demanded = [self.interpreter.facts[n] for n in self.interpreter.demanded]
+        told = told or unrolled(self.engine, demanded) or weighed_apart(self.engine, demanded)
         told = told or next(((s, state_alone()) for s in self._states if self.engine.accumulates(s.value)), None)
         if told is not None:
             self.refusals.append(_refusal(told[0].node, told[1]))

@@ -25,14 +25,21 @@ RANGE_OF: dict[Any, Interval] = {
     aten.log_sigmoid: (-math.inf, -POSITIVE),
     aten.relu: (0.0, math.inf),
     aten.abs: (0.0, math.inf),
-    aten.square: (0.0, math.inf),
-    aten.tanh: (-1.0, 1.0),
     aten.cos: (-1.0, 1.0),
     aten.sin: (-1.0, 1.0),
+    aten.cosh: (1.0, math.inf),
+    aten.erfc: (POSITIVE, 2.0),
+    aten.special_ndtr: (POSITIVE, 1.0),
+    aten.hardsigmoid: (0.0, 1.0),
 }
 
+OPEN = {aten.tanh, aten.erf}
+"""Functions that come near -1 and 1, and reach neither."""
 
-RISING: dict[Any, Callable[[float], float]] = {aten.exp: math.exp, aten.exp2: math.exp2, aten.expm1: math.expm1}
+RISING: dict[Any, Callable[[float], float]] = {
+    aten.exp: math.exp, aten.exp2: math.exp2, aten.expm1: math.expm1, aten.tanh: math.tanh, aten.erf: math.erf,
+}  # fmt: skip
+ABOVE_NOTHING = {aten.exp, aten.exp2}
 
 BOUNDS: dict[Any, tuple[Any, ...]] = {  # which of two the results are: that of the argument and of each bound
     aten.clamp: (max, min),
@@ -57,7 +64,9 @@ def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
         return RANGE_OF[packet]
     if packet in RISING and args:
         low, high = (_or_infinite(RISING[packet], x) for x in args[0])
-        return (low if packet == aten.expm1 else max(low, POSITIVE), high)
+        if args[0][0] > 0 or packet in ABOVE_NOTHING:
+            low = max(low, POSITIVE)
+        return (low, high)
     if packet == aten.mul and len(args) == 2:
         ends = [
             x * y for x in args[0] for y in args[1] if not ((math.isinf(x) and y == 0) or (math.isinf(y) and x == 0))
@@ -81,12 +90,19 @@ def interval_of(op: Any, given: Sequence[Interval | None]) -> Interval:
         return (math.log(low) if low > 0 else -math.inf, math.log(high) if 0 < high < math.inf else math.inf)
     if packet == aten.pow and len(args) == 2 and args[0][0] > 0:
         return (POSITIVE, math.inf)
+    if packet == aten.square and args:
+        return _square(args[0])
     if packet == aten.pow and len(args) == 2 and args[1][0] == args[1][1] and args[1][0] % 2 == 0:
-        return (0.0, math.inf)
+        return _square(args[0]) if args[1][0] == 2 else (0.0, math.inf)
     if packet == aten.reciprocal and args and args[0][0] > 0:
         low, high = args[0]
         return (POSITIVE if math.isinf(high) else 1 / high, 1 / low if low > LEAST_INVERTED else math.inf)
     return ANY
+
+
+def _square(of: Interval) -> Interval:
+    least, largest = sorted(map(abs, of))
+    return (0.0 if of[0] <= 0 <= of[1] else max(least * least, POSITIVE), largest * largest)
 
 
 def _mixed(start: Interval, end: Interval, share: Interval) -> Interval:

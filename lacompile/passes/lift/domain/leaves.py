@@ -12,7 +12,7 @@ from torch import fx
 
 from .affine import FIRST_SYMBOL, ONE, Aff
 from .exponent import Access
-from .intervals import ANY, Interval, interval_of
+from .intervals import ANY, OPEN, POSITIVE, Interval, interval_of
 from .kinds import Argument, Extended, Number, Opaque, Positions, Scalar, Symbol, Table
 
 aten = torch.ops.aten
@@ -177,12 +177,27 @@ class Leaves:
         kind = Symbol(op, tuple(spec), tuple(sorted(kwargs.items())))
         if (same := self._less_twice(kind)) is not None and self[same].dtype == dtype:
             return (same, tuple(idx))
-        interval = interval_of(op, intervals)
+        squared = op is aten.mul.Tensor and len(args) == 2 and isinstance(args[0], tuple) and args[0] == args[1]
+        interval = interval_of(aten.square, intervals[:1]) if squared else interval_of(op, intervals)
+        if interval[0] == 0 and self._open(kind):
+            interval = (POSITIVE, interval[1])
         if interval == ANY and self._makes_truth(kind, dtype):
             interval = (0.0, 1.0)
         key = (kind, dtype)
         leaf = self.intern(key, Leaf(kind, tuple(shape), dtype, interval, rests_on))
         return (leaf, tuple(idx))
+
+    def _open(self, kind: Any) -> bool:
+        """Whether it is a function that reaches no end of its interval, or a multiple of one and a number more."""
+        if not isinstance(kind, Symbol) or kind.kwargs:
+            return False
+        if getattr(kind.op, "overloadpacket", kind.op) in OPEN:
+            return True
+        given = [a for a in kind.args if isinstance(a, Argument)]
+        numbers = [a.value if isinstance(a, Number) else a for a in kind.args if not isinstance(a, Argument)]
+        if len(given) != 1 or kind.op not in (aten.add.Tensor, aten.mul.Tensor) or given[0].dtype is not None:
+            return False
+        return all(isinstance(n, int | float) and n for n in numbers) and self._open(self[given[0].leaf].kind)
 
     def truth(self, leaf: int) -> bool:
         """Whether a leaf is zeros and ones that a condition made: no gradient flows through it."""

@@ -60,8 +60,10 @@ def _of_symbol(leaves: Leaves, kind: Symbol, idx: tuple[Any, ...], dtype: torch.
     if op is aten.sigmoid.default and isinstance(given, Argument):  # exact where the sigmoid itself underflows
         made = leaves.symbol(aten.log_sigmoid.default, [((given.leaf, idx), given.dtype)], {}, dtype)
         return None if made is None else [(1.0, made)]
-    if (less := leaves.less_than_one(kind)) is not None:
-        return _of_complement(leaves, less, idx, dtype)
+    if (less := leaves.less_than_one(kind)) is not None and (found := _of_complement(leaves, less, idx, dtype)):
+        return found
+    if op is aten.add.Tensor and (found := _of_tanh(leaves, kind, idx, dtype)) is not None:
+        return found
     if any(isinstance(a, Argument) and a.dtype is not None for a in kind.args):
         return None
     args = [a[0] if isinstance(a, tuple) else a for a in kind.given(idx)]
@@ -92,6 +94,25 @@ def _of_complement(leaves: Leaves, x: Argument, idx: tuple[Any, ...], dtype: tor
     against = leaves.symbol(aten.mul.Tensor, [((kind.args[0].leaf, idx), None), -1.0], {}, leaves[x.leaf].dtype)
     made = None if against is None else leaves.symbol(aten.log_sigmoid.default, [(against, None)], {}, dtype)
     return None if made is None else [(1.0, made)]
+
+
+def _of_tanh(leaves: Leaves, kind: Symbol, idx: tuple[Any, ...], dtype: torch.dtype) -> list[Summand] | None:
+    """``log(c + c tanh(y))`` is ``log(2 c) + log_sigmoid(2 y)``, finite also where the tangent is rounded to -1."""
+    given = [a for a in kind.args if isinstance(a, Argument)]
+    numbers = [a for a in kind.args if isinstance(a, int | float)]
+    if len(given) != 1 or len(numbers) != 1 or numbers[0] <= 0 or given[0].dtype is not None:
+        return None
+    of, times = leaves[given[0].leaf].kind, 1.0
+    if isinstance(of, Symbol) and of.op is aten.mul.Tensor and not of.kwargs:
+        factors = [a for a in of.args if isinstance(a, Argument)]
+        times = next((a for a in of.args if isinstance(a, int | float)), 0.0)
+        of = leaves[factors[0].leaf].kind if len(factors) == 1 and factors[0].dtype is None else of
+    if not isinstance(of, Symbol) or of.op is not aten.tanh.default or abs(times) != numbers[0] or of.args[0].dtype:
+        return None
+    inner = leaves[of.args[0].leaf].dtype
+    twice = leaves.symbol(aten.mul.Tensor, [((of.args[0].leaf, idx), None), math.copysign(2.0, times)], {}, inner)
+    made = None if twice is None else leaves.symbol(aten.log_sigmoid.default, [(twice, None)], {}, dtype)
+    return None if made is None else [(1.0, made), (math.log(2 * numbers[0]), None)]
 
 
 def _of_choice(leaves: Leaves, cond: Any, yes: Any, no: Any, *, dtype: torch.dtype) -> list[Summand] | None:

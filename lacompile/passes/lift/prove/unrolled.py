@@ -10,7 +10,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from itertools import accumulate
+from operator import and_
 
 from ..domain.affine import ZERO, Aff
 from ..domain.term import Term
@@ -34,6 +36,27 @@ def unrolled(engine: Engine, facts: Iterable[Fact]) -> tuple[Fact, Refused] | No
     for alike in steps.values():
         if (found := _in_a_row(alike)) >= FEWEST:
             return alike[max(alike)], _refused(found)
+    return None
+
+
+def weighed_apart(engine: Engine, facts: Iterable[Fact]) -> tuple[Fact, Refused] | None:
+    """A value whose rows are one sum but for a factor that each row has of its own, as where a running scale divides a
+    state in each step; None if there is none.
+    """
+    for fact in facts:
+        for v, size in enumerate(fact.value.shape):
+            terms = [t for c in fact.value.cases for t in c.terms if t.bound(engine.space)]
+            rows = [Counter(t.signature) for t in terms if len(set(_rows(engine, t, v, size))) == 1]
+            shared = reduce(and_, rows) if rows else Counter[int]()
+            own = {tuple((row - shared).elements()) for row in rows}
+            if shared.total() > 2 and len(rows) == len(own) >= FEWEST:
+                return fact, Refused(
+                    "single-term",
+                    "one sum over j <= i",
+                    f"{len(rows)} rows of one sum, each times a factor of its own",
+                    1,
+                    "a factor that is computed step by step, as a running scale, is no part of one tensor",
+                )
     return None
 
 

@@ -18,6 +18,7 @@ from ..prove.obligations import prove
 from ..prove.proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
 from ..prove.roles import sequence_index
 from .builder import Builder, Proved
+from .first_rows import from_the_first_row
 
 MOST = 4
 """Attentions in one sum: of a loop whose pieces do not merge there are as many as pieces."""
@@ -26,23 +27,25 @@ MOST = 4
 def prove_sum(builder: Builder, fact: Fact) -> tuple[list[Proved], Expr] | None:
     """The attentions that this value is the sum of, and the recipe of the sum; None if it is none.
 
-    What is no sum over positions, a state that came in or a plain term, goes to the first attention that takes it.
+    What is no sum over positions, a state that came in or a plain term, goes each to the first attention that takes it.
     """
     if not fact.value.single:
         return None
     sums, rest = [], []
-    for t in fact.value.terms:
+    for t in from_the_first_row(builder.engine, fact.value.shape, fact.value.terms):
         (sums if sequence_index(builder.engine, t) is not None else rest).append(t)
     if not 2 <= len(sums) <= MOST:
         return None
     proved: list[Proved] = []
     recipes: list[Expr] = []
     for t in sums:
-        found = _alone(builder, fact, [t, *rest]) if rest else None
-        if found is not None:
-            rest = []
-        elif (found := _alone(builder, fact, [t])) is None:
+        found, taken = _alone(builder, fact, [t]), [t]
+        for other in rest:
+            if (more := _alone(builder, fact, [*taken, other])) is not None:
+                found, taken = more, [*taken, other]
+        if found is None:
             return None
+        rest = [x for x in rest if x not in taken]
         proved.append(found[:2])
         recipes.append(found[2])
     proofs = [p for p, _ in proved]

@@ -114,12 +114,25 @@ def _as_it_is(op: Op, terms: Sequence[Term], lengths: Iterable[Aff], scale: floa
 
 
 def _projects(engine: Engine, v: Val, summed: int, weight: Val) -> bool:
-    """Whether a structured value is multiplied by a parameter along a dimension that is no position of its weights."""
+    """Whether a structured value is multiplied by a parameter along a dimension that is no position of its weights.
+
+    So is data that has a position added to it, or a multiple of one: ``x + arange(n) * p``.
+    """
     t = weight.one
-    if t is None or len(t.accs) != 1 or not engine.leaves[t.accs[0][0]].parameter or not engine.structured(v):
+    if t is None or len(t.accs) != 1 or not engine.leaves[t.accs[0][0]].parameter:
         return False
-    positions = (a for t in v.terms for a in (*t.guards, *(f for _, f in t.exp.lin), *(p for (_, p), _ in t.exp.sums)))
-    return not any(a.coef(summed) for a in positions)
+    if not engine.structured(v) and not _beside_positions(engine, v):
+        return False
+    weights = (a for t in v.terms for a in (*t.guards, *(f for _, f in t.exp.lin), *(p for (_, p), _ in t.exp.sums)))
+    return not any(a.coef(summed) for a in (*weights, *(t.poly for t in v.terms)))
+
+
+def _beside_positions(engine: Engine, v: Val) -> bool:
+    """Whether it is a sum of data, no parameter, and of what is proportional to a position."""
+    if not v.single or all(t.poly.is_const for t in v.terms):
+        return False
+    data = {leaf for t in v.terms if t.poly.is_const for leaf in t.leaves}
+    return bool(data) and not all(map(engine.of_parameters, data))
 
 
 def _as_one(engine: Engine, v: Val) -> Val:

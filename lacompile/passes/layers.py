@@ -1,0 +1,197 @@
+"""Layers inside one loop over tokens: what a layer leaves of all tokens is computed before the next layer begins.
+
+``for t: h, S = layer(x[:, t], S); y, T = layer(h, T)`` needs no result of the second layer for the first one. So the
+second layer may as well read ``stack([h for each t])[t]``, and the graph runs all of the first layer's nodes before
+all of the second's. No number changes. What the second layer projects is then part of one tensor, as in a loop of one
+layer.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import fx
+
+from .._compat import always_equal
+from .capture.modes import switches_autocast
+from .effects import NOWHERE, overlap
+from .examples import example_of
+from .moves import made_like
+from .rows import OPAQUE
+from .schedule import Schedule
+from .strides import same_strides
+
+FEWEST = 3  # tokens
+
+
+def one_after_the_other(schedule: Schedule) -> fx.GraphModule | None:
+    """A copy of the graph in which layers do not alternate any more; None if there are none that do."""
+    if switches_autocast(schedule.gm.graph):
+        return None
+    cuts = list(_cuts(schedule))
+    if not cuts or not all(_may_run_before(schedule, cut) for cut in cuts):
+        return None
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    instead: dict[fx.Node, fx.Node] = {}
+    _copy(schedule, graph, mapping, instead, schedule.inputs)
+    for cut in reversed(cuts):
+        _copy(schedule, graph, mapping, instead, cut.before)
+        parts = [mapping[n] for n in cut.of]
+        whole = made_like(graph, "call_function", torch.stack, (parts, 0), {}, cut.of[0])
+        for place, node in enumerate(cut.of):
+            instead[node] = made_like(graph, "call_function", operator.getitem, (whole, place), {}, node)
+            if not same_strides(instead[node].meta["example_value"], example_of(node)):
+                return None
+    _copy(schedule, graph, mapping, instead, schedule.nodes)
+    graph.lint()
+    out = fx.GraphModule(schedule.gm, graph)
+    out.meta = schedule.gm.meta
+    return out
+
+
+def _copy(
+    schedule: Schedule,
+    graph: fx.Graph,
+    mapping: dict[fx.Node, fx.Node],
+    instead: dict[fx.Node, fx.Node],
+    nodes: Collection[fx.Node],
+) -> None:
+    """Copies those that are not there yet, in the order of the program."""
+    for node in sorted(set(nodes) - mapping.keys(), key=schedule.order.__getitem__):
+        mapping[node] = graph.node_copy(node, lambda n: instead.get(n, mapping[n]))
+        if node.op == "output":
+            mapping[node].meta = copy.copy(node.meta)
+
+
+# ------------------------------------------------------------------------------------------------------ where to cut
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a layer leaves of each token, and all that is computed before that."""
+
+    of: tuple[fx.Node, ...]
+    before: set[fx.Node]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One function of rows with the same weights for each token: what it is called with, and its calls."""
+
+    of: tuple[fx.Node, ...]
+    calls: tuple[fx.Node, ...]
+
+    def grows(self, depth: dict[fx.Node, int]) -> bool:
+        """Whether each is computed from more than the one before it, as where a state is behind it."""
+        if not all(n in depth for n in self.of):
+            return False
+        found = [depth[n] for n in self.of]
+        return all(a < b for a, b in pairwise(found))
+
+
+def _cuts(schedule: Schedule) -> Iterator[Cut]:
+    """The last cut first: each splits what is before the one behind it."""
+    families = list(_families(schedule))
+    inside: Collection[fx.Node] = schedule.nodes
+    while len(families) > 1 and (found := _last_cut(schedule, families, inside)) is not None:
+        yield found
+        inside = sorted(found.before, key=schedule.order.__getitem__)
+
+
+def _families(schedule: Schedule) -> Iterator[Family]:
+    calls: dict[Any, list[fx.Node]] = {}
+    for node in schedule.nodes:
+        rest = node.args[1:]
+        if node.target in OPAQUE and isinstance(node.args[0], fx.Node) and any(isinstance(a, fx.Node) for a in rest):
+            calls.setdefault((node.op, node.target, repr(rest), repr(node.kwargs)), []).append(node)
+    for group in calls.values():
+        of = tuple(n.args[0] for n in group if isinstance(n.args[0], fx.Node))
+        if len(of) >= FEWEST and len(set(of)) == len(of):
+            yield Family(of, tuple(group))
+
+
+def _last_cut(schedule: Schedule, families: Iterable[Family], inside: Collection[fx.Node]) -> Cut | None:
+    depth = _depths(inside)
+    growing = [f for f in families if f.grows(depth) and all(n in depth for n in f.calls)]
+    for family in sorted(growing, key=lambda f: depth[f.of[0]], reverse=True):
+        before = _ancestors(family.of)
+        if not before.isdisjoint(family.calls) or not _is_all_that_is_read(family, before, depth):
+            continue
+        behind = _depths([n for n in inside if n not in before])
+        if any(f.grows(behind) for f in growing if before.isdisjoint(f.of)):
+            return Cut(family.of, before)
+    return None
+
+
+def _depths(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
+    """How long the longest way to each of these nodes is among them."""
+    found: dict[fx.Node, int] = {}
+    for node in nodes:
+        found[node] = 1 + max((found.get(n, 0) for n in node.all_input_nodes), default=0)
+    return found
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    work, seen = list(nodes), set[fx.Node]()
+    while work:
+        node = work.pop()
+        if node not in seen:
+            seen.add(node)
+            work += node.all_input_nodes
+    return seen
+
+
+def _is_all_that_is_read(family: Family, before: set[fx.Node], depth: dict[fx.Node, int]) -> bool:
+    """Whether no other value behind a state is read by what comes after; last states may be returned."""
+    least = depth[family.of[0]]
+    behind = [u for u in depth if u not in before and u.op != "output"]
+    read = {n for u in behind for n in u.all_input_nodes if n in before}.difference(family.of)
+    return all(depth[n] <= least for n in read)
+
+
+# ------------------------------------------------------------------------------------------------------- may it be so?
+
+
+def _may_run_before(schedule: Schedule, cut: Cut) -> bool:
+    """Whether what is before a cut computes the same before all else, and parts of one tensor do for its values."""
+    effects, order, modes = schedule.effects, schedule.order, schedule.records_gradients
+    others = [order[n] for n in schedule.nodes if n not in cut.before and n not in schedule.inputs]
+    first = min(others)
+    moved = [n for n in cut.before if order[n] > first]
+    end = max((order[n] for n in moved), default=first)
+    if schedule.impure_between(first - 1, end) or len({modes[schedule.nodes[at]] for at in range(first, end + 1)}) > 1:
+        return False
+    for node in moved:
+        read = [effects.lives.get(n, NOWHERE) for n in (node, *node.all_input_nodes)]
+        if node in effects.writes or any(schedule.is_written(r, first - 1, order[node] - 1) for r in read):
+            return False
+    return _of_one_kind(cut.of) and not any(_is_seen_otherwise(schedule, n) for n in cut.of)
+
+
+def _of_one_kind(nodes: Sequence[fx.Node]) -> bool:
+    """Tensors without gaps of one shape and format."""
+    examples = [example_of(n) for n in nodes]
+    if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.is_contiguous() for x in examples):
+        return False
+    dtype, device, shape = examples[0].dtype, examples[0].device, examples[0].shape
+    return all(
+        (x.dtype, x.device) == (dtype, device) and x.dim() == len(shape) and all(map(always_equal, x.shape, shape))
+        for x in examples
+    )
+
+
+def _is_seen_otherwise(schedule: Schedule, node: fx.Node) -> bool:
+    """Whether somebody writes into a value, or sees the memory that it lies in."""
+    effects = schedule.effects
+    lives = effects.lives.get(node, NOWHERE)
+    outputs = schedule.gm.graph.output_node().all_input_nodes
+    return schedule.is_written(lives, schedule.order[node], len(schedule.nodes)) or any(
+        overlap(lives, effects.lives.get(n, NOWHERE)) for n in outputs
+    )

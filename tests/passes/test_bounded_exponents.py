@@ -212,3 +212,65 @@ def test_a_rate_times_nearly_nothing_is_something(small):
 def test_a_rate_times_a_small_number():
     run = weighted(lambda g, s: torch.exp(-1e-4 * s[:, None, None] * distance(N)).tril())
     assert_rewritten(run, *rates(1e3), compiled=False)
+
+
+# ------------------------------------------------------------- exponentials that the program computes by themselves
+
+
+def masked(q, k, v):
+    scores = (q @ k.mT).tril()
+    return scores @ v / scores.sum(-1, keepdim=True)
+
+
+def running(q, k, v):
+    sums = (k[..., None] * v[..., None, :]).cumsum(2)
+    return torch.einsum("bhnd,bhnde->bhne", q, sums) / (q * k.cumsum(2)).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("attention", [masked, running])
+@pytest.mark.parametrize("scale", [1, 0.5], ids=str)
+def test_features_of_two_exponentials(attention, scale):
+    """``exp(x w) exp(-|x|^2 / 2)``: where the first is too large, it is so in the program."""
+
+    def run(q, k, v, w):
+        q, k = (torch.exp(scale * (x @ w)) * torch.exp(-x.pow(2).sum(-1, keepdim=True) / 2) for x in (q, k))
+        return attention(q, k, v)
+
+    assert_rewritten(run, *qkv(B, H, N, D, E), torch.randn(D, 6, requires_grad=True), count=2, compiled=False)
+
+
+def stabilised(also):
+    """Input gates under their running maximum; beside it what is ``also`` computed of them."""
+
+    def run(q, k, v, gate):
+        most = gate.cummax(-1).values
+        weights = (pairs(-F.softplus(gate)) + gate[..., None, :] - most[..., :, None]).exp().tril()
+        return (q @ k.mT * weights) @ v, also(gate)
+
+    return run
+
+
+ALSO = {
+    "their exponential": torch.exp,
+    "that of some": lambda gate: gate[..., :-1].exp(),
+    "twice as large": lambda gate: (2 * gate).exp(),
+}
+
+
+@pytest.mark.parametrize("name", ALSO)
+def test_an_exponential_beside_a_stabilised_one(name):
+    """It may overflow, and nothing of it is in the rows."""
+    q, k, v, gate, _ = arguments()
+    assert_refused(stabilised(ALSO[name]), q, k, v, gate)
+
+
+def test_half_the_digits():
+    """In fp16 the program may compute the exponential in a wider format than that of its features."""
+
+    def run(q, k, v, w):
+        q, k = (torch.exp(x.float() @ w) * torch.exp(-x.float().pow(2).sum(-1, keepdim=True) / 2) for x in (q, k))
+        return masked(q.half(), k.half(), v)
+
+    args = [x.detach().half() for x in qkv(B, H, N, D, E)]
+    report = lacompile.explain(run)(*args, torch.randn(D, 6))
+    assert not report.rewrites

@@ -48,6 +48,7 @@ class Program(Algebra):
         self.parts: set[tuple[int, ...]] = set()  # leaves of sums over parts of a dimension, as a head's features are
         self.parts_weighed = False  # whether such a sum was met in an exponent
         self.parts_whole = False  # whether these sums are taken as they are
+        self.exponentials: dict[tuple[int, float], set[Any]] = {}  # exp(c * leaf) -> who computes all of it
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
 

@@ -14,7 +14,7 @@ from ..domain.exponent import Access, Exponent, Mono, sub_mono
 from ..domain.intervals import BOUNDS, product
 from ..domain.kinds import Opaque, Table
 from ..normal.logs import log_summands
-from .proof import Refused, at_position
+from .proof import Refused, at_position, unbounded
 from .roles import Roles
 
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32 and bfloat16
@@ -90,24 +90,26 @@ class Decay(Roles):
         (self.proof.outer if a in self.proof.outer else self.proof.q).remove(a)
 
     def check_finite(self) -> None:
-        """exp(I_j - m_i) is finite where exp(I_j) is not: a key's weight must be bounded without the row's."""
+        """exp(I_j - m_i) is finite where exp(I_j) is not: a key's weight must be bounded without the row's.
+
+        Or the program computes it by itself, and is not finite either.
+        """
         if not self.proof.outer_weights:
             return
+        half = self.fact.compute is torch.float16
+        largest = LARGEST_IN_HALF if half else LARGEST_EXPONENT
         for mono, c in self.proof.k_weights:
             low, high = -math.inf, math.inf
-            if len(mono) == 1:
-                leaf = self.engine.leaves[mono[0][0]]
+            alone = mono[0][0] if len(mono) == 1 else None
+            if alone is not None:
+                leaf = self.engine.leaves[alone]
                 low, high = leaf.interval
                 self.proof.looked_at |= leaf.rests_on
-            largest = LARGEST_IN_HALF if self.fact.compute is torch.float16 else LARGEST_EXPONENT
-            if max(c * low, c * high) > largest:
-                raise Refused(
-                    "bounded-weights",
-                    "a weight of the keys that is finite by itself",
-                    "an exponential gate that a factor of the row (a running maximum) keeps finite",
-                    5,
-                    "apart, the exponential of the gate may overflow where the stabilised one does not",
-                )
+            if max(c * low, c * high) <= largest:
+                continue
+            if alone is None or half or (alone, c) not in self.engine.exponentials:
+                raise unbounded()
+            self.proof.overflowing.append((alone, c))
 
     def check_decays(self) -> None:
         """What is known to grow is no decay: the operator's exponents are at most 0, and may be skipped where small."""

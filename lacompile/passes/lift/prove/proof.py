@@ -61,6 +61,8 @@ class Proof:
     another to have the program's value."""
     state_number: float = 1.0
     """What every entry of the initial state is, where it is a number: ``state`` is then empty."""
+    overflowing: list[tuple[int, float]] = field(default_factory=list)
+    """Leaves and multiples of which exp may overflow in a key's weight, and does so in the program."""
     residual: list[Term] = field(default_factory=list)
     shapes: dict[int, tuple[Aff, ...]] = field(default_factory=dict)
     looked_at: set[fx.Node] = field(default_factory=set)
@@ -108,3 +110,14 @@ def at_position(mono: Mono) -> Mono:
         return a.without(TAU) + Aff.var(N_ROLE) * c if c else a
 
     return tuple((leaf, tuple(at(x) for x in idx)) for leaf, idx in mono)
+
+
+def unbounded() -> Refused:
+    """A weight of the keys that overflows where the program may not."""
+    return Refused(
+        "bounded-weights",
+        "a weight of the keys that is finite by itself",
+        "an exponential gate that a factor of the row, such as a running maximum, may keep finite",
+        5,
+        "apart, the exponential of the gate may overflow where the stabilised one does not",
+    )

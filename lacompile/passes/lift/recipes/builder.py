@@ -18,7 +18,7 @@ from ..domain.kinds import Opaque
 from ..domain.term import Term
 from ..interpret import Fact, Interpreter
 from ..prove.obligations import prove
-from ..prove.proof import E_ROLE, N_ROLE, Proof, Refused
+from ..prove.proof import E_ROLE, N_ROLE, Proof, Refused, unbounded
 from .assumptions import Assumptions
 from .described import formulation, source
 from .emit import CannotEmit, Emitter, Piece, permuted, size_of
@@ -100,6 +100,8 @@ class Builder:
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
         read = {v.node for e in recipes for v in values_of(e)}
         region = self.assumptions.region(p.fact.node, read)
+        if any(self.engine.exponentials[x].isdisjoint(region | read) for x in p.overflowing):
+            raise unbounded()
         written = formulation(p, region)
         if written != "parallel" and not p.key_features and dv == 1:
             # a prefix sum or a loop of each channel by itself, which an operator of as many heads only slows down

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ..domain.affine import TAU, Aff
+from ..domain.affine import ONE, TAU, Aff
 from ..domain.exponent import NO_EXPONENT, Exponent, Mono
 from ..domain.precision import ends
 from ..domain.term import Case, Guards, Term, Val, value
@@ -43,7 +43,21 @@ def exponential(op: Op, v: Val, factor: float) -> Val:
     cases: list[Case] = []
     for c in engine.split(v):
         cases.extend(weights(engine, c, factor, v.shape))
+    if (whole := _of_a_whole_tensor(engine, v)) is not None:
+        leaf, coef = whole
+        engine.exponentials.setdefault((leaf, coef * factor), set()).add(engine.running)
     return engine.join_cases(Val(v.shape, tuple(cases)))
+
+
+def _of_a_whole_tensor(engine: Engine, v: Val) -> tuple[int, float] | None:
+    """The leaf that this value is a multiple of, entry by entry, and the multiple."""
+    t = v.one
+    if t is None or t.exp or t.guards or not t.poly.is_const or len(t.accs) != 1:
+        return None
+    (leaf, at), shape = t.accs[0], v.shape
+    alike = engine.leaves[leaf].shape == shape
+    every = (x == Aff.var(d) or shape[d] == ONE for d, x in enumerate(at))
+    return (leaf, t.coef * float(t.poly.const)) if alike and all(every) else None
 
 
 def weights(engine: Engine, c: Case, factor: float, shape: tuple[Aff, ...]) -> list[Case]:

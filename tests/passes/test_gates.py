@@ -81,9 +81,39 @@ TWINS = {
     "one over a product and one": lambda x: 1 / (1 + x * x.flip(-1)),
     "the same token of another head": lambda x: 1 / (1 + x * x.flip(1)),
     "a tangent of anything": lambda x: torch.tanh(torch.sinh(x)),
+    "a tangent of what may be nothing": lambda x: torch.tanh(x.clamp(min=0)),
+    "an error function of a square": lambda x: torch.erf(x * x),
+    "a tangent and one, from what is bounded": lambda x: torch.tanh(x.clamp(max=0)) * -0.5,
 }
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_what_may_be_nothing_is_none(name):
     assert_refused(over_tokens(TWINS[name]), *arguments(), options=UNSEEN)
+
+
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("gate", [lambda x, y: x * y + 0.01, lambda x, y: 1 / (1 + x * y)])
+def test_a_square_beside_a_product_of_two_places(gate, turned):
+    """The same function of a tensor at two places: what is known of its square is not known of it."""
+
+    def run(q, k, v, x):
+        squares = gate(x, x)
+        return over_tokens(lambda x: gate(x, x.flip(turned)))(q, k, v, x), squares
+
+    assert_refused(run, *arguments(), options=UNSEEN)
+
+
+def test_a_comparison_with_a_weight_that_may_be_nothing():
+    """Nothing times a distance is at least 0 wherever it is."""
+    at = torch.arange(N)
+
+    def run(gate):
+        def masked(q, k, v, x):
+            apart = gate(x[:, :, :1, None]) * (at[:, None] - at)
+            return (q @ k.mT * (apart >= 0)) @ v
+
+        return masked
+
+    assert_rewritten(run(lambda x: torch.tanh(F.softplus(x))), *arguments(), compiled=False, options=UNSEEN)
+    assert_refused(run(lambda x: torch.tanh(F.relu(x))), *arguments(), options=UNSEEN)

@@ -34,7 +34,7 @@ RANGE_OF: dict[Any, Interval] = {
 }
 
 OPEN = {aten.tanh, aten.erf}
-"""Functions that come near -1 and 1, and reach neither."""
+"""Functions that come near -1 and 1, which are their values at infinity, and reach neither."""
 
 RISING: dict[Any, Callable[[float], float]] = {
     aten.exp: math.exp, aten.exp2: math.exp2, aten.expm1: math.expm1, aten.tanh: math.tanh, aten.erf: math.erf,

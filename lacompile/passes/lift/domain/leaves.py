@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -179,25 +180,33 @@ class Leaves:
             return (same, tuple(idx))
         squared = op is aten.mul.Tensor and len(args) == 2 and isinstance(args[0], tuple) and args[0] == args[1]
         interval = interval_of(aten.square, intervals[:1]) if squared else interval_of(op, intervals)
-        if interval[0] == 0 and self._open(kind):
+        if interval[0] == 0 and self._stays_above(kind):
             interval = (POSITIVE, interval[1])
         if interval == ANY and self._makes_truth(kind, dtype):
             interval = (0.0, 1.0)
-        key = (kind, dtype)
+        key = (kind, dtype, squared)  # of two places of one tensor it is another function, of another interval
         leaf = self.intern(key, Leaf(kind, tuple(shape), dtype, interval, rests_on))
         return (leaf, tuple(idx))
 
-    def _open(self, kind: Any) -> bool:
-        """Whether it is a function that reaches no end of its interval, or a multiple of one and a number more."""
+    def _stays_above(self, kind: Any, least: bool = True) -> bool:
+        """Whether a function does not reach its least (or else its largest) value: tanh and erf, where it is that of
+        infinity, and what is a multiple of one and a number more.
+        """
         if not isinstance(kind, Symbol) or kind.kwargs:
             return False
-        if getattr(kind.op, "overloadpacket", kind.op) in OPEN:
-            return True
         given = [a for a in kind.args if isinstance(a, Argument)]
-        numbers = [a.value if isinstance(a, Number) else a for a in kind.args if not isinstance(a, Argument)]
-        if len(given) != 1 or kind.op not in (aten.add.Tensor, aten.mul.Tensor) or given[0].dtype is not None:
+        if len(given) != 1:
             return False
-        return all(isinstance(n, int | float) and n for n in numbers) and self._open(self[given[0].leaf].kind)
+        below = self[given[0].leaf]
+        if getattr(kind.op, "overloadpacket", kind.op) in OPEN:
+            return math.isinf(below.interval[0 if least else 1])
+        if kind.op not in (aten.add.Tensor, aten.mul.Tensor) or given[0].dtype is not None:
+            return False
+        numbers = [a.value if isinstance(a, Number) else a for a in kind.args if not isinstance(a, Argument)]
+        if not all(isinstance(n, int | float) and n for n in numbers):
+            return False
+        falls = kind.op is aten.mul.Tensor and any(n < 0 for n in numbers)
+        return self._stays_above(below.kind, least != falls)
 
     def truth(self, leaf: int) -> bool:
         """Whether a leaf is zeros and ones that a condition made: no gradient flows through it."""

@@ -58,6 +58,11 @@ def fake(op: Operator) -> Callable[[Callable[..., Any]], None]:
     return register
 
 
+def _of_its_own(result: Tensor) -> Tensor:
+    """A result that is no view: autograd lets nobody write into one of several views that a function returns."""
+    return result.data if type(result) is Tensor and result._is_view() else result
+
+
 def derivative(op: Operator, backward: Backward, *, setup_context: Callable[..., None]) -> None:
     """How gradients flow through an operator, as in ``torch.library.register_autograd``.
 
@@ -78,7 +83,7 @@ def derivative(op: Operator, backward: Backward, *, setup_context: Callable[...,
             *inputs, keys = args
             output = compute(keys, *inputs)
             setup_context(ctx, tuple(inputs), output)
-            return output
+            return tuple(map(_of_its_own, output))
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:

@@ -153,6 +153,18 @@ class TestReverseMode:
         args = arguments(per_token, groups, with_state)
         assert gradcheck(attend, args)
 
+    def test_results_may_be_written_into(self):
+        """A program does so with what the rewritten graph has in its place."""
+        args = arguments(with_state=True)
+
+        def doubled(*args):
+            out, last = attend(*args)
+            out *= 2
+            last += out.sum()
+            return out, last
+
+        assert gradcheck(doubled, args)
+
     def test_gradients_without_tokens(self):
         args = arguments(with_state=True, length=0)
         out, last = attend(*args)

@@ -154,8 +154,8 @@ class TestReverseMode:
         assert gradcheck(attend, args)
 
     def test_results_may_be_written_into(self):
-        """A program does so with what the rewritten graph has in its place."""
-        args = arguments(with_state=True)
+        """A program does so with what the rewritten graph has in its place. Those of one chunk were views."""
+        args = arguments(with_state=True, length=2)
 
         def doubled(*args):
             out, last = attend(*args)

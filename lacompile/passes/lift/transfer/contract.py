@@ -194,8 +194,8 @@ def _products(engine: Engine, left: Sequence[Term], right: Sequence[Term], range
         for y in right:
             if math.isinf(x.coef) or math.isinf(y.coef):
                 raise GiveUp("a contraction of a mask in log space")
-            if not (x.poly.is_const or y.poly.is_const):  # queries and keys, each times its position
-                if not engine.leaves.tensors((*x.accs, *y.accs)):
+            if not (x.poly.is_const or y.poly.is_const):  # queries and keys, each times its position and no sum
+                if len(left) > 1 or len(right) > 1 or not engine.leaves.tensors((*x.accs, *y.accs)):
                     raise GiveUp("a contraction of positions")
                 y = engine.counted(y)
             shared = {FRESH}

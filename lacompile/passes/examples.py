@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
+
+from .._compat import always_equal
 
 
 def example_of(arg: Any) -> Any:
@@ -17,3 +20,8 @@ def is_floating(node: fx.Node) -> bool:
     """Whether it is a tensor of fractions."""
     example = example_of(node)
     return isinstance(example, torch.Tensor) and example.is_floating_point()
+
+
+def same_shape(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether two shapes are one, whatever their symbols stand for."""
+    return len(one) == len(other) and all(map(always_equal, one, other))

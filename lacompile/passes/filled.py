@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._compat import always_equal
 from .effects import ANYWHERE, NOWHERE, overlap
-from .examples import example_of
+from .examples import example_of, same_shape
 from .schedule import Schedule
 
 FACTORIES = frozenset[Any]({
@@ -144,9 +143,7 @@ def _write(node: fx.Node) -> Write | None:
         return None
     kept = [n for d, n in enumerate(whole.shape) if d != place.dim]
     shape = kept if place.selects else [*kept[: place.dim], place.length, *kept[place.dim :]]
-    if len(shape) != given.dim() or not all(always_equal(a, b) for a, b in zip(shape, given.shape, strict=True)):
-        return None
-    return Write(node, tensor, view, place, part)
+    return Write(node, tensor, view, place, part) if same_shape(shape, given.shape) else None
 
 
 def _index(target: Any, how: Sequence[Any]) -> Any:

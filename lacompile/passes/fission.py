@@ -18,7 +18,7 @@ from torch import fx
 from .._compat import always_equal
 from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
-from .examples import example_of
+from .examples import example_of, same_shape
 from .joins import Join, joins
 from .layouts import REORDERS, SIDE_BY_SIDE, order_of, reshapes, side_by_side
 from .moves import Kept, Moved, Turned, functions, move
@@ -145,8 +145,8 @@ def _reshaped(join: Join, parts: Sequence[fx.Node]) -> list[int] | None:
     """The sizes of a reshape of the dimensions behind that of the places: numbers, and one other at most."""
     before, behind = ([example_of(n).shape for n in nodes] for nodes in ([p.args[0] for p in parts], parts))
     dim, rest = join.dim, join.dim + (not join.stacks)
-    kept = (_equal(x[:rest], y[:rest]) for x, y in zip(before, behind, strict=True))
-    if not all(kept) or not all(_equal(_without(x, join), _without(before[0], join)) for x in before):
+    kept = (same_shape(x[:rest], y[:rest]) for x, y in zip(before, behind, strict=True))
+    if not all(kept) or not all(same_shape(_without(x, join), _without(before[0], join)) for x in before):
         return None
     length = len(parts) if join.stacks else sum(x[dim] for x in behind)
     sizes = [n if isinstance(n, int) else -1 for n in (*behind[0][:dim], length, *behind[0][rest:])]
@@ -213,22 +213,18 @@ def _fits(join: Join, column: Column, parts: Sequence[fx.Node], rows: int) -> bo
         if not all(isinstance(x, torch.Tensor) and x.dim() == rank for x in given) or not join.leaves_alone(rank, rows):
             return False
         if join.stacks:
-            return all(_equal(x.shape, given[0].shape) for x in given)
+            return all(same_shape(x.shape, given[0].shape) for x in given)
         lengths = all(
             always_equal(x.shape[join.dim], example_of(n).shape[join.dim]) for x, n in zip(given, parts, strict=True)
         )
-        return lengths and all(_equal(_without(x.shape, join), _without(given[0].shape, join)) for x in given)
+        return lengths and all(same_shape(_without(x.shape, join), _without(given[0].shape, join)) for x in given)
     shared = example_of(column.given[0])
     return bool(rows) or not isinstance(shared, torch.Tensor) or join.leaves_alone(rank, shared.dim())
 
 
 def _of_one_shape(parts: Sequence[Any]) -> bool:
     examples = [example_of(n) for n in parts]
-    return all(isinstance(x, torch.Tensor) and _equal(x.shape, examples[0].shape) for x in examples)
-
-
-def _equal(shape: Sequence[Any], other: Sequence[Any]) -> bool:
-    return len(shape) == len(other) and all(map(always_equal, shape, other))
+    return all(isinstance(x, torch.Tensor) and same_shape(x.shape, examples[0].shape) for x in examples)
 
 
 def _without(shape: Sequence[Any], join: Join) -> list[Any]:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._compat import always_equal
 from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
-from .examples import example_of
+from .examples import example_of, same_shape
 from .moves import made_like
 from .rows import OPAQUE
 from .schedule import Schedule
@@ -181,10 +180,7 @@ def _of_one_kind(nodes: Sequence[fx.Node]) -> bool:
     if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.is_contiguous() for x in examples):
         return False
     dtype, device, shape = examples[0].dtype, examples[0].device, examples[0].shape
-    return all(
-        (x.dtype, x.device) == (dtype, device) and x.dim() == len(shape) and all(map(always_equal, x.shape, shape))
-        for x in examples
-    )
+    return all((x.dtype, x.device) == (dtype, device) and same_shape(x.shape, shape) for x in examples)
 
 
 def _is_seen_otherwise(schedule: Schedule, node: fx.Node) -> bool:

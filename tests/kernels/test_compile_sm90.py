@@ -36,6 +36,12 @@ CASES = {
     "hopper backward bf16 128": ("hopper backward 0", "bf16", 128, 128, False, True, 640),
     "hopper backward bf16 128 with decay": ("hopper decays 0", "bf16", 128, 128, False, True, 640),
     "hopper backward bf16 128 per token with decay": ("hopper decays 0", "bf16", 128, 128, True, True, 640),
+    "hopper forward fp32 64": ("hopper forward 0", "fp32", 64, 64, False, True, 0),
+    "hopper forward fp32 128x64 per token": ("hopper forward 0", "fp32", 128, 64, True, True, 0),
+    "hopper forward fp32 128": ("hopper forward 0", "fp32", 128, 128, False, True, 0),
+    "hopper backward fp32 64 with decay": ("hopper decays 0", "fp32", 64, 64, False, True, 0),
+    "hopper backward fp32 128": ("hopper backward 0", "fp32", 128, 128, False, True, 0),
+    "hopper backward fp32 128x64 per token with decay": ("hopper decays 0", "fp32", 128, 64, True, True, 0),
     "forward bf16 64": ("forward", "bf16", 64, 64, False, True, 0),
     "backward bf16 64 two stages": ("backward 1", "bf16", 64, 64, True, True, 0),
     "backward bf16 256 one stage": ("backward 1", "bf16", 256, 256, False, True, 184),
@@ -105,13 +111,14 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
 
     if name.startswith("hopper"):
         _, use, n = name.split()
-        tiles = space.hopper(dk, dv, use == "decays")[int(n)]
-        bk, bv = tiles.bk, tiles.bv
-        common |= {"BK": bk, "BV": bv} | tiles.constants
+        tiles = space.hopper(dk, dv, dtype, use == "decays")[int(n)]
+        turned = space.hopper(dv, dk, dtype, use == "decays")[int(n)]
+        bv = tiles.bv
+        common |= {"BV": bv, "CHUNK": tiles.chunk} | tiles.constants
         if use == "forward":
-            return Case(hopper_forward, common | end, forward_columns(bk, bv), tiles.options)
-        ends["DECAY_GRAD"] = use == "decays"
-        return Case(hopper_backward, common | ends, backward_columns(bk, bk, bv, bv), tiles.options)
+            return Case(hopper_forward, common | end | {"BK": tiles.bk}, forward_columns(tiles.bk, bv), tiles.options)
+        ends |= {"DECAY_GRAD": use == "decays", "K_FULL": tiles.bk, "V_FULL": turned.bk}
+        return Case(hopper_backward, common | ends, backward_columns(tiles.bk, turned.bk, bv, bv), tiles.options)
     options = {"num_warps": v.warps, "num_stages": v.stages}
     if name == "forward":
         return Case(forward_kernel, common | own | end | {"BK": v.bk, "BV": v.bv}, forward_columns(v.bk, v.bv), options)
@@ -155,22 +162,25 @@ def parameter_sizes(ptx: str) -> list[int]:
 
 def compiled(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) -> dict[str, Any]:
     """Registers, stack bytes per thread, shared memory, warp-group products and parameters of one kernel."""
+    import torch
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from lacompile.kernels.lightning2.direct import layout_of
-    from lacompile.kernels.lightning2.hopper.layouts import SWIZZLED
+    from lacompile.kernels.lightning2.hopper.layouts import swizzled
 
     made_of = case(name, element, dk, dv, per_token, tma)
     const, columns, gluon = made_of.constants, made_of.columns, name.startswith("hopper")
     names = made_of.kernel.arg_names
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[element]
+    layout = swizzled(dtype)
     types = {name: "i32" for name in names if name not in const} | {"scale": "fp32"}
     for name in names:
         if name in columns and tma:
             tile = f"{element}[1,1,{const['CHUNK']},{columns[name]}]"
-            types[name] = f"tensordesc<{tile},{SWIZZLED!r}>" if gluon else f"tensordesc<{tile}>"
+            types[name] = f"tensordesc<{tile},{layout!r}>" if gluon else f"tensordesc<{tile}>"
         elif name in columns or "marks" in name:
             types[name] = f"*{element}"
         elif name.endswith("_ptr"):

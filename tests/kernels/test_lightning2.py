@@ -245,12 +245,15 @@ class TestDecays:
 
         g = token_log_decay(2, 3, 2 * C + 20).transpose(1, 2).contiguous().transpose(1, 2)
         g[0, 1, 70] = float("-inf")
-        found = factors.token_factors(g, C)(g)
+        found = factors.token_factors(g, C, exact=False)(g)
         padded = torch.nn.functional.pad(g.double(), (0, C - 20)) / math.log(2)
         sums = padded.clamp(min=-160).unflatten(2, (3, C)).cumsum(3)
         last = sums[..., -1:].expand_as(sums)
         want = torch.stack([sums, sums.exp2(), (last - sums).exp2(), last.exp2()], 3)
         torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=1e-5)
+        found = factors.token_factors(g, C, exact=True)(g).double()
+        torch.testing.assert_close(found[..., 0, :] + found[..., 3, :], sums, rtol=1e-7, atol=0)
+        torch.testing.assert_close(found[..., 1:3, :], want[..., 1:3, :], rtol=1e-6, atol=1e-30)
 
 
 @interpreted
@@ -303,7 +306,8 @@ class TestLayouts:
         assert not lightning2.launch.use_tma(x, x[..., 1:33])  # base
         assert not lightning2.launch.use_tma(x, x.expand(2, 3, 5, 64)[:, :1].expand(2, 3, 5, 64))  # repeated heads
         assert not lightning2.launch.use_tma(x, torch.zeros(2, 3, 5, 68, dtype=torch.float16)[..., :64])  # strides
-        assert not lightning2.launch.use_tma(x.float())
+        assert lightning2.launch.use_tma(x.float(), torch.zeros(2, 3, 5, 68)[..., :64])
+        assert not lightning2.launch.portable_tma(True, torch.float32)
 
     def test_two_runs_are_the_same_bits(self, short_segments):
         args, do, d_state = arguments(3 * C, per_token=True)
@@ -406,7 +410,7 @@ class TestPlan:
     def test_plans_of_an_h200(self, heads, length, size, uses, count):
         """Those that docs/kernel-notes.md gives times of, so that no change of the model goes unnoticed."""
         launch = lightning2.launch
-        tiles = space.hopper(size, size)[0]
+        tiles = space.hopper(size, size, torch.bfloat16)[0]
         programs = heads * uses * launch.blocks(size, tiles.bv)
         assert launch.plan(length, programs, launch.Hardware(bandwidth=1.436), tiles, uses).count == count
 

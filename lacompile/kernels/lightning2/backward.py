@@ -210,7 +210,6 @@ def _prepare(
     own_heads = q.shape[1], k.shape[1], v.shape[1]
     per_token, has_start = log_decay.dim() == 3, initial_state is not None
     rows, span = batch * heads, launch.span(per_token, q, v)
-    exact = launch.is_exact(q)
     dq, dk_, dv_ = (launch.grad_like(x, heads) for x in (q, k, v))
     new_gradients = [launch.Memory(x) for x in (dq, dk_, dv_)]
     none = torch.empty(0, dtype=torch.float32, device=q.device)
@@ -229,13 +228,14 @@ def _prepare(
     tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
     mark_dtype = launch.mark_dtype(q.dtype, per_token)
     for_v, for_k = launch.config("backward", dk, dv, q.dtype, q.device, tma, per_token, want_decay)
-    chunk = min(for_k.chunk, for_v.chunk)
+    chunk, precision = min(for_k.chunk, for_v.chunk), launch.precision(q.dtype, q.device, for_v.body)
+    exact = launch.is_exact(precision)
     k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
     programs = rows * (2 * k_blocks + v_blocks)
     split = launch.split(length, programs, q.device, for_v, uses=3)
     states = None
     if split.count > 1:
-        states = segment_states(k, v, log_decay, initial_state, split, Backwards(q, do, d_state, scale))
+        states = segment_states(k, v, log_decay, initial_state, split, precision, Backwards(q, do, d_state, scale))
     # Whoever starts from a state stores one, so that the self-check runs this very kernel. And Triton 3.6 pipelines
     # heads of 256 into more shared memory than there is unless the last state is stored.
     starts = states is not None or has_start
@@ -255,27 +255,28 @@ def _prepare(
     if for_v.body == "hopper":
         from .factors import token_factors
         from .hopper.backward import backward_kernel as kernel
-        from .hopper.layouts import SWIZZLED
+        from .hopper.layouts import swizzled
 
         numbers = [decay_strides[1], *numbers]
-        constants |= {"BK": for_v.bk, "BV": for_v.bv} | for_v.constants
-        boxes, options = [Box(x, chunk, n, SWIZZLED) for x, n in columns], for_v.options
+        constants |= {"K_FULL": for_v.bk, "V_FULL": for_k.bk, "BV": for_v.bv} | for_v.constants
+        boxes, options = [Box(x, chunk, n, swizzled(q.dtype)) for x, n in columns], for_v.options
         if per_token:
-            factors = token_factors(log_decay, chunk)
+            factors = token_factors(log_decay, chunk, exact)
     else:
+        by_descriptor = launch.portable_tma(tma, q.dtype)
         tensors = q, k, v, do, dq, dk_, dv_
         kernel, unit = backward_kernel, launch.unit(*tensors)
         numbers = [*[s for x in tensors for s in launch.strides(x, unit)], *decay_strides, *numbers]
         constants |= {"K_FULL": for_v.bk, "V_FULL": for_k.bk, "K_PART": for_k.bv, "V_PART": for_v.bv, "UNIT": unit}
-        constants |= {"TMA": tma, "PRECISION": launch.precision(q.dtype, q.device)}
-        boxes = [Box(x, chunk, n) if tma else None for x, n in columns]
+        constants |= {"TMA": by_descriptor, "PRECISION": precision}
+        boxes = [Box(x, chunk, n) if by_descriptor else None for x, n in columns]
         options = {"num_warps": max(for_k.warps, for_v.warps), "num_stages": min(for_k.stages, for_v.stages)}
     run = Launch(kernel, programs * split.count, [*boxes, *[None] * 8], numbers, constants, options)
     rows_shape, marks_shape = (k_blocks, rows, length), (rows, launch.blocks(length, span), dk, dv)
     d_decays = insides = None
     if want_decay:
         d_decays = decay_grad(log_decay, rows_shape, marks_shape, span, exact, has_start, d_state is not None)
-        insides = inside(q, k, v, do, log_decay, scale, chunk) if exact else None
+        insides = inside(q, k, v, do, log_decay, scale, chunk, precision) if exact else None
 
     def call(
         do: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None
@@ -301,7 +302,7 @@ def _prepare(
         return finished(dq, dk, dv, d_decay, d_initial)
 
     def computes_integers() -> bool:
-        known = Integers(dk, dv, q, per_token, aligned=tma)
+        known = Integers(dk, dv, q, per_token, aligned=tma, exact=exact)
         start = known.state if constants["HAS_START"] else None
         d_end = known.d_end if constants["HAS_D_START"] else None
         *found, d_decay, d_start = backward(

@@ -21,7 +21,10 @@ from .calls import Launch
 from .decay import to_log2
 
 FACTORS = tl.constexpr(4)
-"""Rows of a chunk: G in base 2 (see decay.py), exp(G), exp(G_last - G), and exp(G_last) throughout."""
+"""Rows of a chunk: G in base 2 (see decay.py), exp(G), exp(G_last - G), and exp(G_last) throughout.
+
+In fp32 the last one is what the rounding of G left out; sums are in fp64 there, as in decay.py.
+"""
 CHUNKS_TO_A_PROGRAM = 16
 
 
@@ -37,6 +40,7 @@ def factors_kernel(
     chunks,
     CHUNK: tl.constexpr,
     MANY: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """One program per (batch and head, MANY chunks)."""
     groups = tl.cdiv(chunks, MANY)
@@ -45,23 +49,30 @@ def factors_kernel(
     t = tl.arange(0, CHUNK)[None, :]
     token = chunk * CHUNK + t
     at = (row // heads).to(tl.int64) * g_b + (row % heads).to(tl.int64) * g_h + token.to(tl.int64) * g_t
-    sums = tl.cumsum(to_log2(tl.load(g_ptr + at, mask=token < length, other=0.0)), 1)
-    last = tl.sum(tl.where(t == CHUNK - 1, sums, 0.0), 1)[:, None]
+    g = to_log2(tl.load(g_ptr + at, mask=token < length, other=0.0))
+    wide = tl.cumsum(g.to(tl.float64) if EXACT else g, 1)
+    last = tl.sum(tl.where(t == CHUNK - 1, wide, 0.0), 1)[:, None]
+    sums, to_end = wide.to(tl.float32), (last - wide).to(tl.float32)
     to = factors_ptr + (row.to(tl.int64) * chunks + chunk) * (FACTORS * CHUNK) + t
     inside = chunk < chunks
     tl.store(to, sums, mask=inside)
     tl.store(to + CHUNK, tl.exp2(sums), mask=inside)
-    tl.store(to + 2 * CHUNK, tl.exp2(last - sums), mask=inside)
-    tl.store(to + 3 * CHUNK, tl.exp2(last + tl.zeros_like(sums)), mask=inside)
+    tl.store(to + 2 * CHUNK, tl.exp2(to_end), mask=inside)
+    rest = (wide - sums.to(wide.dtype)).to(tl.float32)
+    tl.store(to + 3 * CHUNK, rest if EXACT else tl.exp2(last + tl.zeros_like(sums)), mask=inside)
 
 
-def token_factors(log_decay: Tensor, chunk: int) -> Callable[[Tensor], Tensor]:
-    """Makes of log-decays ``[B,H,N]`` like these ``[B,H,chunks,FACTORS,chunk]`` fp32; after token N, G stays."""
+def token_factors(log_decay: Tensor, chunk: int, exact: bool) -> Callable[[Tensor], Tensor]:
+    """Makes of log-decays ``[B,H,N]`` like these ``[B,H,chunks,FACTORS,chunk]`` fp32; after token N, G stays.
+
+    ``exact``: what they weigh is fp32.
+    """
     batch, heads, length = log_decay.shape
     chunks = launch.blocks(length, chunk)
     run = Launch(
         factors_kernel, batch * heads * launch.blocks(chunks, CHUNKS_TO_A_PROGRAM), [None, None],
-        [*log_decay.stride(), heads, length, chunks], {"CHUNK": chunk, "MANY": CHUNKS_TO_A_PROGRAM}, {"num_warps": 4},
+        [*log_decay.stride(), heads, length, chunks],
+        {"CHUNK": chunk, "MANY": CHUNKS_TO_A_PROGRAM, "EXACT": exact}, {"num_warps": 4},
     )  # fmt: skip
 
     def factors(log_decay: Tensor) -> Tensor:

@@ -145,11 +145,13 @@ def _prepare(
         return nothing
     tma = launch.use_tma(q, k, v, o)
     tiles, _ = launch.config("forward", dk, dv, q.dtype, q.device, tma, per_token)
+    precision = launch.precision(q.dtype, q.device, tiles.body)
+    exact = launch.is_exact(precision)
     programs = batch * heads * launch.blocks(dv, tiles.bv)
     split = launch.split(length, programs, q.device, tiles)
     states = None
     if split.count > 1:
-        states = segment_states(k, v, log_decay, initial_state, split)
+        states = segment_states(k, v, log_decay, initial_state, split, precision)
     decay_strides, factors = launch.decay_strides(log_decay), None
     numbers = [
         scale, heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
@@ -163,18 +165,19 @@ def _prepare(
     if tiles.body == "hopper":
         from .factors import token_factors
         from .hopper.forward import forward_kernel as kernel
-        from .hopper.layouts import SWIZZLED
+        from .hopper.layouts import swizzled
 
         numbers = [decay_strides[1], *numbers]
         constants |= tiles.constants
-        boxes, options = [Box(x, tiles.chunk, n, SWIZZLED) for x, n in columns], tiles.options
+        boxes, options = [Box(x, tiles.chunk, n, swizzled(q.dtype)) for x, n in columns], tiles.options
         if per_token:
-            factors = token_factors(log_decay, tiles.chunk)
+            factors = token_factors(log_decay, tiles.chunk, exact)
     else:
+        by_descriptor = launch.portable_tma(tma, q.dtype)
         kernel, unit = forward_kernel, launch.unit(q, k, v, o)
         numbers = [*[s for x in (q, k, v, o) for s in launch.strides(x, unit)], *decay_strides, *numbers]
-        constants |= {"UNIT": unit, "TMA": tma, "PRECISION": launch.precision(q.dtype, q.device)}
-        boxes = [Box(x, tiles.chunk, n) if tma else None for x, n in columns]
+        constants |= {"UNIT": unit, "TMA": by_descriptor, "PRECISION": precision}
+        boxes = [Box(x, tiles.chunk, n) if by_descriptor else None for x, n in columns]
         options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     run = Launch(kernel, programs * split.count, [*boxes, None, None, None], numbers, constants, options)
 
@@ -187,12 +190,12 @@ def _prepare(
         return o, state
 
     def computes_integers() -> bool:
-        known = Integers(dk, dv, q, per_token, aligned=tma)
+        known = Integers(dk, dv, q, per_token, aligned=tma, exact=exact)
         start = known.state if constants["HAS_START"] else None
         found = forward(known.q, known.k, known.v, known.log_decay, 1.0, start, want_state)
         return equal(found, known.outputs(start))
 
-    said = constants["HAS_START"], want_state, launch.precision(q.dtype, q.device)
+    said = constants["HAS_START"], want_state, precision
     kind = "forward", tiles, dk, dv, q.dtype, per_token, tma, *said, q.device
     if not is_right(kind, q.device, computes_integers):
         return lambda q, k, v, log_decay, initial: cpu.forward(q, k, v, log_decay, scale, initial, want_state)

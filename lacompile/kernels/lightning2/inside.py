@@ -21,7 +21,7 @@ from .calls import Launch
 from .decay import between, chunk_sums, to_log2
 from .tiles import of_head, read
 
-BLOCK = 64
+BLOCK = 32
 """Columns that are contracted at a time."""
 
 
@@ -131,7 +131,7 @@ def inside_kernel(
 
 
 def inside(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor, scale: float, chunk: int
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor, scale: float, chunk: int, precision: str
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Makes of q, k, v, do and log-decays like these what is inside chunks of ``chunk`` tokens, ``[B * H, N]`` fp32."""
     tensors = q, k, v, do
@@ -142,7 +142,7 @@ def inside(
     run = Launch(
         inside_kernel, batch * heads * launch.blocks(length, chunk), [None] * 6, numbers,
         {"DK": q.shape[3], "DV": dv, "BLOCK": BLOCK, "CHUNK": chunk, "UNIT": unit, "PER_TOKEN": log_decay.dim() == 3,
-         "PRECISION": launch.precision(q.dtype, q.device)},
+         "PRECISION": precision},
         {"num_warps": warps(chunk)},
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..tuning.choose import place
-from ..tuning.space import CHUNK, Config, Kind, Use, candidates, next_power_of_2, portable
+from ..tuning.space import CHUNK, Body, Config, Kind, Use, candidates, next_power_of_2, portable
 from .compiler import identity
 
 TMA = True  # read and write by tensor descriptors where that is possible
@@ -70,23 +70,27 @@ def _milliseconds(kind: Kind, dtype: torch.dtype, device: torch.device, n: int) 
 def prepass_config(dk: int, dv: int, dtype: torch.dtype) -> Config:
     """The tiles of the pre-pass, which has one product and reads two tensors."""
     tiles = portable(dk, dv, dtype)
-    return tiles if dtype == torch.float32 or tiles.bk > 128 else replace(tiles, stages=3)
+    if dtype == torch.float32:
+        return replace(tiles, chunk=32) if tiles.bk == 128 else tiles
+    return tiles if tiles.bk > 128 else replace(tiles, stages=3)
 
 
-def precision(dtype: torch.dtype, device: torch.device) -> str:
+def precision(dtype: torch.dtype, device: torch.device, body: Body = "portable") -> str:
     """How fp32 products are formed: as PyTorch's own, by ``torch.set_float32_matmul_precision``.
 
     Six products of bf16 each, as exact as fp32 itself; one of TF32, an error of about 3e-4, where that allows it.
-    16-bit inputs ignore it. Triton's interpreter has fp32 itself.
+    Hopper's body forms six in any case: it is faster so than the portable one with TF32. 16-bit inputs ignore it.
+    Triton's interpreter has fp32 itself.
     """
-    if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+    allowed = body == "portable" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    if dtype != torch.float32 or allowed:
         return "tf32"
     return "bf16x6" if device.type == "cuda" else "ieee"
 
 
-def is_exact(q: Tensor) -> bool:
+def is_exact(precision: str) -> bool:
     """Whether sums keep what products keep of fp32, more than 16-bit inputs have."""
-    return precision(q.dtype, q.device) != "tf32"
+    return precision != "tf32"
 
 
 def setting(q: Tensor) -> Hashable:
@@ -287,15 +291,19 @@ def has_warp_group_products(device: torch.device) -> bool:
 
 
 def use_tma(*tensors: Tensor) -> bool:
-    """Whether every tensor ``[B,H,N,D]`` can be read by descriptor: 16-bit, rows aligned to 16 bytes, none repeated."""
+    """Whether every tensor ``[B,H,N,D]`` can be read by descriptor: rows aligned to 16 bytes, none repeated."""
     if not TMA or not has_tma(tensors[0].device):
         return False
     return all(
-        x.element_size() == 2
-        and x.data_ptr() % 16 == 0
-        and all(size == 1 or (stride % 8 == 0 and 0 < stride < 2**38) for size, stride in _outer(x))
+        x.data_ptr() % 16 == 0
+        and all(size == 1 or (stride * x.element_size() % 16 == 0 and 0 < stride < 2**37) for size, stride in _outer(x))
         for x in tensors
     )
+
+
+def portable_tma(tma: bool, dtype: torch.dtype) -> bool:
+    """Whether the portable kernels read by descriptor what may be read so: 16-bit tensors they do."""
+    return tma and dtype.itemsize == 2
 
 
 def _outer(x: Tensor) -> list[tuple[int, int]]:

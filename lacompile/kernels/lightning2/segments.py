@@ -283,7 +283,13 @@ class Backwards:
 
 
 def segment_states(
-    k: Tensor, v: Tensor, log_decay: Tensor, first: Tensor | None, split: launch.Segments, back: Backwards | None = None
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    first: Tensor | None,
+    split: launch.Segments,
+    precision: str,
+    back: Backwards | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Makes of tensors like these the state before each segment and, of ``back``, the gradient of that after each.
 
@@ -297,7 +303,7 @@ def segment_states(
     rows, both = batch * heads, back is not None
     sources = (k, v, k, v) if back is None else (k, v, back.q, back.do)
     tiles = launch.prepass_config(dk, dv, k.dtype)
-    unit, tma = launch.unit(*sources), launch.use_tma(*sources)
+    unit, tma = launch.unit(*sources), launch.portable_tma(launch.use_tma(*sources), k.dtype)
     chunk, borders, directions = tiles.chunk, split.count - 1, 2 if both else 1
     pieces = launch.blocks(split.tokens, split.piece)
     boxes = [Box(x, chunk, n) if tma else None for x, n in zip(sources, 2 * (tiles.bk, tiles.bv), strict=True)]
@@ -308,7 +314,7 @@ def segment_states(
         [*[s for x in sources for s in launch.strides(x, unit)], *launch.decay_strides(log_decay),
          1.0 if back is None else back.scale, heads, *(heads // x.shape[1] for x in sources), *cut],
         {"DK": dk, "DV": dv, "BK": tiles.bk, "BV": tiles.bv, "CHUNK": chunk, "UNIT": unit,
-         "BOTH": both, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": launch.precision(k.dtype, k.device)},
+         "BOTH": both, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": precision},
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
     )  # fmt: skip
     tile = min(1024, next_power_of_2(dk * dv))

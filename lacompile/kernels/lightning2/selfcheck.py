@@ -1,8 +1,9 @@
 """Before a kernel is trusted it is asked, once for each of its kinds, for something whose answer is known to the bit.
 
 Compilers of GPU code have been seen to lose products that read their operands from registers. Without decay sums of
-small integers are exact in every dtype, so that one lost or doubled product shows, and so does a state that arrives
-wrong. It costs about ten milliseconds.
+integers are exact in every dtype, so that one lost or doubled product shows, and so does a state that arrives wrong.
+They are small, but for fp32's values, which have more bits than one factor of its products. It costs about ten
+milliseconds.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 HEADS, LENGTH = 4, 200
+WIDE = 257
+"""What fp32's values are multiples of: more than the eight bits of one bf16 factor, and sums of them are exact."""
 VERDICTS: dict[Hashable, bool] = {}
 
 
@@ -30,15 +33,18 @@ def is_right(kind: Hashable, device: torch.device, check: Callable[[], bool]) ->
         VERDICTS[kind] = True  # for the call that checks
         VERDICTS[kind] = check() and check()  # by Triton's launch, then as every later call is launched
         if not VERDICTS[kind]:
-            message = f"{kind} returned wrong numbers for small integers; PyTorch operations are used instead"
+            message = f"{kind} returned wrong numbers for integers; PyTorch operations are used instead"
             warnings.warn(message, WrongKernel, stacklevel=2)
     return VERDICTS[kind]
 
 
 class Integers:
-    """q, k, v, do ``[1,HEADS,LENGTH,D]``, a state and the last state's gradient of a few small integers; no decay."""
+    """q, k, v, do ``[1,HEADS,LENGTH,D]``, a state and the last state's gradient of a few integers; no decay.
 
-    def __init__(self, dk: int, dv: int, like: Tensor, per_token: bool, aligned: bool):
+    ``exact``: the kernel forms fp32's products as exactly as fp32.
+    """
+
+    def __init__(self, dk: int, dv: int, like: Tensor, per_token: bool, aligned: bool, exact: bool = False):
         drawn: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
 
         def sparse(rows: int, columns: int, some: float) -> Tensor:
@@ -46,11 +52,13 @@ class Integers:
             signs = torch.randint(0, 2, shape, **drawn) * 2 - 1
             return (signs * (torch.rand(shape, **drawn) < some)).to(like.device)
 
-        def tokens(columns: int) -> Tensor:
-            made = sparse(LENGTH, columns, 4 / columns).to(like.dtype)
+        wide = exact and min(dk, dv) >= 16  # smaller heads overlap in more tokens, and sums grow
+
+        def tokens(columns: int, factor: int = 1) -> Tensor:
+            made = (factor * sparse(LENGTH, columns, 4 / columns)).to(like.dtype)
             return made if aligned else torch.cat([made.new_zeros(1), made.flatten()])[1:].view(made.shape)
 
-        self.q, self.k, self.v, self.do = tokens(dk), tokens(dk), tokens(dv), tokens(dv)
+        self.q, self.k, self.v, self.do = tokens(dk), tokens(dk), tokens(dv, WIDE if wide else 1), tokens(dv)
         shape = (1, HEADS, LENGTH) if per_token else (HEADS,)
         self.log_decay = torch.zeros(shape, dtype=torch.float32, device=like.device)
         self.state, self.d_end = (sparse(dk, dv, 0.25).float() for _ in range(2))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Like:
         heads, columns: Hx and D.
         dtype, device: of its elements.
         tokens_first: tokens before heads in memory.
-        even: its strides are multiples of 8 elements.
+        unit: the largest power of two up to 8 that its strides, in elements, are multiples of.
         described: it may be read by descriptor, as far as its address and repeated elements tell.
     """
 
@@ -39,7 +40,7 @@ class Like:
     dtype: torch.dtype
     device: torch.device
     tokens_first: bool = False
-    even: bool = True
+    unit: int = 8
     described: bool = True
 
     @classmethod
@@ -50,12 +51,12 @@ class Like:
             return cls(shape[1], shape[3], x.dtype, x.device)
         outer = [stride for size, stride in zip(shape[:3], strides[:3], strict=True) if size != 1]
         begins = number(x.storage_offset()) * x.element_size() % 16 == 0
-        even, described = all(n % 8 == 0 for n in outer), begins and all(n != 0 for n in outer)
-        return cls(shape[1], shape[3], x.dtype, x.device, strides[1] < strides[2], even, described)
+        unit, described = gcd(8, *outer), begins and all(n != 0 for n in outer)
+        return cls(shape[1], shape[3], x.dtype, x.device, strides[1] < strides[2], unit, described)
 
     def made(self, tokens: int) -> Tensor:
         """One sequence of so many tokens."""
-        width = -(-self.columns // 8) * 8 + (0 if self.even else 1)
+        width = -(-self.columns // 8) * 8 + self.unit % 8
         order = (tokens, self.heads) if self.tokens_first else (self.heads, tokens)
         size, skipped = tokens * self.heads * width, 0 if self.described else 1
         x = torch.zeros(size + skipped, dtype=self.dtype, device=self.device)[skipped:]

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 Use = Literal["forward", "backward"]
+Body = Literal["hopper", "portable"]
 CHUNK = 64
 REGISTER_FILE = 65536
 """Registers of a multiprocessor."""
@@ -21,14 +22,14 @@ class Config:
         body: which one, ``hopper`` or ``portable``.
         bk, bv: blocks of the contraction and of columns.
         chunk: tokens to a chunk.
-        warps: of a program; Hopper's body has so many twice, for the outputs and for the state.
+        warps: of a program; Hopper's body for 16 bits has so many twice, for the outputs and for the state.
         stages: of the pipeline.
         resident: how many programs a multiprocessor holds at a time.
         saturating: how many use up its share of an H100's memory bandwidth.
         pace: nanoseconds for a token where a program has a multiprocessor to itself.
     """
 
-    body: Literal["hopper", "portable"]
+    body: Body
     bk: int
     bv: int
     chunk: int
@@ -127,13 +128,17 @@ def portables(dk: int, dv: int, dtype: torch.dtype) -> list[Config]:
     return [safe, replace(safe, stages=safe.stages - 1)]
 
 
-def hopper(dk: int, dv: int, gradient: bool = False) -> list[Config]:
+def hopper(dk: int, dv: int, dtype: torch.dtype, gradient: bool = False) -> list[Config]:
     """Hopper's body for heads of up to 128, the safe choice first.
 
-    What the decay's gradient is made of needs a fourth tile for each stage, hence fewer stages.
+    What the decay's gradient is made of needs a fourth tile for each stage, hence fewer stages. In fp32 digits take all
+    of the shared memory (hopper/exact.py).
     """
     if max(dk, dv) > 128:
         return []
+    if dtype == torch.float32:
+        bk = max(64, next_power_of_2(dk))
+        return [Config("hopper", bk, 64, CHUNK, 8, 1, saturating=1.6, pace=95.0 if bk == 128 else 70.0)]
     if max(dk, dv) > 64:
         return [Config("hopper", 128, 128, CHUNK, 4, n, 1, 0.46, 19.8) for n in ((2,) if gradient else (3, 2))]
     alone = [Config("hopper", 64, 64, CHUNK, 4, n, 1, 0.5, 11.2) for n in (4, 6)]
@@ -151,4 +156,4 @@ def candidates(dk: int, dv: int, dtype: torch.dtype, descriptors: bool, gradient
         descriptors: the device has Hopper's tensor cores and every tensor can be read by descriptor.
         gradient: the kernel also writes what the decay's gradient is made of.
     """
-    return (hopper(dk, dv, gradient) if descriptors else []) + portables(dk, dv, dtype)
+    return (hopper(dk, dv, dtype, gradient) if descriptors else []) + portables(dk, dv, dtype)

@@ -50,7 +50,8 @@ def backward_kernel(
     span,
     DK: gl.constexpr,
     DV: gl.constexpr,
-    BK: gl.constexpr,
+    K_FULL: gl.constexpr,  # blocks of a contraction over DK and over DV
+    V_FULL: gl.constexpr,
     BV: gl.constexpr,
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
@@ -93,7 +94,7 @@ def backward_kernel(
             v_full, do_full, q_part, dk_part, k_part, factors_ptr,
             k_rows_ptr + (use * rows + row) * length, d_marks_ptr + marks, d_start_at, d_end_ptr,
             b, v_from, h, q_from, h, k_from, g_head, scale, begin, stop, length, span, False, use,
-            DK=DV, DV=DK, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=True, PER_TOKEN=PER_TOKEN,
+            DK=DV, DV=DK, BK=V_FULL, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=True, PER_TOKEN=PER_TOKEN,
             REGISTERS=REGISTERS, HAS_START=HAS_D_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
         )  # fmt: skip
     elif use < k_blocks + v_blocks:
@@ -101,7 +102,7 @@ def backward_kernel(
             k_full, q_full, do_part, dv_part, do_part, factors_ptr,
             q_rows_ptr, marks_ptr, d_start_at, d_end_ptr + row * (DK * DV),
             b, k_from, q_from, h, h, h, g_head, scale, begin, stop, length, span, part == 0, use - k_blocks,
-            DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=True, PER_TOKEN=PER_TOKEN,
+            DK=DK, DV=DV, BK=K_FULL, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=True, PER_TOKEN=PER_TOKEN,
             REGISTERS=REGISTERS, HAS_START=HAS_D_START, STORE_END=STORE_D_END, TRANSPOSED=False,
             AUDIT=False,
         )  # fmt: skip
@@ -111,6 +112,6 @@ def backward_kernel(
             do_full, v_full, k_part, dq_part, q_part, factors_ptr,
             q_rows_ptr + (block * rows + row) * length, marks_ptr + marks, start_at, d_end_ptr,
             b, h, v_from, k_from, h, q_from, g_head, scale, begin, stop, length, span, False, block,
-            DK=DV, DV=DK, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=False, PER_TOKEN=PER_TOKEN,
+            DK=DV, DV=DK, BK=V_FULL, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=False, PER_TOKEN=PER_TOKEN,
             REGISTERS=REGISTERS, HAS_START=HAS_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
         )  # fmt: skip

@@ -174,6 +174,7 @@ def backward(
         marks = torch.empty(marks_shape, dtype=launch.mark_dtype(q.dtype, per_token), device=q.device)
         d_marks = torch.empty_like(marks)
         tensors, chunk = (q, k, v, do, dq, dk_, dv_), min(for_k.chunk, for_v.chunk)
+        precision = launch.precision(q.dtype, q.device)
         unit = launch.unit(*tensors)
         packed_backward_kernel[(pieces.count * heads * (2 * k_blocks + v_blocks),)](
             *tensors, log_decay, pieces.table, pieces.firsts, q_rows, k_rows, states, d_states, marks, d_marks,
@@ -181,13 +182,13 @@ def backward(
             *launch.decay_strides(log_decay)[1:], float(scale), heads, *groups, length, span, spans,
             DK=dk, DV=dv, K_FULL=for_v.bk, V_FULL=for_k.bk, K_PART=for_k.bv, V_PART=for_v.bv,
             CHUNK=chunk, UNIT=unit, PER_TOKEN=per_token,
-            DECAY_GRAD=want_decay, PRECISION=launch.precision(q.dtype, q.device),
+            DECAY_GRAD=want_decay, PRECISION=precision,
             num_warps=max(for_k.warps, for_v.warps), num_stages=min(for_k.stages, for_v.stages),
         )  # fmt: skip
         d_decay = q_rows
         if want_decay:
-            exact = launch.is_exact(q)
-            inside = packed_inside(q, k, v, do, log_decay, scale, chunk, pieces) if exact else None
+            given = q, k, v, do, log_decay, scale, chunk, pieces
+            inside = packed_inside(*given) if launch.is_exact(precision) else None
             rows, ends = (q_rows, k_rows), (states, d_states)
             d_decay = packed_decay_grad(rows, inside, (marks, d_marks), ends, pieces, span, per_token)
         d_initial = d_initial if initial_state is not None else d_initial.new_empty(0)

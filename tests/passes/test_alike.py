@@ -19,7 +19,7 @@ from .forms import LOOPS, PARALLEL, B, D, E, H
 OPTIONS = Options.split({"validate": "off"})[0]
 FORMS = ["undecayed", *LOOPS]
 BY_TOKEN = ["token_loop", "token_loop_matmul", "token_gates_loop", "sigmoid_gates_loop"]
-"""Traced token by token, at any length alike; the others have chunks, of 8 to 64 tokens."""
+"""Traced token by token, at any length alike; most others have chunks, of 8 to 64 tokens."""
 
 
 def inputs(*lengths):

@@ -237,6 +237,21 @@ class TestThroughTheBackend:
         torch._dynamo.reset()
         assert lacompile.last_report() is None
 
+    def test_the_trace_of_a_compilation_has_it(self):
+        """Everything else that PyTorch traces is made, too, the text of the rewritten graph among it."""
+        heard, trace = [], logging.getLogger("torch.__trace")
+        listener = logging.Handler()
+        listener.emit = heard.append
+        trace.addHandler(listener)
+        try:
+            torch._dynamo.reset()
+            torch.compile(undecayed, backend="lightning")(*qkv(2, 3, 8, 4, 6))
+        finally:
+            trace.removeHandler(listener)
+        told = {r.metadata["artifact"]["name"]: r.payload for r in heard if "artifact" in r.metadata}
+        found = lacompile.last_report()
+        assert found is not None and told["lacompile_rewrites"] == found.to_json()
+
     def test_a_dry_run_reports_the_same_and_changes_nothing(self):
         torch._dynamo.reset()
         args = qkv(2, 3, 8, 4, 6)

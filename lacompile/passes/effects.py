@@ -18,6 +18,8 @@ Storages = frozenset[int]
 NOWHERE: Storages = frozenset()
 ANYWHERE = 0
 """Stands for a storage that cannot be asked for: it may be any."""
+PLAIN = (torch.Tensor, int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+"""What a node may yield and be known whole."""
 
 
 @dataclass
@@ -44,8 +46,7 @@ class Effects:
     def note_result(self, node: fx.Node, result: Any) -> None:
         leaves = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
         self.lives[node] = self.lives.get(node, NOWHERE) | storages(leaves)
-        plain = torch.Tensor | int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool
-        if node not in self.writes and not (leaves and all(isinstance(x, plain) for x in leaves)):
+        if node not in self.writes and not (leaves and all(isinstance(x, PLAIN) for x in leaves)):
             self.impure.add(node)
 
     def boundary(self, gm: fx.GraphModule) -> Boundary:

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lacompile import explain
 from lacompile.testing import assert_rewritten
 
 from .drawn import qkv
@@ -60,8 +59,7 @@ TOKENS = {
 
 def right(program, *args, grads=True):
     """Whatever of it is rewritten, it computes what it did."""
-    torch._dynamo.reset()
-    assert_rewritten(program, *args, count=len(explain(program)(*args).rewrites), grads=grads, compiled=False)
+    assert_rewritten(program, *args, count=None, grads=grads, compiled=False)
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lacompile import explain
 from lacompile.passes.lift.domain.affine import Aff
 from lacompile.passes.lift.domain.digits import digits_of
 from lacompile.passes.lift.domain.space import Space
@@ -202,10 +201,7 @@ def test_other_keys(name, form, batch):
     def run(x, *w):
         return form(heads(x @ w[0], 2), OTHER_KEYS[name](x, w[1], 2), heads(x @ w[2], 2))
 
-    args = inputs(batch, 2)
-    torch._dynamo.reset()
-    count = len(explain(run)(*args).rewrites)
-    assert_rewritten(run, *args, count=count, compiled=False)
+    assert_rewritten(run, *inputs(batch, 2), count=None, compiled=False)
 
 
 def one_head_of_another_token(q, k, v):

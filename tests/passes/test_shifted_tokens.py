@@ -109,8 +109,7 @@ def test_functions_of_what_was_cut(name):
         n = k.shape[2]
         return (q[:, :, :n] @ k.mT * mask(slope, n)) @ v[:, :, :n]
 
-    torch._dynamo.reset()
-    assert_rewritten(run, *arguments(), count=len(explain(run)(*arguments()).rewrites), compiled=False)
+    assert_rewritten(run, *arguments(), count=None, compiled=False)
 
 
 def test_what_was_cut_is_not_zero():
@@ -119,14 +118,7 @@ def test_what_was_cut_is_not_zero():
     def cut(x):
         return F.pad(x[:, :, 1:], (0, 0, 1, 0))
 
-    torch._dynamo.reset()
-    inputs = arguments()
-    assert_rewritten(
-        lambda q, k, v, s: keys(cut)(q, k, v, s),
-        *inputs,
-        count=len(explain(keys(cut))(*inputs).rewrites),
-        compiled=False,
-    )
+    assert_rewritten(lambda q, k, v, s: keys(cut)(q, k, v, s), *arguments(), count=None, compiled=False)
 
 
 def test_shifted_round_the_end():

@@ -60,12 +60,18 @@ class TestRewritten:
         with pytest.raises(AssertionError, match="expected 2 rewrites, found 1"):
             assert_rewritten(undecayed, *qkv(length=24, dk=8), grads=False, count=2)
 
+    @pytest.mark.parametrize(("f", "found"), [(undecayed, 1), (bidirectional, 0)])
+    def test_any_number_of_rewrites(self, f, found):
+        report = assert_rewritten(f, *qkv(length=24, dk=8), grads=False, count=None, compiled=False)
+        assert len(report.rewrites) == found
+
     def test_wants_something_that_requires_a_gradient(self):
         with pytest.raises(ValueError, match="grads=False"):
             assert_rewritten(undecayed, *qkv(length=24, dk=8))
 
+    @pytest.mark.parametrize("count", [1, None])
     @pytest.mark.parametrize("at", ["forward", "backward"])
-    def test_fails_where_the_operator_is_wrong(self, monkeypatch, at):
+    def test_fails_where_the_operator_is_wrong(self, monkeypatch, at, count):
         from lacompile.kernels import cpu
 
         right = getattr(cpu, at)
@@ -77,7 +83,8 @@ class TestRewritten:
         monkeypatch.setattr(cpu, at, wrong)
         what = "output" if at == "forward" else "gradient of argument"
         with pytest.raises(AssertionError, match=f"{what}.*relative error 1.00e-03"):
-            assert_rewritten(undecayed, *qkv(length=24, dk=8, requires_grad=True), options={"validate": "off"})
+            args, options = qkv(length=24, dk=8, requires_grad=True), {"validate": "off"}
+            assert_rewritten(undecayed, *args, count=count, options=options, compiled=count is not None)
 
 
 class TestRefused:

@@ -7,9 +7,10 @@ those after it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..domain.affine import MAX_DIMS, Aff, Number
+from ..domain.exponent import Access, sub_access
 from ..domain.term import Term
 from .algebra import Algebra
 from .fit import as_steps
@@ -100,10 +101,11 @@ def _is_there(
     fixed = points(algebra, point, shape)
     if var in fixed and fixed[var] != at:
         return False
-    x = Aff.var(var)
-    moved = _without_range(algebra, ranged, var, ends).sub(algebra.space, {var: at})
-    if not _constants(moved) <= _constants(point):
+    x, there_at = Aff.var(var), {var: at}
+    accs = [sub_access(algebra.space, a, there_at) for a in ranged.accs]
+    if not _constants(accs) <= _constants(point.accs):  # asked before the rest is moved: it mostly is so
         return False
+    moved = _without_range(algebra, ranged, var, ends).sub(algebra.space, there_at)
     if var >= 0:
         moved = moved.but(guards=moved.guards | {x - at, at - x})
     there = algebra.normalise(moved, shape)
@@ -151,6 +153,6 @@ def _with_range(
     return rest.but(guards=rest.guards | {algebra.space.guard(x - moved[0]), algebra.space.guard(moved[1] - x)})
 
 
-def _constants(term: Term) -> Counter[tuple[int, int, Number]]:
-    """Where the accesses read a constant place: (leaf, dimension, place), which normalisation adds to and keeps."""
-    return Counter((leaf, n, i.const) for leaf, idx in term.accs for n, i in enumerate(idx) if not i.terms)
+def _constants(accs: Iterable[Access]) -> Counter[tuple[int, int, Number]]:
+    """Where accesses read a constant place: (leaf, dimension, place), which normalisation adds to and keeps."""
+    return Counter((leaf, n, i.const) for leaf, idx in accs for n, i in enumerate(idx) if not i.terms)

@@ -113,3 +113,35 @@ def test_keys_that_are_a_sum_of_a_number_and_the_values():
         return torch.stack(out, 2)
 
     assert_rewritten(run, *arguments(), compiled=False)
+
+
+FEATURES = {"plain": lambda x: x, "elu": lambda x: torch.nn.functional.elu(x) + 1}
+
+
+def read_above(features, decay, least):
+    """q (z + eps), the number ``least(t)`` of each token added to the state of the normaliser where it is read."""
+
+    def run(q, k, v, *_):
+        q, k, (s, z), out = features(q), features(k), (0.0, 0.0), []
+        for t in range(N):
+            s = decay * s + k[:, :, t, :, None] * v[:, :, t, None]
+            z = decay * z + k[:, :, t]
+            below = (q[:, :, t] * (z + least(t))).sum(-1, keepdim=True)
+            out.append((q[:, :, t, :, None] * s).sum(-2) / (below.square() + 1))
+        return torch.stack(out, 2)
+
+    return run
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("features", FEATURES)
+def test_a_number_beside_a_state_that_is_read(features, decay):
+    assert_rewritten(read_above(FEATURES[features], decay, lambda t: 1e-2), *arguments(), count=2, compiled=False)
+
+
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+@pytest.mark.parametrize("other", [0, 3])
+def test_another_number_for_one_token(other, decay):
+    """Rewritten or not, it stays what it is."""
+    least = read_above(FEATURES["plain"], decay, lambda t: 0.5 if t == other else 1e-2)
+    assert_rewritten(least, *arguments(), count=None, compiled=False)

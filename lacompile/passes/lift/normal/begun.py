@@ -20,8 +20,17 @@ from .weights import logarithm, size_as_weight
 aten = torch.ops.aten
 
 
-def opened(space: Space, leaves: Leaves, t: Term, tokens: Collection[int]) -> list[Term]:
-    """``w (s + k)`` as ``w k`` and ``w s``, where the leaf of k is one of these and s has fewer dimensions."""
+def opened(
+    space: Space,
+    leaves: Leaves,
+    t: Term,
+    tokens: Collection[int],
+    numbers: Collection[tuple[tuple[int, ...], float]] = (),
+) -> list[Term]:
+    """``w (s + k)`` as ``w k`` and ``w s``, where the leaf of k is one of these and s has fewer dimensions.
+
+    A number s is a weight, but where it stands before the same factors elsewhere: ``numbers``.
+    """
     for a in t.accs:
         for start, token in _as_sum(leaves, a):
             if not isinstance(token, tuple) or token[0] not in tokens:
@@ -30,7 +39,8 @@ def opened(space: Space, leaves: Leaves, t: Term, tokens: Collection[int]) -> li
             rest.remove(a)
             added = t.but(accs=tuple(sorted((*rest, token))))
             if not isinstance(start, tuple):
-                return [added, size_as_weight(t.but(coef=t.coef * start, accs=tuple(rest)))]
+                apart = t.but(coef=t.coef * start, accs=tuple(rest))
+                return [added, apart if _factors(apart) in numbers else size_as_weight(apart)]
             if space.vars_of(start[1]) < space.vars_of(token[1]):
                 return [added, t.but(accs=tuple(rest), exp=t.exp + logarithm(leaves, [start]))]
     return [t]
@@ -42,8 +52,14 @@ def opened_beside(space: Space, leaves: Leaves, pieces: Sequence[Sequence[Term]]
     out = []
     for n, terms in enumerate(pieces):
         others = set[int]().union(*held[:n], *held[n + 1 :])
-        out.append([x for t in terms for x in (opened(space, leaves, t, others) if _alone(t, others) else (t,))])
+        numbers = {_factors(t) for m, beside in enumerate(pieces) if m != n for t in beside}
+        found = ([t] if not _alone(t, others) else opened(space, leaves, t, others, numbers) for t in terms)
+        out.append([x for opening in found for x in opening])
     return out
+
+
+def _factors(t: Term) -> tuple[tuple[int, ...], float]:
+    return t.signature, t.coef
 
 
 def _alone(t: Term, others: Collection[int]) -> bool:

@@ -196,3 +196,83 @@ def test_a_state_that_goes_on_to_the_next_sequence(form):
 
     report = assert_rewritten(run, *inputs(), compiled=False)
     assert report.rewrites[0].length == str(B * N)
+
+
+# ------------------------------------------------------------------------------- rows of what a loop has written
+
+
+def filled(x, w, read=lambda out: None):
+    """What each token reads, written into its place of one tensor; ``read`` is told of it after each write."""
+    q, k, v = (y.view(B, N, H, D) for y in (x @ w).chunk(3, -1))
+    state, out, seen = x.new_zeros(B, H, D, D), x.new_zeros(B, N, H, D), []
+    for t in range(N):
+        state = 0.9 * state + k[:, t, :, :, None] * v[:, t, :, None, :]
+        out[:, t] = (q[:, t, :, None, :] @ state)[:, :, 0]
+        seen.append(read(out))
+    return out, [y for y in seen if y is not None]
+
+
+OF_ROWS = {
+    "a norm": lambda rows: F.layer_norm(rows, (C,)),
+    "groups of each row": lambda rows: F.group_norm(rows, H),
+    "a product": lambda rows: rows @ torch.ones(C, C).tril(),
+}
+
+
+@pytest.mark.parametrize("join", [lambda o: o.view(B * N, C), lambda o: o.reshape(-1, C)], ids=["view", "reshape"])
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_rows_of_what_was_written(name, join):
+    def run(x, w):
+        return OF_ROWS[name](join(filled(x, w)[0])).view(B, N, C)
+
+    report = assert_rewritten(run, *inputs(), compiled=False)
+    assert report.rewrites[0].length == str(N)
+
+
+def test_rows_that_are_read_half_way_too():
+    """Those were other numbers then."""
+
+    def run(x, w):
+        out, seen = filled(x, w, lambda out: F.layer_norm(out.reshape(B * N, C).clone(), (C,)))
+        return F.layer_norm(out.reshape(B * N, C), (C,)), seen[2]
+
+    assert_rewritten(run, *inputs(), compiled=False)
+
+
+def twice(out):
+    out.mul_(2)
+
+
+def nothing(out):
+    out.zero_()
+
+
+def one_row(out):
+    out[:, 3] = 1
+
+
+@pytest.mark.parametrize("write", [twice, nothing, one_row])
+def test_what_is_written_after_the_rows_were_read(write):
+    """They are not computed from what the tensor is in the end."""
+
+    def run(x, w):
+        out = filled(x, w)[0]
+        rows = F.layer_norm(out.reshape(B * N, C).clone(), (C,))
+        write(out)
+        return rows
+
+    assert_refused(run, *inputs(), obligation="causal-range", options={"validate": "off"})
+
+
+@pytest.mark.parametrize("write", [twice, one_row])
+def test_the_result_is_what_was_written_last(write):
+    def run(x, w):
+        out = filled(x, w)[0]
+        rows = F.layer_norm(out.reshape(B * N, C).clone(), (C,))
+        write(out)
+        return rows, out
+
+    args = inputs()
+    torch._dynamo.reset()
+    count = len(explain(run)(*args).rewrites)
+    assert_rewritten(run, *args, count=count, compiled=False, options={"validate": "off"})

@@ -363,10 +363,8 @@ def test_heads_apart_of_which_each_is_written_chunk_by_chunk(other):
             outs.append(out)
         return torch.stack(outs, 1)
 
-    if other:
-        assert_refused(f, q, k, v, gate, options=OFF)
-    else:
-        assert_rewritten(f, q, k, v, gate, compiled=False, options=OFF)
+    # one attention of three heads, or the two heads that are attentions by themselves
+    assert_rewritten(f, q, k, v, gate, count=1 + other, compiled=False, options=OFF)
 
 
 def leaves(length, dtype=torch.float32):

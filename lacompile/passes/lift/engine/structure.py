@@ -169,7 +169,7 @@ class Structure(Program):
 
     def _one_matrix_of_several(self, t: Term, a: Access) -> bool:
         """Whether it is a layer's matrix, and no token: what it projects is read at no place of as many."""
-        if self.leaves[a[0]].parameter:
+        if self.of_parameters(a[0]):
             return True
         data = self.leaves.tensors(t.accs)
         if len(data) != 2 or a not in data or not t.bound(self.space):

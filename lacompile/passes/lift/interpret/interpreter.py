@@ -268,8 +268,15 @@ class Interpreter:
         return self._constants.fitted
 
     def sources(self, node: fx.Node) -> list[fx.Node]:
-        """The values that a node is computed from, those that were written into it since among them."""
+        """The values that a node is computed from, those that were written into it since among them.
+
+        Of one that was written into before the node read it that is the later value, unless more was written since.
+        """
         out = list(node.all_input_nodes)
+        for given in out:
+            known = self.facts.get(given)
+            if known is not None and all(w < node for w in self._memory.record(known.tensor).root.writers):
+                self._current(given)
         fact = self.facts.get(node)
         if fact is not None and fact.after is not None:
             for writer in self._memory.record(fact.tensor).root.writers:

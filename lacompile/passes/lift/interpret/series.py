@@ -75,7 +75,9 @@ class SeriesTable:
     def __init__(self, leaves: Leaves, unnamed: Callable[[Val, Val], bool]):
         self._leaves, self._unnamed = leaves, unnamed
         self._found: dict[Any, tuple[int, Series]] = {}
+        self._begun: dict[Any, list[tuple[int, Series]]] = {}  # of one token, by what their next call may be too
         self._calls: dict[tuple[int, int], Any] = {}  # by series and place: the numbers that the call was given
+        self._names: dict[tuple[int, int], Any] = {}  # likewise: what the call was, as two may begin one series
 
     def piece(
         self,
@@ -110,12 +112,14 @@ class SeriesTable:
         how, place, numbers = reading
         _, dim, stacked, *_ = how
         for nth in count():
-            leaf, series = self._series((*how, *rest, nth), kind)
+            leaf, series = self._series((*how, *rest, nth), kind, place)
             if self._calls.setdefault((leaf, place.start), numbers) == numbers:
                 break  # with other numbers the same call is another one
-        again = call.repeatable and series.pieces.get(place.start, (None, 0))[1] == place.length
+        named = how, place.length
+        again = call.repeatable and self._names.get((leaf, place.start)) == named
         if not again and not series.add(node, place.start, place.length):
             return None
+        self._names.setdefault((leaf, place.start), named)
         series.as_made &= call.as_made
         return leaf, _piece_at(place.start, dim, shape, stacked)
 
@@ -148,13 +152,33 @@ class SeriesTable:
         series.as_made &= call.as_made
         return leaf, _piece_at(found.last, dim, shape, stacked=True)
 
-    def _series(self, key: Any, kind: Opaque) -> tuple[int, Series]:
+    def _series(self, key: Any, kind: Opaque, place: Place) -> tuple[int, Series]:
         if key not in self._found:
             (_, _, args, _), dim, stacked, rest, length, dtype, _, bounds, _ = key
+            if (begun := self._first_token(key, place)) is not None:
+                self._found[key] = begun
+                return begun
             series = Series(dim, stacked, _whole_access(args, self._leaves))
             leaf = Leaf(replace(kind, node=None, series=series), (*rest[:dim], length, *rest[dim:]), dtype, *bounds)
             self._found[key] = self._leaves.add(leaf), series
+            if place.length == 1:
+                self._begun.setdefault((_but_for_tokens(key), place.start + 1), []).append(self._found[key])
         return self._found[key]
+
+    def _first_token(self, key: Any, place: Place) -> tuple[int, Series] | None:
+        """The series that a call on a token and on those before it goes on with; None if it is none.
+
+        Of a first token there is none before it, or one that came in: the same function has another argument there.
+        """
+        if not _reads_earlier(key):
+            return None
+        begun = self._begun.get((_but_for_tokens(key), place.start), [])
+        while begun:
+            leaf, series = begun.pop(0)
+            if len(series.pieces) == 1:
+                series.of = None  # what the first call was given is no place of what the others are
+                return leaf, series
+        return None
 
     # -------------------------------------------------------------------------------------------- what names a series
 
@@ -208,10 +232,10 @@ class SeriesTable:
     def _argument(self, v: Val, dtype: torch.dtype, place: Place, nth: int) -> Argument:
         t = _one_product(v)
         accs = tuple(
-            (leaf, tuple(HERE if p == place else i for i, p in self._indices(leaf, idx, v.shape, nth)))
+            (leaf, tuple(_from_here(i, p, place) for i, p in self._indices(leaf, idx, v.shape, nth)))
             for leaf, idx in t.accs
         )
-        at_place = any(HERE in idx for _, idx in accs)
+        at_place = any(_is_here(i) for _, idx in accs for i in idx)
         return Argument(t.but(accs=accs), _sizes(v.shape, place) if at_place else v.shape, dtype)
 
     def _places(self, v: Val, nth: int) -> Iterator[Place]:
@@ -283,14 +307,55 @@ def _of_token(found: Iterable[Place]) -> Place:
     """The place that moves from call to call: of several that of one token, or the first; the rest name the call.
 
     A head is a part of the features of a token, or a place of its own among fewer; so are the halves that are turned.
+    Of several tokens it is the last.
     """
     places = set(found)
     if not places:
         raise NoPlace
     first = min(places, key=lambda p: (p.length != 1, p.dim, -p.of.const if p.of.is_const else 0, p.start))
-    if any(replace(p, start=first.start) == first for p in places - {first}):  # two tokens
-        raise NoPlace
-    return first
+    return max((p for p in places if _beside(p, first)), key=lambda p: p.start)
+
+
+def _beside(p: Place, place: Place) -> bool:
+    """Whether both are places of one dimension, equally long."""
+    return replace(p, start=place.start) == place
+
+
+def _from_here(i: Aff, p: Place | None, place: Place) -> Aff:
+    """An index at this place, or at one beside it, counted from it."""
+    return i if p is None or not _beside(p, place) else HERE + (p.start - place.start)
+
+
+def _is_here(i: Aff) -> bool:
+    return i - i.const == HERE
+
+
+def _arguments(named: Any) -> Iterator[Argument]:
+    """Those of a call, in nested lists too."""
+    if isinstance(named, Argument):
+        yield named
+    elif isinstance(named, tuple):
+        for x in named:
+            yield from _arguments(x)
+
+
+def _reads_earlier(key: Any) -> bool:
+    """Whether what a series is named by reads tokens before the last one."""
+    (_, _, args, kwargs), *_ = key
+    at = (i for a in _arguments((args, kwargs)) for _, idx in a.value.accs for i in idx)
+    return any(_is_here(i) and i != HERE for i in at)
+
+
+def _but_for_tokens(key: Any) -> Any:
+    """What a series is named by, without what it is of the tokens that its calls are given."""
+
+    def without(named: Any) -> Any:
+        if isinstance(named, Argument) and any(_is_here(i) for _, idx in named.value.accs for i in idx):
+            return named.shape, named.dtype
+        return tuple(map(without, named)) if isinstance(named, tuple) else named
+
+    (op, target, args, kwargs), *rest = key
+    return op, target, without(args), without(kwargs), *rest
 
 
 def _whole_access(args: tuple[Any, ...], leaves: Leaves) -> Access | None:

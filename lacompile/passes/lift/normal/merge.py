@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from ..domain.affine import MAX_DIMS, Aff
 from ..domain.term import Term
@@ -38,8 +39,8 @@ def merge_sum(
         limit = min(limit, FEW)
     done: dict[Term, None] = {}  # in order
     alike: dict[tuple[int, ...], list[Term]] = {}  # the same by their leaves: others do not merge
-    for raw in terms:
-        new = algebra.normalise(raw, shape)
+    for each in _multiples(algebra, terms, shape):
+        new = algebra.normalise(each, shape)
         while new is not None:
             candidates = alike.setdefault(new.signature, [])
             for n in range(len(candidates) - 1, -1, -1):
@@ -61,6 +62,31 @@ def merge_sum(
     return tuple(done)
 
 
+def _multiples(algebra: Algebra, terms: Iterable[Term], shape: tuple[Aff, ...]) -> list[Term]:
+    """The same sum, multiples of one term as one before a line is laid through one of them: ``s + b (k v - s)``."""
+    found: dict[Any, list[Term]] = {}
+    for raw in terms:
+        new = algebra.normalise(raw, shape)
+        if new is None:
+            continue
+        group = found.setdefault((new.guards, new.accs, new.poly), [])
+        for n, known in enumerate(group):
+            if (one := _one_multiple(known, new)) is not None:
+                group[n] = one
+                break
+        else:
+            group.append(new)
+    return [t for group in found.values() for t in group]
+
+
+def _one_multiple(a: Term, b: Term) -> Term | None:
+    """One term for two that differ by a number alone."""
+    if a.guards != b.guards or a.accs != b.accs or a.poly != b.poly or math.isinf(a.coef + b.coef):
+        return None
+    apart = (b.exp - a.exp).number
+    return None if apart is None else a.but(coef=a.coef + b.coef * math.exp(apart))
+
+
 def merged(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
     """One term for two; that there is none is found once for an analysis, as sums grow by a few terms at a time."""
     known = algebra.unmerged_in(shape)
@@ -76,9 +102,8 @@ def merged(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term |
 def _merge(algebra: Algebra, a: Term, b: Term, shape: tuple[Aff, ...]) -> Term | None:
     if a.guards == b.guards and a.body == b.body:
         return a.but(coef=a.coef + b.coef)
-    if a.guards == b.guards and a.accs == b.accs and a.poly == b.poly and not math.isinf(a.coef + b.coef):
-        if (apart := (b.exp - a.exp).number) is not None:
-            return a.but(coef=a.coef + b.coef * math.exp(apart))
+    if (one := _one_multiple(a, b)) is not None:
+        return one
     if a.guards == b.guards and a.body[1:] == b.body[1:] and not math.isinf(a.coef + b.coef):
         return a.but(coef=1.0, poly=a.poly * a.coef + b.poly * b.coef)
     if a.body == b.body and same(a.coef, -b.coef):

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from .sass import overwritten, products_from_registers
+
 # name: (kernel, element type, Dk, Dv, per-token decay, tensor descriptors, bytes of stack per thread that are let pass)
 CASES = {
     "hopper forward bf16 64 shared": ("hopper forward 2", "bf16", 64, 64, False, True, 0),
@@ -192,11 +194,15 @@ def compiled(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bo
         {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if is_aligned(name, types.get(name, ""))},
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=made_of.options)
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
-        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+        asked = {"cuobjdump": "--dump-resource-usage", "nvdisasm": "-c"}
+        usage, listing = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True).stdout
+            for tool, option in asked.items()
+        )
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, usage
     rest = [const.get(name, 1) for name in names if not name.endswith(("_ptr", "_source", "_target", "_full", "_part"))]
@@ -207,6 +213,8 @@ def compiled(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bo
         "stack": int(found[2]),
         "shared": made.metadata.shared,
         "products": made.asm["ptx"].count("wgmma.mma_async"),
+        "from_registers": products_from_registers(listing),
+        "overwritten": overwritten(listing),
         "packed": layout and layout.sizes,
         "taken": parameter_sizes(made.asm["ptx"]),
     }
@@ -217,7 +225,8 @@ def results() -> dict[str, dict[str, Any]]:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.kernels.test_compile_sm90"]
+    done = subprocess.run(command, env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -230,6 +239,24 @@ def test_fits(case, results):
     assert found["shared"] <= 227 * 1024, found
     if kernel.split()[0] in ("hopper", "forward", "backward", "contributions"):
         assert found["products"] > 0, "no warp-group products: a tile too small for Hopper's tensor cores"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_operand_is_overwritten(case, results):
+    """Registers that the tensor cores read are left alone until they have."""
+    found = results[case]
+    assert found["from_registers"] or not case.startswith("hopper")
+    assert not found["overwritten"]
+
+
+def test_an_operand_that_is_overwritten_is_seen():
+    lines = [
+        "HGMMA.64x32x16.F32.BF16 R116, R136, gdesc[UR48], RZ, !UPT", "@P0 FADD R140, R1, R2", "LDS.64 R135, [R3]",
+        "STS [R137], R1", "WARPGROUP.DEPBAR.LE gsb0, 0x0", "MOV R136, R2", "HGMMA.64x64x16.F32 R24, gdesc[UR4], R24",
+    ]  # fmt: skip
+    listing = "\n".join(f"        /*54{n}0*/                   {line} ;" for n, line in enumerate(lines))
+    assert products_from_registers(listing) == 1
+    assert overwritten(listing) == ["LDS.64 R135, [R3]"]
 
 
 @pytest.mark.parametrize("case", CASES)

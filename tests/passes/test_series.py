@@ -169,6 +169,26 @@ def test_noise_is_drawn_for_each_use():
     assert_refused(run, tokens(), options={"validate": "off"})
 
 
+ZEROS = {
+    "numbers": lambda x: (0.0, -0.0),
+    "tensors": lambda x: (torch.tensor(0.0), torch.tensor(-0.0)),
+    "of data": lambda x: (x * 0, -(x * 0)),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_zeros_of_two_signs(name):
+    """The same number, and of a function that tells them apart not the same call."""
+
+    def signed(x_t, n):
+        return torch.copysign(x_t.cos(), ZEROS[name](x_t.detach())[n])
+
+    def run(x):
+        return loop(x, lambda x_t: signed(x_t, 0), lambda x_t: signed(x_t, 1), torch.tanh)
+
+    assert_rewritten(run, tokens(), count=None, compiled=False, options={"validate": "off"})
+
+
 def test_the_order_of_the_places():
     """A series says nothing of the order in which the program goes through it."""
 

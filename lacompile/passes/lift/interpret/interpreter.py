@@ -19,7 +19,7 @@ from ..domain.term import Val
 from ..engine import Engine, GiveUp, Unmerged
 from ..inputs.alike import Equal
 from ..inputs.statics import Statics
-from ..transfer import Op, transfer
+from ..transfer import TELL_ZEROS_APART, Op, transfer
 from .constants import Constants
 from .fact import Fact, given_to
 from .loops import LoopResults
@@ -109,7 +109,7 @@ class Interpreter:
 
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         op = Op(self.engine, func, args, kwargs, out, dtypes)
-        self._repeatable &= func.namespace == "aten"
+        self._repeatable &= func.namespace == "aten" and func.overloadpacket not in TELL_ZEROS_APART
         self._runs_pytorch &= func.namespace == "aten"
         self.engine.running = self._node
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -53,18 +54,30 @@ def twins(seeds: Iterable[int], *, turned: bool = False) -> Iterator[Finding]:
         exact = run(program.build(), program, exact=True)
         for attempt in range(TRIES):
             source = twin(program.source, TRIES * seed + attempt)
-            changed = None if source is None else _runs(program, source)
+            changed = None if source is None else runs(program, source)
             if source is not None and changed is not None and differ(exact, changed, SAME):
                 yield _judged(seed, program, source, changed, None)
                 break
 
 
-def _runs(program: Program, source: str) -> Run | None:
+def runs(program: Program, source: str) -> Run | None:
+    """What a change of a program computes in fp64; None if it is no program, or its numbers are too large."""
     try:
-        made = run(program.build(source), program, exact=True)
+        with _poisoned():
+            made = run(program.build(source), program, exact=True)
     except Exception:  # a change may break anything: shapes, names, dtypes
         return None
     return made if all(bool((x.abs() < LARGEST).all()) for x in made.all) else None
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """Memory that is made without values holds NaN: a program that reads where it has not written computes nothing."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _is_the_fact(program: Program, exact: Run) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from .choices import shrink
 from .program import write
-from .survey import equivalents, twins
+from .survey import equivalents, runs, twins
 
 BLOCK = 15
 MISSED = {35}
@@ -30,6 +30,15 @@ def test_near_twins_are_not_taken_for_what_they_are_not(start, turned):
     assert len(found) > BLOCK / 2
     bad = [f for f in found if f.outcome in ("wrong", "rounding", "failed")]
     assert not bad, "\n\n".join(map(str, bad))
+
+
+def test_what_reads_where_nothing_was_written_is_no_twin():
+    """It would be compared by what memory held before, which no run has in common with another."""
+    program = write(3)
+    before, returned = program.source.rsplit("return ", 1)
+    assert runs(program, f"{before}return {returned}") is not None
+    first = returned.split(",")[0].strip()
+    assert runs(program, f"{before}return {first} + torch.empty_like({first})") is None
 
 
 def test_a_program_is_its_record():

@@ -245,7 +245,7 @@ ROWS = [
     row("`naive_recurrent_kda`", "delta rule", kda_tokens, 4, 0, "recurrence"),
     row("`naive_chunk_kda`", "delta rule", kda_chunks, 16, 0, "recurrence"),
     row("`naive_recurrent_comba`", "delta rule", comba, 4, 0, "recurrence"),
-    row("`naive_mesa_net_exact`", "other", mesa, 4),
+    row("`naive_mesa_net_exact`", "other", mesa, 4, 1, "separable"),
     row("`naive_mesa_net_CG`", "other", mesa_chunks, 16, 2, "separable"),
     row("`naive_log_linear_attn`", "other", log_linear, 8, 0, "causal-range"),
     row("`naive_forgetting_attn`", "other", forgetting, 24, 0, "separable"),

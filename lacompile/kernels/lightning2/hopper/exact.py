@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..factors import FACTORS
 from .digits import digits, post, product, room, room_for_digits, tiles_at, turned
 from .outputs import weight_of
-from .state import head_to_state, state_offsets
+from .state import head_to_state, load_state, store_mark, store_state
 from .tiles import async_load, async_store, chunk_at
 
 SLICE = gl.constexpr(64)
@@ -123,8 +123,7 @@ def attend_exactly(
     ask(a_source, batch, a_head, at, 0, a_here, a_room.index(0), True)
     ask(c_source, batch, c_head, at, column, c_here, c_room.index(0), True)
     if HAS_START:
-        at_state, in_state = state_offsets(column, of_state, DK, DV, BK, BV, TRANSPOSED)
-        state = gl.load(start_ptr + at_state, mask=in_state, other=0.0)
+        state = load_state(start_ptr, column, of_state, DK, DV, BK, BV, TRANSPOSED)
     else:
         state = gl.zeros([BV, BK], gl.float32, layout=of_state)
     row = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, of_scores))[:, None]
@@ -142,11 +141,8 @@ def attend_exactly(
         place = gl.minimum(stop - 1 - at, 0)
         a_tile, b_tile = a_room.index(place), b_room.index(place)
         c_tile, y_tile = c_room.index(place), y_room.index(place)
-        b_digits, c_digits, state_digits = (
-            tiles_at(b_rooms, place),
-            tiles_at(c_rooms, place),
-            tiles_at(state_rooms, place),
-        )
+        b_digits, c_digits = tiles_at(b_rooms, place), tiles_at(c_rooms, place)
+        state_digits = tiles_at(state_rooms, place)
         gap, from_state, to_state, whole = decays_of_chunk(
             factors_ptr, at, stop, g_head, row, col, t, t_state, CHUNK, REVERSE, PER_TOKEN
         )
@@ -198,14 +194,11 @@ def attend_exactly(
         # Between the stores and the first barrier after them, which also says that all products of the chunk are made.
         fence_async_shared()
         if AUDIT:
-            border = at if REVERSE else at + CHUNK
-            if (border % span == 0) | (border >= length):
-                mark = (gl.cdiv(border, span) - (0 if REVERSE else 1)).to(gl.int64) * (DK * DV)
-                at_state, in_state = state_offsets(column + place, of_state, DK, DV, BK, BV, TRANSPOSED)
-                gl.store(marks_ptr + mark + at_state, state.to(marks_ptr.dtype.element_ty), mask=in_state)
+            store_mark(
+                marks_ptr, state, at, length, span, column + place, of_state, DK, DV, CHUNK, REVERSE, TRANSPOSED,
+            )  # fmt: skip
         async_store(y_target, [batch, y_head, at, column], y_tile)
     tma.store_wait(0)
     if STORE_END:
         if store_end:
-            at_state, in_state = state_offsets(column + gl.minimum(begin, 0), of_state, DK, DV, BK, BV, TRANSPOSED)
-            gl.store(end_ptr + at_state, state, mask=in_state)
+            store_state(end_ptr, state, column + gl.minimum(begin, 0), of_state, DK, DV, TRANSPOSED)

@@ -55,6 +55,53 @@ def state_offsets(
 
 
 @gluon.jit
+def load_state(
+    start_ptr,
+    column,
+    layout: gl.constexpr,
+    DK: gl.constexpr,
+    DV: gl.constexpr,
+    BK: gl.constexpr,
+    BV: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    """The columns of a state that a segment begins with."""
+    at_state, in_state = state_offsets(column, layout, DK, DV, BK, BV, TRANSPOSED)
+    return gl.load(start_ptr + at_state, mask=in_state, other=0.0)
+
+
+@gluon.jit
+def store_state(
+    target_ptr, state, column, layout: gl.constexpr, DK: gl.constexpr, DV: gl.constexpr, TRANSPOSED: gl.constexpr
+):
+    """Writes columns of a state, in the target's dtype."""
+    at_state, in_state = state_offsets(column, layout, DK, DV, state.shape[1], state.shape[0], TRANSPOSED)
+    gl.store(target_ptr + at_state, state.to(target_ptr.dtype.element_ty), mask=in_state)
+
+
+@gluon.jit
+def store_mark(
+    marks_ptr,
+    state,
+    at,
+    length,
+    span,
+    column,
+    layout: gl.constexpr,
+    DK: gl.constexpr,
+    DV: gl.constexpr,
+    CHUNK: gl.constexpr,
+    REVERSE: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    """Writes the state behind the chunk at ``at``, or backwards before it, down where a span ends."""
+    border = at if REVERSE else at + CHUNK
+    if (border % span == 0) | (border >= length):
+        mark = (gl.cdiv(border, span) - (0 if REVERSE else 1)).to(gl.int64) * (DK * DV)
+        store_state(marks_ptr + mark, state, column, layout, DK, DV, TRANSPOSED)
+
+
+@gluon.jit
 def carry_state(
     b_tiles,
     c_tiles,
@@ -95,8 +142,7 @@ def carry_state(
     of_c: gl.constexpr = accumulator(CHUNK)
     operand: gl.constexpr = gl.DotOperandLayout(0, of_state, 2)
     if HAS_START:
-        at_state, in_state = state_offsets(column, of_state, DK, DV, BK, BV, TRANSPOSED)
-        state = gl.load(start_ptr + at_state, mask=in_state, other=0.0)
+        state = load_state(start_ptr, column, of_state, DK, DV, BK, BV, TRANSPOSED)
     else:
         state = gl.zeros([BV, BK], gl.float32, layout=of_state)
     t = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, of_c))[None, :]
@@ -139,13 +185,11 @@ def carry_state(
         weighted = weighted_ahead
         if AUDIT:
             at = chunk_at(step, begin, chunks, CHUNK, REVERSE)
-            border = at if REVERSE else at + CHUNK
-            if (border % span == 0) | (border >= length):
-                mark = (gl.cdiv(border, span) - (0 if REVERSE else 1)).to(gl.int64) * (DK * DV)
-                # The offsets are worked out anew in a way that no compiler knows: it would keep them, and spill.
-                at_state, in_state = state_offsets(column + gl.minimum(step, 0), of_state, DK, DV, BK, BV, TRANSPOSED)
-                gl.store(marks_ptr + mark + at_state, state.to(marks_ptr.dtype.element_ty), mask=in_state)
+            # The offsets are worked out anew in a way that no compiler knows: it would keep them, and spill.
+            apart = column + gl.minimum(step, 0)
+            store_mark(
+                marks_ptr, state, at, length, span, apart, of_state, DK, DV, CHUNK, REVERSE, TRANSPOSED,
+            )  # fmt: skip
     if STORE_END:
         if store_end:
-            at_state, in_state = state_offsets(column + gl.minimum(begin, 0), of_state, DK, DV, BK, BV, TRANSPOSED)
-            gl.store(end_ptr + at_state, state, mask=in_state)
+            store_state(end_ptr, state, column + gl.minimum(begin, 0), of_state, DK, DV, TRANSPOSED)

@@ -40,7 +40,7 @@ def merge_sum(
     done: dict[Term, None] = {}  # in order
     alike: dict[tuple[int, ...], list[Term]] = {}  # the same by their leaves: others do not merge
     for each in _multiples(algebra, terms, shape):
-        new = algebra.normalise(each, shape)
+        new: Term | None = each
         while new is not None:
             candidates = alike.setdefault(new.signature, [])
             for n in range(len(candidates) - 1, -1, -1):
@@ -63,7 +63,7 @@ def merge_sum(
 
 
 def _multiples(algebra: Algebra, terms: Iterable[Term], shape: tuple[Aff, ...]) -> list[Term]:
-    """The same sum, multiples of one term as one before a line is laid through one of them: ``s + b (k v - s)``."""
+    """The same sum of normal terms, multiples of one as one before a line is laid through any: ``s + b (k v - s)``."""
     found: dict[Any, list[Term]] = {}
     for raw in terms:
         new = algebra.normalise(raw, shape)
@@ -72,7 +72,8 @@ def _multiples(algebra: Algebra, terms: Iterable[Term], shape: tuple[Aff, ...]) 
         group = found.setdefault((new.guards, new.accs, new.poly), [])
         for n, known in enumerate(group):
             if (one := _one_multiple(known, new)) is not None:
-                group[n] = one
+                left = algebra.normalise(one, shape)
+                group[n : n + 1] = [] if left is None else [left]
                 break
         else:
             group.append(new)

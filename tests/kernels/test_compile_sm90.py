@@ -71,6 +71,10 @@ CASES = {
 }
 
 
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""By name: PyTorch is for the process that compiles."""
+
+
 @dataclass
 class Case:
     """A kernel, its compile-time arguments, the columns of its tiles, and what it is launched with."""
@@ -94,7 +98,7 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
     from lacompile.kernels.lightning2.hopper.forward import forward_kernel as hopper_forward
     from lacompile.kernels.tuning import space
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[element]
+    dtype = getattr(torch, DTYPES[element])
     name, _, place = name.partition(" ") if name.split()[0] in ("forward", "backward") else (name, "", "")
     v, k = (space.portables(*sizes, dtype)[int(place or 0)] for sizes in ((dk, dv), (dv, dk)))
     pre = launch.prepass_config(dk, dv, dtype)
@@ -176,7 +180,7 @@ def compiled(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bo
     made_of = case(name, element, dk, dv, per_token, tma)
     const, columns, gluon = made_of.constants, made_of.columns, name.startswith("hopper")
     names = made_of.kernel.arg_names
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[element]
+    dtype = getattr(torch, DTYPES[element])
     layout = swizzled(dtype)
     types = {name: "i32" for name in names if name not in const} | {"scale": "fp32"}
     for name in names:

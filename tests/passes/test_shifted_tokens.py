@@ -211,9 +211,7 @@ def every_token(x, before, read):
 def test_other_tokens_before(goes_on):
     """Rewritten or not, they are what they are: each call is what the program computed."""
     module = Mixing(halves, lambda x: x[:, 0], goes_on)
-    torch._dynamo.reset()
-    count = len(explain(module)(sequence()).rewrites)
-    assert_rewritten(module, sequence(), count=count, compiled=False, options={"validate": "off"})
+    assert_rewritten(module, sequence(), count=None, compiled=False, options={"validate": "off"})
 
 
 class OtherWeights(Mixing):
@@ -238,9 +236,7 @@ class LastIsOther(Mixing):
 @pytest.mark.parametrize("module", [OtherWeights, OtherShares, LastIsOther])
 def test_a_token_of_another_kind(module):
     """Rewritten or not, they are what they are."""
-    torch._dynamo.reset()
-    count = len(explain(module(halves))(sequence()).rewrites)
-    assert_rewritten(module(halves), sequence(), count=count, compiled=False, options={"validate": "off"})
+    assert_rewritten(module(halves), sequence(), count=None, compiled=False, options={"validate": "off"})
 
 
 class AlsoAlone(Mixing):
@@ -286,9 +282,7 @@ class OutOfOrder(Mixing):
 @pytest.mark.parametrize("module", [AlsoAlone, AloneFirst, OutOfOrder])
 def test_a_call_that_only_looks_like_another(module):
     """Two functions of tokens may be one for the first; everywhere else they are two."""
-    torch._dynamo.reset()
-    count = len(explain(module(halves), validate="off")(sequence()).rewrites)
-    assert_rewritten(module(halves), sequence(), count=count, compiled=False, options={"validate": "off"})
+    assert_rewritten(module(halves), sequence(), count=None, compiled=False, options={"validate": "off"})
 
 
 def test_what_was_read_is_no_token():

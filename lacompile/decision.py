@@ -28,6 +28,7 @@ from .passes.lift import Analysis, analyse
 from .passes.rewrite import rewrite
 from .passes.row_sums import worthwhile
 from .passes.schedule import Schedule
+from .passes.short_convs import short_convolutions
 from .passes.steps import lone_step
 from .passes.validate import Validation, validate
 from .passes.vmaps import without_vmaps
@@ -193,14 +194,18 @@ def _own(
     validated = [v for m, v in zip(kept, validated, strict=True) if m in worth]
     kept = batched(schedule, worth)
     rewritten, used = None, {id(f) for m in kept for f in m.facts}
+    notes: tuple[str, ...] = ()
     if kept and not options.dry_run:
-        made = rewrite(schedule, kept, torch.ops.lacompile.decayed_attention.default)
+        convolutions = list(short_convolutions(schedule))
+        made = rewrite(schedule, [*kept, *convolutions], torch.ops.lacompile.decayed_attention.default)
         rewritten, used = made.gm, made.facts
         refusals = [r for r in refusals if r.node not in made.gone]  # of what is computed no more
+        notes = tuple(f"short convolution written as a sum of shifted products: {m.target.name}" for m in convolutions)
     report = Report(
         tuple(_rewrites(kept, validated, used)),
         tuple(map(NearMiss.of, refusals)),
         seconds={**found.seconds, "total": time.perf_counter() - start},
+        notes=notes,
         nodes_before=len(gm.graph.nodes),
         nodes_after=len((rewritten or gm).graph.nodes),
     )

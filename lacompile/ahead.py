@@ -52,14 +52,14 @@ def _calls(gm: fx.GraphModule) -> Iterator[Any]:
 
     op = torch.ops.lacompile.decayed_attention.default
     for node in (n for m in gm.modules() if isinstance(m, fx.GraphModule) for n in m.graph.nodes if n.target is op):
-        q, k, v, log_decay, _, initial_state, want_state = (_example(a) for a in node.args)
+        q, k, v, log_decay, _, initial_state, want_state, narrow = (_example(a) for a in node.args)
         if not all(isinstance(x, Tensor) for x in (q, k, v, log_decay)):
             continue
         # Of a symbolic head size nothing is asked: that would be a guard.
         if isinstance(q.shape[3], int) and isinstance(v.shape[3], int) and has_kernels(q, v):
             from .kernels.lightning2.warm import Call
 
-            yield Call.of(q, k, v, log_decay, initial_state, want_state, _compat.hint)
+            yield Call.of(q, k, v, log_decay, initial_state, want_state, narrow, _compat.hint)
 
 
 def _example(arg: Any) -> Any:

@@ -359,7 +359,7 @@ def _unmet(match: Match, inputs: Mapping[fx.Node, Any]) -> Refusal | None:
 
 def _reference(fact: DecayedAttention, q: Any, k: Any, v: Any, log_decay: Any, state: Any) -> tuple[Any, Any]:
     """The operator itself, with its own derivative, in whatever dtype it is given: for validation."""
-    return torch.ops.lacompile.decayed_attention.default(q, k, v, log_decay, fact.scale, state, True)
+    return torch.ops.lacompile.decayed_attention.default(q, k, v, log_decay, fact.scale, state, True, "")
 
 
 def is_rewritten(gm: fx.GraphModule) -> bool:

@@ -96,18 +96,23 @@ def decayed_attention_op(
     scale: float,
     initial_state: Tensor | None,
     return_final_state: bool,
+    narrow: str,
 ) -> tuple[Tensor, Tensor]:
-    """The fused operator; see :func:`decayed_attention`. The state is an empty tensor unless asked for."""
+    """The fused operator; see :func:`decayed_attention`. The state is an empty tensor unless asked for.
+
+    ``narrow`` names those of q, k and v ("qk", say) that hold numbers of bf16 in whatever dtype they have: kernels that
+    would split an fp32 number into several of bf16 need not. It changes no result.
+    """
     from .kernels.select import implementation
 
     refuse_forward_mode()
     with own_precision(q):
-        out, state = implementation(q, v).forward(q, k, v, log_decay, scale, initial_state, return_final_state)
+        out, state = implementation(q, v).forward(q, k, v, log_decay, scale, initial_state, return_final_state, narrow)
     return as_output(q, out), state if return_final_state else state.new_empty(0)
 
 
 @fake(decayed_attention_op)
-def _(q, k, v, log_decay, scale, initial_state, return_final_state):  # type: ignore[no-untyped-def]
+def _(q, k, v, log_decay, scale, initial_state, return_final_state, narrow):  # type: ignore[no-untyped-def]
     refuse_forward_mode()
     heads = heads_of(q, k, v, log_decay, initial_state)
     dtype = state_dtype(q)
@@ -126,6 +131,7 @@ def decayed_attention_backward_op(
     scale: float,
     initial_state: Tensor | None,
     decay_gradient: bool,
+    narrow: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay and the initial state; an empty tensor where there is none or none is wanted."""
     from .kernels.select import implementation
@@ -133,7 +139,7 @@ def decayed_attention_backward_op(
     refuse_forward_mode()
     with own_precision(q):
         dq, dk, dv, dg, ds = implementation(q, v).backward(
-            do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient
+            do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient, narrow
         )
     d_log_decay = as_gradient(log_decay, dg) if decay_gradient else log_decay.new_empty(0)
     d_initial = q.new_empty(0) if initial_state is None else as_gradient(initial_state, ds)
@@ -141,7 +147,7 @@ def decayed_attention_backward_op(
 
 
 @fake(decayed_attention_backward_op)
-def _(do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient):  # type: ignore[no-untyped-def]
+def _(do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient, narrow):  # type: ignore[no-untyped-def]
     refuse_forward_mode()
     d_log_decay = torch.empty_like(log_decay) if decay_gradient else log_decay.new_empty(0)
     d_initial = q.new_empty(0) if initial_state is None else torch.empty_like(initial_state)
@@ -149,9 +155,9 @@ def _(do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient):  #
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, v, log_decay, scale, initial_state, return_final_state = inputs
+    q, k, v, log_decay, scale, initial_state, return_final_state, narrow = inputs
     ctx.save_for_backward(q, k, v, log_decay, initial_state)
-    ctx.scale, ctx.return_final_state = scale, return_final_state
+    ctx.scale, ctx.return_final_state, ctx.narrow = scale, return_final_state, narrow
 
 
 def _backward(ctx: Any, do: Tensor, d_state: Tensor | None) -> tuple[Any, ...]:
@@ -160,16 +166,16 @@ def _backward(ctx: Any, do: Tensor, d_state: Tensor | None) -> tuple[Any, ...]:
         d_state = None
     wanted = ctx.needs_input_grad[3]
     dq, dk, dv, dg, ds = decayed_attention_backward_op(
-        do, d_state, q, k, v, log_decay, ctx.scale, initial_state, wanted
+        do, d_state, q, k, v, log_decay, ctx.scale, initial_state, wanted, ctx.narrow
     )
-    return dq, dk, dv, dg if wanted else None, None, ds if initial_state is not None else None, None
+    return dq, dk, dv, dg if wanted else None, None, ds if initial_state is not None else None, None, None
 
 
 derivative(decayed_attention_op, _backward, setup_context=_setup_context)
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient = inputs
+    do, d_state, q, k, v, log_decay, scale, initial_state, decay_gradient, _ = inputs
     ctx.save_for_backward(do, d_state, q, k, v, log_decay, initial_state)
     ctx.scale, ctx.decay_gradient = scale, decay_gradient
 
@@ -193,7 +199,7 @@ def _double_backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         weights = [c if n != 3 or ctx.decay_gradient else None for n, c in enumerate(cotangents)]
         found = iter(_vector_jacobian(grads, wanted, weights, create_graph=create_graph))
     d_do, d_d_state, d_q, d_k, d_v, d_log_decay, d_initial = (None if x is None else next(found) for x in saved)
-    return d_do, d_d_state, d_q, d_k, d_v, d_log_decay, None, d_initial, None
+    return d_do, d_d_state, d_q, d_k, d_v, d_log_decay, None, d_initial, None, None
 
 
 def _own_leaf(x: Tensor) -> Tensor:
@@ -258,7 +264,7 @@ def decayed_attention(
     log_decay, scale = as_log_decay(log_decay, q), as_scale(scale)
     if cu_seqlens is None:
         check(q, k, v, log_decay, initial_state)
-        out, state = decayed_attention_op(q, k, v, log_decay, scale, initial_state, return_final_state)
+        out, state = decayed_attention_op(q, k, v, log_decay, scale, initial_state, return_final_state, "")
     else:
         from .packed import check_packing, packed_attention_op
 

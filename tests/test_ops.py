@@ -108,7 +108,7 @@ class TestRegistration:
     @STATES
     def test_forward(self, per_token, groups, with_state):
         q, k, v, g, initial = arguments(per_token, groups, with_state)
-        opcheck(decayed_attention_op, (q, k, v, g, 0.7, initial, with_state), test_utils=CHEAP_CHECKS)
+        opcheck(decayed_attention_op, (q, k, v, g, 0.7, initial, with_state, ""), test_utils=CHEAP_CHECKS)
 
     @DECAYS
     @GROUPS
@@ -117,12 +117,14 @@ class TestRegistration:
         q, k, v, g, initial = arguments(per_token, groups, with_state)
         do = torch.randn(1, 2, 7, 3, dtype=FP64)
         d_state = torch.randn(1, 2, 2, 3, dtype=FP64) if with_state else None
-        opcheck(decayed_attention_backward_op, (do, d_state, q, k, v, g, 0.7, initial, True), test_utils=CHEAP_CHECKS)
+        opcheck(
+            decayed_attention_backward_op, (do, d_state, q, k, v, g, 0.7, initial, True, ""), test_utils=CHEAP_CHECKS
+        )
 
     @pytest.mark.parametrize(("per_token", "groups", "with_state"), [(False, None, False), (True, GROUPED, True)])
     def test_forward_traced_with_symbolic_sizes(self, per_token, groups, with_state):
         q, k, v, g, initial = arguments(per_token, groups, with_state)
-        opcheck(decayed_attention_op, (q, k, v, g, 0.7, initial, with_state))
+        opcheck(decayed_attention_op, (q, k, v, g, 0.7, initial, with_state, ""))
 
     @pytest.mark.parametrize(("per_token", "groups", "with_state"), [(False, None, False), (True, GROUPED, True)])
     def test_backward_traced_with_symbolic_sizes(self, per_token, groups, with_state, monkeypatch):
@@ -130,12 +132,12 @@ class TestRegistration:
         q, k, v, g, initial = arguments(per_token, groups, with_state)
         do = torch.randn(1, 2, 7, 3, dtype=FP64, requires_grad=True)
         d_state = torch.randn(1, 2, 2, 3, dtype=FP64, requires_grad=True) if with_state else None
-        opcheck(decayed_attention_backward_op, (do, d_state, q, k, v, g, 0.7, initial, True))
+        opcheck(decayed_attention_backward_op, (do, d_state, q, k, v, g, 0.7, initial, True, ""))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_low_precision_and_transposed_layouts(self, dtype):
         q, k, v = qkv(2, 4, 7, 8, tokens_first=True, k_heads=2, dtype=dtype, requires_grad=True)
-        args = (q, k, v, head_log_decay(requires_grad=True), 1.0, state(dk=8, requires_grad=True), True)
+        args = (q, k, v, head_log_decay(requires_grad=True), 1.0, state(dk=8, requires_grad=True), True, "")
         opcheck(decayed_attention_op, args)
 
     def test_compiled_without_a_graph_break_and_for_any_length(self):
@@ -212,7 +214,7 @@ class TestForwardMode:
         q, k, v, g, _ = arguments(requires_grad=False)
         op = torch.ops.lacompile.decayed_attention
         with pytest.raises(ForwardModeRefused):
-            torch.func.jvp(lambda x: op(x, k, v, g, 1.0, None, False)[0], (q,), (q,))
+            torch.func.jvp(lambda x: op(x, k, v, g, 1.0, None, False, "")[0], (q,), (q,))
 
     def test_a_compiled_transform_refuses_too(self):
         q, k, v, g, _ = arguments(requires_grad=False)

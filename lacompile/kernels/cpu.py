@@ -129,10 +129,11 @@ def forward(
     scale: float,
     initial_state: Tensor | None,
     want_state: bool = True,
+    narrow: str = "",
 ) -> tuple[Tensor, Tensor]:
     """Output ``[B,H,N,Dv]`` in q's dtype and final state ``[B,H,Dk,Dv]`` in the compute dtype.
 
-    The state is there on the way: ``want_state`` saves nothing here.
+    The state is there on the way: ``want_state`` saves nothing here, nor does knowing which are ``narrow``.
     """
     heads = head_count(q, k, v, log_decay, initial_state)
     dtype = compute_dtype(q, k, v)
@@ -179,6 +180,7 @@ def backward(
     scale: float,
     initial_state: Tensor | None,
     want_decay: bool = True,
+    narrow: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay (empty unless wanted) and the initial state, in the compute dtype.
 

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 from .._compat import always_equal, hint, of_fakes
 from .dead_code import CopiedMemory, erase_dead
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
+from .narrow import narrow
 from .schedule import Schedule
 from .strides import decide_values, known_by_strides, same_strides
 
@@ -193,12 +194,14 @@ class _Writer:
         if found is None:
             self.kept.append(fact)
             state = None if fact.initial_state is None else self._emit(fact.initial_state)
+            operands = {name: self._with_whole_rows(self._emit(getattr(fact, name))) for name in "qkv"}
             args = (
-                *(self._with_whole_rows(self._emit(x)) for x in (fact.q, fact.k, fact.v)),
+                *operands.values(),
                 self._emit(fact.log_decay),
                 fact.scale,
                 state,
                 id(fact) in self.finals,
+                narrow(operands, lambda node: node not in self.place),
             )
             found = self.made[id(fact)] = self.calls[id(fact)] = self._call(self.operator_call, args, {})
         return found

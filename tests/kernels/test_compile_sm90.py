@@ -44,6 +44,10 @@ CASES = {
     "hopper backward fp32 64 with decay": ("hopper decays 0", "fp32", 64, 64, False, True, 0),
     "hopper backward fp32 128": ("hopper backward 0", "fp32", 128, 128, False, True, 0),
     "hopper backward fp32 128x64 per token with decay": ("hopper decays 0", "fp32", 128, 64, True, True, 0),
+    "hopper forward fp32 64 of bf16": ("hopper forward 0 qkv", "fp32", 64, 64, True, True, 0),
+    "hopper forward fp32 128x64 per token of bf16": ("hopper forward 0 qk", "fp32", 128, 64, True, True, 0),
+    "hopper backward fp32 128 of bf16": ("hopper backward 0 qkv", "fp32", 128, 128, False, True, 0),
+    "hopper backward fp32 128x64 per token with decay of bf16": ("hopper decays 0 qk", "fp32", 128, 64, True, True, 0),
     "forward bf16 64": ("forward", "bf16", 64, 64, False, True, 0),
     "backward bf16 64 two stages": ("backward 1", "bf16", 64, 64, True, True, 0),
     "backward bf16 256 one stage": ("backward 1", "bf16", 256, 256, False, True, 184),
@@ -62,9 +66,12 @@ CASES = {
     "backward fp16 96 by pointer": ("backward", "fp16", 96, 96, False, False, 144),
     "segments bf16 128": ("contributions", "bf16", 128, 128, False, True, 0),
     "segments bf16 128 per token": ("contributions", "bf16", 128, 128, True, True, 0),
+    "segments fp32 128x64 per token": ("contributions", "fp32", 128, 64, True, False, 0),
+    "segments fp32 128x64 per token of bf16": ("contributions narrow", "fp32", 128, 64, True, False, 0),
     "scan": ("scan", "fp32", 128, 128, False, False, 0),
     "decay gradient": ("decay_grad", "bf16", 128, 128, True, False, 0),
     "inside fp32 64": ("inside", "fp32", 64, 64, True, False, 0),
+    "inside fp32 64 of bf16": ("inside narrow", "fp32", 64, 64, True, False, 0),
     "inside fp32 128": ("inside", "fp32", 128, 128, True, False, 0),
     "decode bf16 128": ("decode", "bf16", 128, 128, False, False, 0),
     "decode bf16 256 per token": ("decode", "bf16", 256, 256, True, False, 0),
@@ -99,8 +106,8 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
     from lacompile.kernels.tuning import space
 
     dtype = getattr(torch, DTYPES[element])
-    name, _, place = name.partition(" ") if name.split()[0] in ("forward", "backward") else (name, "", "")
-    v, k = (space.portables(*sizes, dtype)[int(place or 0)] for sizes in ((dk, dv), (dv, dk)))
+    name, _, place = name.partition(" ") if not name.startswith("hopper") else (name, "", "")
+    v, k = (space.portables(*sizes, dtype)[int(place) if place.isdigit() else 0] for sizes in ((dk, dv), (dv, dk)))
     pre = launch.prepass_config(dk, dv, dtype)
     common: dict[str, Any] = {"DK": dk, "DV": dv, "CHUNK": v.chunk, "PER_TOKEN": per_token}
     own = {"UNIT": 8, "TMA": tma, "PRECISION": launch.precision(dtype, torch.device("cuda"))}
@@ -116,11 +123,11 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
         return full | part | dict.fromkeys(("do_part", "dv_part"), v_part)
 
     if name.startswith("hopper"):
-        _, use, n = name.split()
+        _, use, n, *narrow = name.split()
         tiles = space.hopper(dk, dv, dtype, use == "decays")[int(n)]
         turned = space.hopper(dv, dk, dtype, use == "decays")[int(n)]
         bv = tiles.bv
-        common |= {"BV": bv, "CHUNK": tiles.chunk} | tiles.constants
+        common |= {"BV": bv, "CHUNK": tiles.chunk} | tiles.constants | launch.digits(dtype, "".join(narrow))
         if use == "forward":
             return Case(hopper_forward, common | end | {"BK": tiles.bk}, forward_columns(tiles.bk, bv), tiles.options)
         ends |= {"DECAY_GRAD": use == "decays", "K_FULL": tiles.bk, "V_FULL": turned.bk}
@@ -133,13 +140,13 @@ def case(name: str, element: str, dk: int, dv: int, per_token: bool, tma: bool) 
         options["num_stages"] = min(v.stages, k.stages)
         return Case(backward_kernel, common | own | ends | blocks, backward_columns(v.bk, k.bk, k.bv, v.bv), options)
     if name == "contributions":
-        common |= {"BK": pre.bk, "BV": pre.bv, "BOTH": True}
+        common |= {"BK": pre.bk, "BV": pre.bv, "BOTH": True, "NARROW": bool(place)}
         columns = {"k_source": pre.bk, "v_source": pre.bv, "q_source": pre.bk, "do_source": pre.bv}
         options = {"num_warps": pre.warps, "num_stages": pre.stages}
         return Case(segments.contributions_kernel, common | own, columns, options)
     if name == "inside":
         const = {"DK": dk, "DV": dv, "BLOCK": inside.BLOCK, "CHUNK": v.chunk, "PER_TOKEN": per_token}
-        const |= {"UNIT": 8, "PRECISION": own["PRECISION"]}
+        const |= {"UNIT": 8, "PRECISION": own["PRECISION"], "NARROW": bool(place)}
         columns = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "do_ptr"), 0)
         return Case(inside.inside_kernel, const, columns, {"num_warps": inside.warps(v.chunk)})
     if name == "decode":

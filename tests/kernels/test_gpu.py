@@ -99,11 +99,11 @@ def row_error(got, want):
     return float(((got - want).norm(dim=-1) / size.clamp_min(0.1 * float(size.square().mean().sqrt()))).max())
 
 
-def check(kernels, args, do, d_state, rows=True):
+def check(kernels, args, do, d_state, rows=True, narrow=""):
     """Forward and backward within the budgets of the dtype, as a whole and row by row. All faults are named at once."""
     with poisoned():
-        out, last = kernels.forward(*args)
-        grads = kernels.backward(do, d_state, *args)
+        out, last = kernels.forward(*args, narrow=narrow)
+        grads = kernels.backward(do, d_state, *args, narrow=narrow)
     want_out, want_last, want_grads = exact(args, do, d_state)
     allowed = budget(args[0].dtype)
     found = [("o", out, want_out, allowed.output), ("state", last, want_last, allowed.output)]
@@ -222,6 +222,36 @@ class TestLongSequences:
         args, do, d_state = arguments(32768, 128, 128, dtype=dtype, states="", batch=1, heads=2)
         args = (*args[:3], torch.tensor([-1e-4, 0.0], device="cuda"), *args[4:])
         check(kernels, args, do, d_state)
+
+
+class TestNumbersOfBf16:
+    """Operands of fp32 that hold no more than numbers of bf16 need fewer products, for the same result."""
+
+    @staticmethod
+    def arguments(narrow, *given, **more):
+        (q, k, v, *rest), do, d_state = arguments(*given, dtype=torch.float32, **more)
+        operands = [x.bfloat16().float() if name in narrow else x for name, x in zip("qkv", (q, k, v), strict=True)]
+        return (*operands, *rest), do, d_state
+
+    @pytest.mark.parametrize("narrow", ["q", "k", "v", "qkv"])
+    @pytest.mark.parametrize("dk, dv", [(64, 64), (128, 64), (64, 128)])
+    @DECAYS
+    def test_the_same_bits(self, kernels, dk, dv, narrow, per_token, monkeypatch):
+        set_plan(kernels, monkeypatch, lambda length: (length, 1))
+        args, do, d_state = self.arguments(narrow, 333, dk, dv, per_token)
+        told = (*kernels.forward(*args, narrow=narrow), *kernels.backward(do, d_state, *args, narrow=narrow))
+        untold = (*kernels.forward(*args), *kernels.backward(do, d_state, *args))
+        for n, (a, b) in enumerate(zip(told, untold, strict=True)):
+            if n == 5:  # of the decay: a product of its own form is part of it
+                assert relative_error(a, b) < budget(torch.float32).gradient
+            else:
+                assert torch.equal(a, b), n
+
+    @pytest.mark.parametrize("narrow", ["k", "qk", "qkv"])
+    @pytest.mark.parametrize("size", [64, 128])
+    @DECAYS
+    def test_segments(self, kernels, size, narrow, per_token):
+        check(kernels, *self.arguments(narrow, 4096, size, size, per_token, batch=1, heads=1), narrow=narrow)
 
 
 class TestExactness:
@@ -457,7 +487,7 @@ class TestCompilation:
         args, do, d_state = arguments(length, 40, 56, per_token, batch=1, heads=3, tokens_first=True)
         q, k, v, log_decay, initial = (x.requires_grad_() for x in args if isinstance(x, torch.Tensor))
         before = self.count(kernels)
-        warm.compile_kernels(warm.Call.of(q, k, v, log_decay, initial, True))
+        warm.compile_kernels(warm.Call.of(q, k, v, log_decay, initial, True, ""))
         after = self.count(kernels)
         with torch.no_grad():
             kernels.forward(*args)

@@ -94,11 +94,11 @@ def wanted(args, do, d_state):
     return out, last, grads + [out.new_empty(0)] * (5 - len(grads))
 
 
-def check(args, do, d_state):
+def check(args, do, d_state, narrow=""):
     """Forward and backward within the budgets of the dtype."""
     dtype = args[0].dtype
-    out, last = lightning2.forward(*args)
-    grads = lightning2.backward(do, d_state, *args)
+    out, last = lightning2.forward(*args, narrow=narrow)
+    grads = lightning2.backward(do, d_state, *args, narrow=narrow)
     want_out, want_last, want_grads = wanted(args, do, d_state)
     assert out.dtype == dtype and last.dtype == torch.float32
     check_error("o", out, want_out)
@@ -155,6 +155,13 @@ class TestAgainstTheReference:
     @DECAYS
     def test_segments(self, length, states, per_token, short_segments):
         check(*arguments(length, per_token=per_token, states=states))
+
+    @pytest.mark.parametrize("narrow", ["q", "k", "qkv"])
+    @DECAYS
+    def test_numbers_of_bf16(self, narrow, per_token, short_segments):
+        (q, k, v, *rest), do, d_state = arguments(4 * C + 9, 32, 80, per_token)
+        operands = [x.bfloat16().float() if name in narrow else x for name, x in zip("qkv", (q, k, v), strict=True)]
+        check((*operands, *rest), do, d_state, narrow)
 
     def test_segments_of_shared_heads(self, short_segments):
         check(*arguments(3 * C, 32, 80, True, k_heads=1, v_heads=1))
@@ -474,7 +481,7 @@ class TestAheadOfTheCall:
         real = set(launched)
         launched.clear()
         leaves = [None if x is None else x.detach().requires_grad_(gradients) for x in (q, k, v, log_decay, initial)]
-        warm.compile_kernels(warm.Call.of(*leaves, want_state))
+        warm.compile_kernels(warm.Call.of(*leaves, want_state, ""))
         assert real and launched == real
         return {name for name, *_ in real}
 
@@ -514,10 +521,10 @@ class TestAheadOfTheCall:
         from lacompile.kernels.lightning2 import warm
 
         (q, k, v, log_decay, _, initial), *_ = arguments(2)
-        warm.compile_kernels(warm.Call.of(q, k, v, log_decay, initial, True))
+        warm.compile_kernels(warm.Call.of(q, k, v, log_decay, initial, True, ""))
         (q, k, v, log_decay, _, initial), *_ = arguments(70)
         monkeypatch.setenv("LACOMPILE_AUTOTUNE", "quick")
-        warm.compile_kernels(warm.Call.of(q, k, v, log_decay, initial, True))
+        warm.compile_kernels(warm.Call.of(q, k, v, log_decay, initial, True, ""))
         assert not launched
 
     @pytest.fixture
@@ -540,7 +547,9 @@ class TestAheadOfTheCall:
             context = StatelessSymbolicContext(dynamic_sizes=sizes)
             node.meta["example_value"] = mode.from_tensor(x, symbolic_context=context)
         assert not isinstance(nodes[0].meta["example_value"].shape[2], int)
-        graph.output(graph.call_function(torch.ops.lacompile.decayed_attention.default, (*nodes, scale, None, False)))
+        graph.output(
+            graph.call_function(torch.ops.lacompile.decayed_attention.default, (*nodes, scale, None, False, ""))
+        )
         return torch.fx.GraphModule({}, graph), known
 
     def test_a_graph_that_is_compiled(self, launched, graph):

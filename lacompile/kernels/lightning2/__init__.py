@@ -25,10 +25,11 @@ def forward(
     scale: float,
     initial_state: Tensor | None,
     want_state: bool = True,
+    narrow: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B,H,N,Dv]`` in q's dtype and layout, and the final state ``[B,H,Dk,Dv]`` fp32 (empty if not wanted)."""
+    """As forward.py's, of any length."""
     if not is_short(q, v):
-        return chunked.forward(q, k, v, log_decay, scale, initial_state, want_state)
+        return chunked.forward(q, k, v, log_decay, scale, initial_state, want_state, narrow)
     heads = head_count(q, k, v, log_decay, initial_state)
     shape = (q.shape[0], heads, q.shape[3], v.shape[3]) if want_state else (0,)
     state = torch.empty(shape, dtype=torch.float32, device=q.device)

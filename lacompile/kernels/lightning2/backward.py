@@ -173,18 +173,19 @@ def backward(
     scale: float,
     initial_state: Tensor | None,
     want_decay: bool = True,
+    narrow: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v (in their dtype), of log_decay and of the initial state (fp32).
 
     Without ``want_decay`` the gradient of log_decay is empty and costs nothing, without an initial state its gradient
-    is.
+    is. ``narrow`` is as in forward.py.
     """
     with launch.on_device_of(q):
         q, k, v, do = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v), launch.unit_last(do)
         initial_state, d_state = launch.dense_state(initial_state), launch.dense_state(d_state)
         given = do, d_state, q, k, v, log_decay, initial_state
-        key = signature(*given), scale, want_decay, launch.setting(q)
-        return CALLS.get(key, lambda: _prepare(*given, float(scale), want_decay))(*given)
+        key = signature(*given), scale, want_decay, narrow, launch.setting(q)
+        return CALLS.get(key, lambda: _prepare(*given, float(scale), want_decay, narrow))(*given)
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -202,6 +203,7 @@ def _prepare(
     initial_state: Tensor | None,
     scale: float,
     want_decay: bool,
+    narrow: str,
 ) -> Call:
     """A function for tensors like these."""
     heads = head_count(q, k, v, log_decay, initial_state)
@@ -235,7 +237,9 @@ def _prepare(
     split = launch.split(length, programs, q.device, for_v, uses=3)
     states = None
     if split.count > 1:
-        states = segment_states(k, v, log_decay, initial_state, split, precision, Backwards(q, do, d_state, scale))
+        states = segment_states(
+            k, v, log_decay, initial_state, split, precision, narrow, Backwards(q, do, d_state, scale)
+        )
     # Whoever starts from a state stores one, so that the self-check runs this very kernel. And Triton 3.6 pipelines
     # heads of 256 into more shared memory than there is unless the last state is stored.
     starts = states is not None or has_start
@@ -259,6 +263,7 @@ def _prepare(
 
         numbers = [decay_strides[1], *numbers]
         constants |= {"K_FULL": for_v.bk, "V_FULL": for_k.bk, "BV": for_v.bv} | for_v.constants
+        constants |= launch.digits(q.dtype, narrow)
         boxes, options = [Box(x, chunk, n, swizzled(q.dtype)) for x, n in columns], for_v.options
         if per_token:
             factors = token_factors(log_decay, chunk, exact)
@@ -276,7 +281,7 @@ def _prepare(
     d_decays = insides = None
     if want_decay:
         d_decays = decay_grad(log_decay, rows_shape, marks_shape, span, exact, has_start, d_state is not None)
-        insides = inside(q, k, v, do, log_decay, scale, chunk, precision) if exact else None
+        insides = inside(q, k, v, do, log_decay, scale, chunk, precision, narrow) if exact else None
 
     def call(
         do: Tensor, d_end: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None
@@ -302,11 +307,11 @@ def _prepare(
         return finished(dq, dk, dv, d_decay, d_initial)
 
     def computes_integers() -> bool:
-        known = Integers(dk, dv, q, per_token, aligned=tma, exact=exact)
+        known = Integers(dk, dv, q, per_token, aligned=tma, exact=exact, narrow=narrow)
         start = known.state if constants["HAS_START"] else None
         d_end = known.d_end if constants["HAS_D_START"] else None
         *found, d_decay, d_start = backward(
-            known.do, d_end, known.q, known.k, known.v, known.log_decay, 1.0, start, want_decay
+            known.do, d_end, known.q, known.k, known.v, known.log_decay, 1.0, start, want_decay, narrow
         )
         return equal([*found, d_decay, d_start], known.gradients(start, d_end))
 

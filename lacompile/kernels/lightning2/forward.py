@@ -111,13 +111,17 @@ def forward(
     scale: float,
     initial_state: Tensor | None,
     want_state: bool = True,
+    narrow: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """Output ``[B,H,N,Dv]`` in q's dtype and layout, and the final state ``[B,H,Dk,Dv]`` fp32 (empty if not wanted)."""
+    """Output ``[B,H,N,Dv]`` in q's dtype and layout, and the final state ``[B,H,Dk,Dv]`` fp32 (empty if not wanted).
+
+    ``narrow``: which of q, k and v hold numbers of bf16 in whatever dtype they have.
+    """
     with launch.on_device_of(q):
         q, k, v = launch.unit_last(q), launch.unit_last(k), launch.unit_last(v)
         initial_state = launch.dense_state(initial_state)
-        key = signature(q, k, v, log_decay, initial_state), scale, want_state, launch.setting(q)
-        call = CALLS.get(key, lambda: _prepare(q, k, v, log_decay, float(scale), initial_state, want_state))
+        key = signature(q, k, v, log_decay, initial_state), scale, want_state, narrow, launch.setting(q)
+        call = CALLS.get(key, lambda: _prepare(q, k, v, log_decay, float(scale), initial_state, want_state, narrow))
         return call(q, k, v, log_decay, initial_state)
 
 
@@ -126,7 +130,14 @@ CALLS: Calls[Call] = Calls()
 
 
 def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float, initial_state: Tensor | None, want_state: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    want_state: bool,
+    narrow: str,
 ) -> Call:
     """A function for tensors like these."""
     heads = head_count(q, k, v, log_decay, initial_state)
@@ -151,7 +162,7 @@ def _prepare(
     split = launch.split(length, programs, q.device, tiles)
     states = None
     if split.count > 1:
-        states = segment_states(k, v, log_decay, initial_state, split, precision)
+        states = segment_states(k, v, log_decay, initial_state, split, precision, narrow)
     decay_strides, factors = launch.decay_strides(log_decay), None
     numbers = [
         scale, heads, heads // q.shape[1], heads // k.shape[1], heads // v.shape[1],
@@ -168,7 +179,7 @@ def _prepare(
         from .hopper.layouts import swizzled
 
         numbers = [decay_strides[1], *numbers]
-        constants |= tiles.constants
+        constants |= tiles.constants | launch.digits(q.dtype, narrow)
         boxes, options = [Box(x, tiles.chunk, n, swizzled(q.dtype)) for x, n in columns], tiles.options
         if per_token:
             factors = token_factors(log_decay, tiles.chunk, exact)
@@ -190,12 +201,12 @@ def _prepare(
         return o, state
 
     def computes_integers() -> bool:
-        known = Integers(dk, dv, q, per_token, aligned=tma, exact=exact)
+        known = Integers(dk, dv, q, per_token, aligned=tma, exact=exact, narrow=narrow)
         start = known.state if constants["HAS_START"] else None
-        found = forward(known.q, known.k, known.v, known.log_decay, 1.0, start, want_state)
+        found = forward(known.q, known.k, known.v, known.log_decay, 1.0, start, want_state, narrow)
         return equal(found, known.outputs(start))
 
-    said = constants["HAS_START"], want_state, precision
+    said = constants["HAS_START"], want_state, precision, narrow
     kind = "forward", tiles, dk, dv, q.dtype, per_token, tma, *said, q.device
     if not is_right(kind, q.device, computes_integers):
         return lambda q, k, v, log_decay, initial: cpu.forward(q, k, v, log_decay, scale, initial, want_state)

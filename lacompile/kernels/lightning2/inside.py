@@ -53,13 +53,20 @@ def inside_chunk(
     CHUNK: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
-    """For each token t of ``[at, at + CHUNK)`` the sum over s < t <= u, all of one chunk, of what s adds to row u."""
+    """For each token t of ``[at, at + CHUNK)`` the sum over s < t <= u, all of one chunk, of what s adds to row u.
+
+    NARROW: q and k are fp32 and hold numbers of bf16.
+    """
     alike = tl.zeros([CHUNK, CHUNK], tl.float32)
     for column in range(0, DK, BLOCK):
         q = read(q_source, 0, 0, q_stride, at, stop, column, CHUNK, BLOCK, DK, False)
         k = read(k_source, 0, 0, k_stride, at, stop, column, CHUNK, BLOCK, DK, False)
-        alike = tl.dot(q, tl.trans(k), alike, input_precision=PRECISION)
+        if NARROW:
+            alike = tl.dot(q.to(tl.bfloat16), tl.trans(k.to(tl.bfloat16)), alike)
+        else:
+            alike = tl.dot(q, tl.trans(k), alike, input_precision=PRECISION)
     wanted = tl.zeros([CHUNK, CHUNK], tl.float32)
     for column in range(0, DV, BLOCK):
         do = read(do_source, 0, 0, do_stride, at, stop, column, CHUNK, BLOCK, DV, False)
@@ -114,6 +121,7 @@ def inside_kernel(
     UNIT: tl.constexpr,
     PER_TOKEN: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """One program per (batch and head, chunk). Tensors ``[B,*,N,D]`` with strides in units of UNIT elements."""
     chunks = tl.cdiv(length, CHUNK)
@@ -127,13 +135,25 @@ def inside_kernel(
         g_at, out_ptr + row.to(tl.int64) * length, q_t * UNIT, k_t * UNIT, v_t * UNIT, do_t * UNIT, g_t,
         0.0 if PER_TOKEN else to_log2(tl.load(g_at)), scale, tl.program_id(0) % chunks * CHUNK, length,
         DK=DK, DV=DV, BLOCK=BLOCK, CHUNK=CHUNK, PER_TOKEN=PER_TOKEN, PRECISION=PRECISION,
+        NARROW=NARROW,
     )  # fmt: skip
 
 
 def inside(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, log_decay: Tensor, scale: float, chunk: int, precision: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    log_decay: Tensor,
+    scale: float,
+    chunk: int,
+    precision: str,
+    narrow: str,
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Makes of q, k, v, do and log-decays like these what is inside chunks of ``chunk`` tokens, ``[B * H, N]`` fp32."""
+    """Makes of q, k, v, do and log-decays like these what is inside chunks of ``chunk`` tokens, ``[B * H, N]`` fp32.
+
+    ``narrow`` is as in forward.py.
+    """
     tensors = q, k, v, do
     batch, heads, length, dv = do.shape
     unit = launch.unit(*tensors)
@@ -142,7 +162,7 @@ def inside(
     run = Launch(
         inside_kernel, batch * heads * launch.blocks(length, chunk), [None] * 6, numbers,
         {"DK": q.shape[3], "DV": dv, "BLOCK": BLOCK, "CHUNK": chunk, "UNIT": unit, "PER_TOKEN": log_decay.dim() == 3,
-         "PRECISION": precision},
+         "PRECISION": precision, "NARROW": launch.saves(precision, narrow, "qk")},
         {"num_warps": warps(chunk)},
     )  # fmt: skip
 

@@ -88,6 +88,16 @@ def precision(dtype: torch.dtype, device: torch.device, body: Body = "portable")
     return "bf16x6" if device.type == "cuda" else "ieee"
 
 
+def digits(dtype: torch.dtype, narrow: str) -> dict[str, int]:
+    """How many bf16 numbers one of q, of k and of v is the sum of; in fp32 three, but one where it is ``narrow``."""
+    return {f"{x}_DIGITS": 3 if dtype == torch.float32 and x.lower() not in narrow else 1 for x in "QKV"}
+
+
+def saves(precision: str, narrow: str, operands: str) -> bool:
+    """Whether a product of these ``operands`` has fewer factors of bf16, since they are ``narrow``."""
+    return precision == "bf16x6" and all(x in narrow for x in operands)
+
+
 def is_exact(precision: str) -> bool:
     """Whether sums keep what products keep of fp32, more than 16-bit inputs have."""
     return precision != "tf32"

@@ -65,10 +65,12 @@ def contribution(
     PER_TOKEN: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """(``[BK, BV]`` sum of decayed ``scale b c`` over tokens ``[begin, stop)``, the decay over all of them in log2).
 
-    Forwards each token decays to the segment's end, backwards to its start.
+    Forwards each token decays to the segment's end, backwards to its start. NARROW: b is fp32 and holds numbers of
+    bf16.
     """
     total = tl.full((), 0.0, tl.float32)
     if not PER_TOKEN:
@@ -84,7 +86,16 @@ def contribution(
         sums, _, to_end, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN, PRECISION != "tf32")
         to_state = tl.exp2(tl.where(reverse, sums, to_end)) * scale
         weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
-        state = tl.dot(b, weighted, state * tl.exp2(last), input_precision=PRECISION)
+        state *= tl.exp2(last)
+        if NARROW:
+            narrow = b.to(tl.bfloat16)
+            high = weighted.to(tl.bfloat16)
+            rest = weighted - high.to(tl.float32)
+            middle = rest.to(tl.bfloat16)
+            state = tl.dot(narrow, (rest - middle.to(tl.float32)).to(tl.bfloat16), state)
+            state = tl.dot(narrow, high, tl.dot(narrow, middle, state))
+        else:
+            state = tl.dot(b, weighted, state, input_precision=PRECISION)
         if PER_TOKEN:
             total += last
     return state, total
@@ -166,6 +177,7 @@ def contributions_kernel(
     PER_TOKEN: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,
 ):
     """One program per (batch and head, segment but the last in its direction of time, piece, block of columns, side).
 
@@ -198,7 +210,7 @@ def contributions_kernel(
             of_head(b_source, b, h // b_group, b_b, b_h, UNIT, TMA),
             of_head(c_source, b, h // c_group, c_b, c_h, UNIT, TMA), g_at, b, h // b_group, h // c_group,
             b_t * UNIT, c_t * UNIT, g_t, g_head, tl.where(reverse, scale, 1.0), first, end, block, reverse,
-            DK, DV, BK, BV, CHUNK, PER_TOKEN, TMA, PRECISION,
+            DK, DV, BK, BV, CHUNK, PER_TOKEN, TMA, PRECISION, NARROW,
         )  # fmt: skip
         at_state, in_state = state_offsets(block, DK, DV, False, BK, BV)
         tl.store(states_ptr + slot * (DK * DV) + at_state, state, mask=in_state)
@@ -289,12 +301,14 @@ def segment_states(
     first: Tensor | None,
     split: launch.Segments,
     precision: str,
+    narrow: str,
     back: Backwards | None = None,
 ) -> Callable[..., tuple[Tensor, Tensor]]:
     """Makes of tensors like these the state before each segment and, of ``back``, the gradient of that after each.
 
     The result takes k, v, log_decay and ``first``, the state before token 0; then q, do and the gradient of the state
     after the last token. It returns ``[B,H,segments,Dk,Dv]`` fp32 twice, the same twice without ``back``.
+    ``narrow`` is as in forward.py.
     """
     per_token = log_decay.dim() == 3
     heads = log_decay.shape[1 if per_token else 0]
@@ -314,7 +328,8 @@ def segment_states(
         [*[s for x in sources for s in launch.strides(x, unit)], *launch.decay_strides(log_decay),
          1.0 if back is None else back.scale, heads, *(heads // x.shape[1] for x in sources), *cut],
         {"DK": dk, "DV": dv, "BK": tiles.bk, "BV": tiles.bv, "CHUNK": chunk, "UNIT": unit,
-         "BOTH": both, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": precision},
+         "BOTH": both, "PER_TOKEN": per_token, "TMA": tma, "PRECISION": precision,
+         "NARROW": launch.saves(precision, narrow, "qk" if both else "k")},
         {"num_warps": tiles.warps, "num_stages": tiles.stages},
     )  # fmt: skip
     tile = min(1024, next_power_of_2(dk * dv))

@@ -41,10 +41,12 @@ def is_right(kind: Hashable, device: torch.device, check: Callable[[], bool]) ->
 class Integers:
     """q, k, v, do ``[1,HEADS,LENGTH,D]``, a state and the last state's gradient of a few integers; no decay.
 
-    ``exact``: the kernel forms fp32's products as exactly as fp32.
+    ``exact``: the kernel forms fp32's products as exactly as fp32; those of q, k and v that are ``narrow`` stay so.
     """
 
-    def __init__(self, dk: int, dv: int, like: Tensor, per_token: bool, aligned: bool, exact: bool = False):
+    def __init__(
+        self, dk: int, dv: int, like: Tensor, per_token: bool, aligned: bool, exact: bool = False, narrow: str = ""
+    ):
         drawn: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
 
         def sparse(rows: int, columns: int, some: float) -> Tensor:
@@ -52,7 +54,8 @@ class Integers:
             signs = torch.randint(0, 2, shape, **drawn) * 2 - 1
             return (signs * (torch.rand(shape, **drawn) < some)).to(like.device)
 
-        wide = exact and min(dk, dv) >= 16  # smaller heads overlap in more tokens, and sums grow
+        # smaller heads overlap in more tokens, and sums grow
+        wide = exact and "v" not in narrow and min(dk, dv) >= 16
 
         def tokens(columns: int, factor: int = 1) -> Tensor:
             made = (factor * sparse(LENGTH, columns, 4 / columns)).to(like.dtype)

@@ -77,6 +77,7 @@ class Call:
         batch, length: B and N.
         want_state: the last state is returned.
         gradients, decay_gradient: it is differentiated, by the log-decay too.
+        narrow: which of q, k and v hold numbers of bf16.
     """
 
     q: Like
@@ -91,6 +92,7 @@ class Call:
     want_state: bool
     gradients: bool
     decay_gradient: bool
+    narrow: str
 
     @classmethod
     def of(
@@ -101,6 +103,7 @@ class Call:
         log_decay: Tensor,
         initial_state: Tensor | None,
         want_state: bool,
+        narrow: str = "",
         number: Number = int,
     ) -> Call:
         """Of tensors without values. ``number``: what a size is in the call at hand, if it is a symbol."""
@@ -110,7 +113,7 @@ class Call:
         return cls(
             *(Like.of(x, number) for x in (q, k, v)), log_decay.dtype, heads, log_decay.dim() == 3,
             None if initial_state is None else initial_state.dtype, number(q.shape[0]), number(q.shape[2]),
-            want_state, gradients, gradients and log_decay.requires_grad,
+            want_state, gradients, gradients and log_decay.requires_grad, narrow,
         )  # fmt: skip
 
 
@@ -127,6 +130,6 @@ def compile_kernels(call: Call) -> None:
     state = q.new_zeros(1, call.heads, q.shape[3], v.shape[3], dtype=call.state or torch.float32)
     start, d_end = (state if wanted else None for wanted in (call.state is not None, call.want_state))
     with torch.no_grad(), launch.standing_for(call.batch, call.length):
-        o, _ = forward(q, k, v, decay, 1.0, start, call.want_state)
+        o, _ = forward(q, k, v, decay, 1.0, start, call.want_state, call.narrow)
         if call.gradients:
-            backward(o, d_end, q, k, v, decay, 1.0, start, call.decay_gradient)
+            backward(o, d_end, q, k, v, decay, 1.0, start, call.decay_gradient, call.narrow)

@@ -56,6 +56,9 @@ def backward_kernel(
     CHUNK: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
+    Q_DIGITS: gl.constexpr,  # bf16 numbers that one of q is the sum of, if it is fp32: 1 or 3
+    K_DIGITS: gl.constexpr,
+    V_DIGITS: gl.constexpr,
     PER_TOKEN: gl.constexpr,
     HAS_START: gl.constexpr,
     HAS_D_START: gl.constexpr,
@@ -96,6 +99,7 @@ def backward_kernel(
             b, v_from, h, q_from, h, k_from, g_head, scale, begin, stop, length, span, False, use,
             DK=DV, DV=DK, BK=V_FULL, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=True, PER_TOKEN=PER_TOKEN,
             REGISTERS=REGISTERS, HAS_START=HAS_D_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
+            OF_A=V_DIGITS, OF_B=3, OF_C=Q_DIGITS,
         )  # fmt: skip
     elif use < k_blocks + v_blocks:
         attend(
@@ -104,7 +108,7 @@ def backward_kernel(
             b, k_from, q_from, h, h, h, g_head, scale, begin, stop, length, span, part == 0, use - k_blocks,
             DK=DK, DV=DV, BK=K_FULL, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=True, PER_TOKEN=PER_TOKEN,
             REGISTERS=REGISTERS, HAS_START=HAS_D_START, STORE_END=STORE_D_END, TRANSPOSED=False,
-            AUDIT=False,
+            AUDIT=False, OF_A=K_DIGITS, OF_B=Q_DIGITS, OF_C=3,
         )  # fmt: skip
     else:
         block = use - k_blocks - v_blocks
@@ -114,4 +118,5 @@ def backward_kernel(
             b, h, v_from, k_from, h, q_from, g_head, scale, begin, stop, length, span, False, block,
             DK=DV, DV=DK, BK=V_FULL, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=False, PER_TOKEN=PER_TOKEN,
             REGISTERS=REGISTERS, HAS_START=HAS_START, STORE_END=False, TRANSPOSED=True, AUDIT=DECAY_GRAD,
+            OF_A=3, OF_B=V_DIGITS, OF_C=K_DIGITS,
         )  # fmt: skip

@@ -51,13 +51,20 @@ def attend(
     TRANSPOSED: gl.constexpr,
     AUDIT: gl.constexpr,
     REGISTERS: gl.constexpr,
+    OF_A: gl.constexpr,
+    OF_B: gl.constexpr,
+    OF_C: gl.constexpr,
 ):
-    """What body.attend computes, from the same arguments; sources and target are descriptors."""
+    """What body.attend computes, from the same arguments; sources and target are descriptors.
+
+    OF_A, OF_B and OF_C are as in exact.py.
+    """
     if a_source.dtype == gl.float32:
         attend_exactly(
             a_source, b_source, c_source, y_target, x_source, factors_ptr, rows_ptr, marks_ptr, start_ptr, end_ptr,
             batch, a_head, b_head, c_head, y_head, x_head, g_head, scale, begin, stop, length, span, store_end, block,
             DK, DV, BK, BV, CHUNK, REVERSE, PER_TOKEN, HAS_START, STORE_END, TRANSPOSED, AUDIT,
+            OF_A, OF_B, OF_C,
         )  # fmt: skip
     else:
         attend_in_groups(

@@ -1,6 +1,7 @@
 """fp32 numbers as sums of three bf16 numbers, their digits, and products of them on the tensor cores.
 
-Six of the nine products of two numbers' digits make one product of fp32: the rest is below its last bit.
+Six of the nine products of two numbers' digits make one product of fp32: the rest is below its last bit. A number that
+came from bf16 has one digit; products with the others, which are zero, are not made.
 """
 
 # What @gluon.jit makes of a function and of its launch is beyond a type checker.
@@ -22,12 +23,15 @@ def rounded(x):
 
 
 @gluon.jit
-def digits(x):
-    """Three bf16 numbers whose sum is x, the largest first."""
+def digits(x, COUNT: gl.constexpr):
+    """COUNT bf16 numbers whose sum is x, the largest first: three, or one of x that is bf16 itself."""
     high = rounded(x)
-    rest = x - high.to(gl.float32)
-    middle = rounded(rest)
-    return high, middle, rounded(rest - middle.to(gl.float32))
+    if COUNT == 1:
+        return (high,)
+    else:
+        rest = x - high.to(gl.float32)
+        middle = rounded(rest)
+        return high, middle, rounded(rest - middle.to(gl.float32))
 
 
 @gluon.jit
@@ -39,33 +43,42 @@ def room(rows: gl.constexpr, columns: gl.constexpr, dtype: gl.constexpr):
 
 
 @gluon.jit
-def room_for_digits(rows: gl.constexpr, columns: gl.constexpr):
+def room_for_digits(rows: gl.constexpr, columns: gl.constexpr, COUNT: gl.constexpr):
     """That for digits; each apart, so that no warp waits for others between writing two of them."""
-    high, middle = room(rows, columns, gl.bfloat16), room(rows, columns, gl.bfloat16)
-    return high, middle, room(rows, columns, gl.bfloat16)
+    high = room(rows, columns, gl.bfloat16)
+    if COUNT == 1:
+        return (high,)
+    else:
+        middle = room(rows, columns, gl.bfloat16)
+        return high, middle, room(rows, columns, gl.bfloat16)
 
 
 @gluon.jit
 def tiles_at(rooms, place):
     """The tiles of digits in the room for them."""
-    return rooms[0].index(place), rooms[1].index(place), rooms[2].index(place)
+    if len(rooms) == 1:
+        return (rooms[0].index(place),)
+    else:
+        return rooms[0].index(place), rooms[1].index(place), rooms[2].index(place)
 
 
 @gluon.jit
 def post(x, tiles):
     """Writes the digits of x to shared memory."""
-    high, middle, low = digits(x)
-    tiles[0].store(high)
-    tiles[1].store(middle)
-    tiles[2].store(low)
+    made = digits(x, len(tiles))
+    for n in gl.static_range(len(tiles)):
+        tiles[n].store(made[n])
 
 
 @gluon.jit
 def turned(tiles, column: gl.constexpr, COLUMNS: gl.constexpr):
     """The transposes of some columns."""
     high = tiles[0].slice(column, COLUMNS, 1).permute([1, 0])
-    middle = tiles[1].slice(column, COLUMNS, 1).permute([1, 0])
-    return high, middle, tiles[2].slice(column, COLUMNS, 1).permute([1, 0])
+    if len(tiles) == 1:
+        return (high,)
+    else:
+        middle = tiles[1].slice(column, COLUMNS, 1).permute([1, 0])
+        return high, middle, tiles[2].slice(column, COLUMNS, 1).permute([1, 0])
 
 
 @gluon.jit
@@ -74,9 +87,15 @@ def product(a, b, zero):
 
     From zero: the tensor cores cut off what does not fit beside a sum, and would do so at every step of a long one.
     """
-    total = warpgroup_mma(a[2], b[0], zero, is_async=True)
-    total = warpgroup_mma(a[0], b[2], total, is_async=True)
-    total = warpgroup_mma(a[1], b[1], total, is_async=True)
-    total = warpgroup_mma(a[1], b[0], total, is_async=True)
-    total = warpgroup_mma(a[0], b[1], total, is_async=True)
+    total = zero
+    if len(a) == 3:
+        total = warpgroup_mma(a[2], b[0], total, is_async=True)
+    if len(b) == 3:
+        total = warpgroup_mma(a[0], b[2], total, is_async=True)
+    if len(a) == 3 and len(b) == 3:
+        total = warpgroup_mma(a[1], b[1], total, is_async=True)
+    if len(a) == 3:
+        total = warpgroup_mma(a[1], b[0], total, is_async=True)
+    if len(b) == 3:
+        total = warpgroup_mma(a[0], b[1], total, is_async=True)
     return warpgroup_mma(a[0], b[0], total, is_async=True)

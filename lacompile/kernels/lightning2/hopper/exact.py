@@ -98,8 +98,14 @@ def attend_exactly(
     STORE_END: gl.constexpr,
     TRANSPOSED: gl.constexpr,
     AUDIT: gl.constexpr,
+    OF_A: gl.constexpr,
+    OF_B: gl.constexpr,
+    OF_C: gl.constexpr,
 ):
-    """What body.attend computes, from the same arguments; the state is transposed, ``[BV, BK]``, as in state.py."""
+    """What body.attend computes, from the same arguments; the state is transposed, ``[BV, BK]``, as in state.py.
+
+    OF_A, OF_B and OF_C are how many digits the numbers of a, b and c have.
+    """
     of_y: gl.constexpr = accumulator(BV)
     of_scores: gl.constexpr = accumulator(CHUNK)
     of_state: gl.constexpr = accumulator(BK)
@@ -109,7 +115,8 @@ def attend_exactly(
     a_room, b_room = room(CHUNK, BK, gl.float32), room(CHUNK, BK, gl.float32)
     # The second one also holds x, then scores on their way to the warps that need them.
     c_room, y_room = room(CHUNK, BV, gl.float32), room(CHUNK, BV, gl.float32)
-    b_rooms, c_rooms, state_rooms = room_for_digits(CHUNK, BK), room_for_digits(CHUNK, BV), room_for_digits(BV, BK)
+    b_rooms, c_rooms = room_for_digits(CHUNK, BK, OF_B), room_for_digits(CHUNK, BV, OF_C)
+    state_rooms = room_for_digits(BV, BK, 3)
     arrived = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for n in gl.static_range(4):
         mbarrier.init(arrived.index(n), count=1)
@@ -158,11 +165,11 @@ def attend_exactly(
             ask(x_source, batch, x_head, at, column, x_here, y_tile, True)
 
         mbarrier.wait(a_here, phase)
-        a = digits(a_tile.slice(0, SLICE, 1).load(y_operand))
+        a = digits(a_tile.slice(0, SLICE, 1).load(y_operand), OF_A)
         scores = product(a, turned(b_digits, 0, SLICE), no_scores)
         y = product(a, turned(state_digits, 0, SLICE), no_y)
         if BK > SLICE:
-            a = digits(a_tile.slice(SLICE, SLICE, 1).load(y_operand))
+            a = digits(a_tile.slice(SLICE, SLICE, 1).load(y_operand), OF_A)
             scores, y = warpgroup_mma_wait(0, deps=[scores, y])
             more_scores = product(a, turned(b_digits, SLICE, SLICE), no_scores)
             more_y = product(a, turned(state_digits, SLICE, SLICE), no_y)
@@ -170,7 +177,7 @@ def attend_exactly(
         post(c_tile.load(as_read), c_digits)
         fence_async_shared()
         weighted = c_tile.permute([1, 0]).load(state_operand) * to_state
-        weighted_digits = digits(weighted * scale if REVERSE else weighted)
+        weighted_digits = digits(weighted * scale if REVERSE else weighted, 3)
         if BK > SLICE:
             more_scores, more_y = warpgroup_mma_wait(0, deps=[more_scores, more_y])
             scores, y = scores + more_scores, y + more_y
@@ -184,7 +191,7 @@ def attend_exactly(
             row_sums = gl.sum(y_tile.load(of_y) * y, 1)[:, None]  # the rest is inside.py's
             gl.store(rows_ptr + at.to(gl.int64) + t, row_sums, mask=t < stop - at)
         y_tile.store(scores * weight_of(gap, inside, scale, REVERSE))
-        of_pairs = product(digits(y_tile.load(y_operand)), c_digits, no_y)
+        of_pairs = product(digits(y_tile.load(y_operand), 3), c_digits, no_y)
         # Behind the barrier between storing and loading scores a and c have been read.
         ask(a_source, batch, a_head, ahead, 0, a_here, a_tile, more)
         ask(c_source, batch, c_head, ahead, column, c_here, c_tile, more)

@@ -44,6 +44,9 @@ def forward_kernel(
     STORE_END: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
+    Q_DIGITS: gl.constexpr,  # bf16 numbers that one of q is the sum of, if it is fp32: 1 or 3
+    K_DIGITS: gl.constexpr,
+    V_DIGITS: gl.constexpr,
 ):
     """One program per (batch and head, segment, block of columns)."""
     blocks: gl.constexpr = (DV + BV - 1) // BV
@@ -65,4 +68,5 @@ def forward_kernel(
         begin, stop, length, segment, part == segments - 1, block,
         DK=DK, DV=DV, BK=BK, BV=BV, CHUNK=CHUNK, STAGES=STAGES, REVERSE=False, PER_TOKEN=PER_TOKEN,
         REGISTERS=REGISTERS, HAS_START=HAS_START, STORE_END=STORE_END, TRANSPOSED=False, AUDIT=False,
+        OF_A=Q_DIGITS, OF_B=K_DIGITS, OF_C=V_DIGITS,
     )  # fmt: skip

@@ -70,6 +70,7 @@ def packed_inside_kernel(
             g, out_ptr + row * length + begin, q_t * UNIT, k_t * UNIT, v_t * UNIT, do_t * UNIT, g_t,
             0.0 if PER_TOKEN else to_log2(tl.load(g)), scale, at, size,
             DK=DK, DV=DV, BLOCK=BLOCK, CHUNK=CHUNK, PER_TOKEN=PER_TOKEN, PRECISION=PRECISION,
+            NARROW=False,
         )  # fmt: skip
 
 

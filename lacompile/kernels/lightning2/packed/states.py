@@ -69,7 +69,7 @@ def contributions_kernel(
         state, total = contribution(
             b_ptr + (row // b_group * b_h + begin * b_t) * UNIT, c_ptr + (row // c_group * c_h + begin * c_t) * UNIT,
             g_at, 0, 0, 0, b_t * UNIT, c_t * UNIT, g_t, g_head, scale, size - size, size, block,
-            tl.full((), REVERSE, tl.int1), DK, DV, BK, BV, CHUNK, PER_TOKEN, False, PRECISION,
+            tl.full((), REVERSE, tl.int1), DK, DV, BK, BV, CHUNK, PER_TOKEN, False, PRECISION, False,
         )  # fmt: skip
         at_state, in_state = state_offsets(block, DK, DV, False, BK, BV)
         slot = (piece * heads + h).to(tl.int64)

@@ -219,3 +219,35 @@ def test_a_cache_that_is_read_otherwise(name):
 def test_a_next_state_that_decays_otherwise():
     report = assert_rewritten(square(last=N), *arguments(), count=1, compiled=False)
     assert report.rewrites[0].initial_state and not report.rewrites[0].final_state
+
+
+def less_each_token(update):
+    """A loop with a gate for each token, from a state that is given; ``update`` is of that and an outer product."""
+
+    def run(q, k, v, s, gates):
+        out = []
+        for t in range(N):
+            s = update(s * torch.sigmoid(gates[:, :, t, None, None]), k[:, :, t, :, None] * v[:, :, t, None])
+            out.append(torch.einsum("bhd,bhde->bhe", q[:, :, t], s))
+        return torch.stack(out, 2), s
+
+    return run
+
+
+LESS = {
+    "taken away": lambda s, new: s - new,
+    "added less": lambda s, new: s + -new,
+    "a part taken away": lambda s, new: s - 0.3 * new,
+}
+
+
+@pytest.mark.parametrize("update", LESS.values(), ids=LESS)
+def test_tokens_are_taken_away_from_a_state(update):
+    gates = torch.randn(B, H, N, requires_grad=True)
+    report = assert_rewritten(less_each_token(update), *arguments()[:4], gates, compiled=False)
+    assert report.rewrites[0].initial_state and report.rewrites[0].final_state
+
+
+def test_a_state_that_changes_its_sign_is_left_alone():
+    gates = torch.randn(B, H, N, requires_grad=True)
+    assert_refused(less_each_token(lambda s, new: new - s), *arguments()[:4], gates)

@@ -30,8 +30,8 @@ def align_weights(
 
 
 def _of_its_sign(t: Term, others: Sequence[Term]) -> list[Term]:
-    """What is taken away from a sum is no token that it is added to."""
-    return [x for x in others if x.coef * t.coef > 0]
+    """What is taken away from a sum is no token that it is added to; all tokens may be taken away from a state."""
+    return [x for x in others if x.coef * t.coef > 0] or (list(others) if t.coef > 0 else [])
 
 
 def as_update(space: Space, leaves: Leaves, shape: Sequence[Aff], terms: Sequence[Term]) -> list[Term]:

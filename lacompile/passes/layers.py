@@ -1,9 +1,9 @@
-"""Layers inside one loop over tokens: what a layer leaves of all tokens is computed before the next layer begins.
+"""Layers inside one loop over tokens or chunks: what a layer leaves of all is computed before the next layer begins.
 
 ``for t: h, S = layer(x[:, t], S); y, T = layer(h, T)`` needs no result of the second layer for the first one. So the
 second layer may as well read ``stack([h for each t])[t]``, and the graph runs all of the first layer's nodes before
 all of the second's. No number changes. What the second layer projects is then part of one tensor, as in a loop of one
-layer.
+layer. Chunks are put side by side along the dimension along which the program joins them in the end.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import fx
 from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
 from .examples import example_of, same_shape
+from .joins import joins
 from .moves import made_like
 from .rows import OPAQUE
 from .schedule import Schedule
@@ -42,17 +43,45 @@ def one_after_the_other(schedule: Schedule) -> fx.GraphModule | None:
     _copy(schedule, graph, mapping, instead, schedule.inputs)
     for cut in reversed(cuts):
         _copy(schedule, graph, mapping, instead, cut.before)
-        parts = [mapping[n] for n in cut.of]
-        whole = made_like(graph, "call_function", torch.stack, (parts, 0), {}, cut.of[0])
-        for place, node in enumerate(cut.of):
-            instead[node] = made_like(graph, "call_function", operator.getitem, (whole, place), {}, node)
-            if not same_strides(instead[node].meta["example_value"], example_of(node)):
-                return None
+        read = _read_of_whole(graph, cut, [mapping[n] for n in cut.of], _dimension(schedule, cut))
+        if not all(same_strides(example_of(new), example_of(old)) for old, new in zip(cut.of, read, strict=True)):
+            return None
+        instead.update(zip(cut.of, read, strict=True))
     _copy(schedule, graph, mapping, instead, schedule.nodes)
     graph.lint()
     out = fx.GraphModule(schedule.gm, graph)
     out.meta = schedule.gm.meta
     return out
+
+
+def _read_of_whole(graph: fx.Graph, cut: Cut, parts: list[fx.Node], dim: int | None) -> list[fx.Node]:
+    """The parts, read of one tensor: tokens that are stacked, or chunks side by side along a dimension."""
+    if dim is None:
+        whole = made_like(graph, "call_function", torch.stack, (parts, 0), {}, cut.of[0])
+        return [made_like(graph, "call_function", operator.getitem, (whole, n), {}, x) for n, x in enumerate(cut.of)]
+    whole = made_like(graph, "call_function", torch.cat, (parts, dim), {}, cut.of[0])
+    read, start = [], 0
+    for node in cut.of:
+        tokens = example_of(node).shape[dim]
+        part = made_like(graph, "call_function", torch.narrow, (whole, dim, start, tokens), {}, node)
+        read.append(made_like(graph, "call_method", "contiguous", (part,), {}, node))
+        start += tokens
+    return read
+
+
+def _dimension(schedule: Schedule, cut: Cut) -> int | None:
+    """The dimension of tokens of what a layer leaves of each chunk; None if it is one token each.
+
+    As many values of that rank are joined along it.
+    """
+    rank = example_of(cut.of[0]).dim()
+    for join in joins(schedule):
+        parts = [example_of(p) for p in join.parts]
+        if not join.stacks and len(parts) == len(cut.of) and all(x is not None and x.dim() == rank for x in parts):
+            lengths = [[x.shape[join.dim] for x in found] for found in (parts, map(example_of, cut.of))]
+            if lengths[0] == lengths[1] and all(isinstance(n, int) for n in lengths[0]):
+                return join.dim
+    return None
 
 
 def _copy(
@@ -148,10 +177,13 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 
 
 def _is_all_that_is_read(family: Family, before: set[fx.Node], depth: dict[fx.Node, int]) -> bool:
-    """Whether no other value behind a state is read by what comes after; last states may be returned."""
-    least = depth[family.of[0]]
-    behind = [u for u in depth if u not in before and u.op != "output"]
-    read = {n for u in behind for n in u.all_input_nodes if n in before}.difference(family.of)
+    """Whether no other value behind a state is read by what comes after; last states may be, by what is returned."""
+    least, behind = depth[family.of[0]], set(family.of)
+    for node in depth:  # in order
+        if not behind.isdisjoint(node.all_input_nodes) and node not in before:
+            behind.add(node)
+    after = [u for u in behind.difference(family.of) if u.op != "output"]
+    read = {n for u in after for n in u.all_input_nodes if n in before}.difference(family.of)
     return all(depth[n] <= least for n in read)
 
 
@@ -171,16 +203,17 @@ def _may_run_before(schedule: Schedule, cut: Cut) -> bool:
         read = [effects.lives.get(n, NOWHERE) for n in (node, *node.all_input_nodes)]
         if node in effects.writes or any(schedule.is_written(r, first - 1, order[node] - 1) for r in read):
             return False
-    return _of_one_kind(cut.of) and not any(_is_seen_otherwise(schedule, n) for n in cut.of)
+    return _of_one_kind(cut.of, _dimension(schedule, cut)) and not any(_is_seen_otherwise(schedule, n) for n in cut.of)
 
 
-def _of_one_kind(nodes: Sequence[fx.Node]) -> bool:
-    """Tensors without gaps of one shape and format."""
+def _of_one_kind(nodes: Sequence[fx.Node], dim: int | None) -> bool:
+    """Tensors without gaps of one format, and of one shape but for their tokens."""
     examples = [example_of(n) for n in nodes]
     if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.is_contiguous() for x in examples):
         return False
-    dtype, device, shape = examples[0].dtype, examples[0].device, examples[0].shape
-    return all((x.dtype, x.device) == (dtype, device) and same_shape(x.shape, shape) for x in examples)
+    dtype, device = examples[0].dtype, examples[0].device
+    sizes = [[n for at, n in enumerate(x.shape) if at != dim] for x in examples]
+    return all((x.dtype, x.device) == (dtype, device) for x in examples) and all(same_shape(s, sizes[0]) for s in sizes)
 
 
 def _is_seen_otherwise(schedule: Schedule, node: fx.Node) -> bool:

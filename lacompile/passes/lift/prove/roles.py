@@ -65,8 +65,8 @@ class Roles:
         if loose:
             raise Refused(
                 "causal-range",
-                "every position of the result computed the same way",
-                "only where " + " and ".join(self._spoken(g) for g in sorted(loose)),
+                "one sum that all rows read",
+                "one that is read where " + " and ".join(self._spoken(g) for g in sorted(loose)) + " alone",
                 3,
             )
         if len(self.features) > 4:
@@ -77,11 +77,11 @@ class Roles:
         return t.sub(self.space, {self.n: Aff.var(self.n) + 1})
 
     def _spoken(self, guard: Aff) -> str:
-        """A guard as an end of the range of j where it is one: ``j <= i + 3``."""
-        c = guard.coef(self.j)
-        if abs(c) != 1:
-            return f"{self._named(guard)} >= 0"
-        return f"j {'>=' if c > 0 else '<='} {self._named(guard.without(self.j) * -c)}"
+        """A guard as an end of the range of j, or else of i, where it is one: ``j <= i + 3``."""
+        for v, name in ((self.j, "j"), (self.n, "i")):
+            if abs(c := guard.coef(v)) == 1:
+                return f"{name} {'>=' if c > 0 else '<='} {self._named(guard.without(v) * -c)}"
+        return f"{self._named(guard)} >= 0"
 
     def _named(self, form: Aff) -> str:
         return spoken(self.engine, form, {self.j: "j", self.n: "i"})

@@ -1,4 +1,4 @@
-"""Layers that take turns in one loop over chunks, each with a state of its own, as in a prefill by chunks; and twins."""
+"""Layers that take turns in one loop over chunks, each with a state of its own, as in a prefill; and twins."""
 
 from __future__ import annotations
 

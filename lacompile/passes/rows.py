@@ -42,11 +42,12 @@ def _named(node: fx.Node) -> int | None:
     return len(shape) if isinstance(shape, list | tuple) else None
 
 
-def _along(n: int) -> Callable[[fx.Node], int | None]:
+def _along(n: int, default: Any = None) -> Callable[[fx.Node], int | None]:
     """The width of a function along a dimension that is counted from the end."""
 
     def found(node: fx.Node) -> int | None:
         dim = _argument(node, n, "dim")
+        dim = default if dim is None else dim
         return -dim if isinstance(dim, int) and dim < 0 else None
 
     return found
@@ -67,6 +68,7 @@ WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
     torch.softmax: _along(1),
     "softmax": _along(1),
     F.normalize: _along(2),
+    F.glu: _along(1, -1),
     **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), _kept),
 }
 ACTIVATIONS = tuple(

@@ -24,7 +24,7 @@ from .joins import Join, joins
 from .layouts import REORDERS, SIDE_BY_SIDE, order_of, reshapes, side_by_side
 from .moves import Kept, Moved, Turned, functions, move
 from .pieces import index_of_join, piece_of
-from .rows import BATCHED, width
+from .rows import BATCHED, CASTS, width
 from .schedule import Schedule
 
 
@@ -197,20 +197,20 @@ def _joined_order(join: Join, order: Sequence[int]) -> tuple[list[int], int]:
 
 
 def _alike(node: fx.Node, first: fx.Node) -> bool:
-    """Whether two calls differ in their arguments alone, all of one format: nothing is promoted."""
-    tensors = [
-        x for n in (node, first) for x in map(example_of, (n, *n.all_input_nodes)) if isinstance(x, torch.Tensor)
-    ]
-    dtype = tensors[0].dtype if tensors else None
-    return (
-        (node.op, node.target, len(node.args), repr(node.kwargs))
-        == (first.op, first.target, len(first.args), repr(first.kwargs))
-        and not any(isinstance(x, fx.Node) for x in node.kwargs.values())
-        and isinstance(example_of(node), torch.Tensor)
-        and dtype is not None
-        and dtype.is_floating_point
-        and all(x.dtype == dtype for x in tensors)
-    )
+    """Whether two calls differ in their arguments alone, all of one format, or cast from one: nothing is promoted."""
+    calls = [(n.op, n.target, len(n.args), repr(n.kwargs)) for n in (node, first)]
+    if calls[0] != calls[1] or any(isinstance(x, fx.Node) for x in node.kwargs.values()):
+        return False
+    formats, others = ([_format(n), *map(_format, n.all_input_nodes)] for n in (node, first))
+    if formats[0] is None or not all(f is None or f.is_floating_point for f in formats):
+        return False
+    return formats == others if node.target in CASTS else set(formats + others) <= {formats[0], None}
+
+
+def _format(node: fx.Node) -> torch.dtype | None:
+    """That of a tensor; None of what is none."""
+    example = example_of(node)
+    return example.dtype if isinstance(example, torch.Tensor) else None
 
 
 def _movable(schedule: Schedule, node: fx.Node, behind: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .._compat import of_fakes
-from .examples import example_of
+from .examples import ONE_TENSOR, example_of
 from .joins import Join
 from .rows import BATCHED, OPAQUE
 from .schedule import Schedule
@@ -144,6 +144,8 @@ def move(
                 raise ValueError("the join has a layout of its own")
     if join.into is None:
         mapping[join.node].replace_all_uses_with(new)
+        if ONE_TENSOR in join.node.meta:
+            new.meta[ONE_TENSOR] = True
     behind = {n for m in functions(moved) for n in m.gone}
     for node in (*join.needless, *sorted(behind, key=schedule.order.__getitem__, reverse=True)):
         graph.erase_node(mapping[node])

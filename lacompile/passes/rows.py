@@ -85,8 +85,11 @@ BATCHED = frozenset[Any]({F.group_norm, torch.group_norm})
 ARITHMETIC = (
     "add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp", "sigmoid", "tanh", "relu",
 )  # fmt: skip
+CASTS = frozenset[Any]({"to", "type", "type_as", "float", "double", "half", "bfloat16"})
+"""What may change the format of its first argument, and no more."""
 POINTWISE = frozenset[Any]({
     *ACTIVATIONS,
+    *CASTS,
     *(getattr(torch, name) for name in ARITHMETIC),
     *ARITHMETIC,
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,

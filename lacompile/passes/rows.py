@@ -53,6 +53,12 @@ def _along(n: int, default: Any = None) -> Callable[[fx.Node], int | None]:
     return found
 
 
+def _without_dropping(node: fx.Node) -> int | None:
+    """A dropout that drops nothing."""
+    p, training, inplace = (_argument(node, n, name) for n, name in enumerate(("p", "training", "inplace"), 1))
+    return 0 if not inplace and (training is False or (p is not None and p == 0)) else None
+
+
 def _times_a_matrix(node: fx.Node) -> int | None:
     example = example_of(node.args[1]) if len(node.args) == 2 else None
     return 1 if isinstance(example, torch.Tensor) and example.dim() == 2 else None
@@ -69,13 +75,14 @@ WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
     "softmax": _along(1),
     F.normalize: _along(2),
     F.glu: _along(1, -1),
+    F.dropout: _without_dropping,
     **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), _kept),
 }
 ACTIVATIONS = tuple(
     getattr(F, name) for name in ("silu", "gelu", "relu", "elu", "softplus", "sigmoid", "tanh", "logsigmoid")
 )
 OPAQUE = frozenset[Any](
-    {f for f in WIDTHS if f not in (torch.sum, "sum")}.union(
+    {f for f in WIDTHS if f not in (torch.sum, "sum", F.dropout)}.union(
         ACTIVATIONS, (torch.sigmoid, "sigmoid", torch.tanh, "tanh", torch.relu, "relu")
     )
 )

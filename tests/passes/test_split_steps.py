@@ -210,3 +210,17 @@ def test_a_part_of_the_weights_that_was_written_to_is_another_one():
         return torch.cat(outs, 1)
 
     assert not compared(run, *[a.detach() for a in inputs()]).rewrites
+
+
+@pytest.mark.parametrize("p, training", [(0.0, True), (0.5, False)])
+def test_dropout_that_drops_nothing(p, training):
+    run = layer(lambda y, x, w, u: x + F.dropout(y @ w, p, training) @ u, tokens)
+    assert_rewritten(run, *inputs(), compiled=False)
+
+
+def test_dropout_that_drops():
+    assert_refused(layer(lambda y, x, w, u: x + F.dropout(y @ w, 0.5, True) @ u, tokens), *inputs())
+
+
+def test_dropout_that_drops_by_default():
+    assert_refused(layer(lambda y, x, w, u: x + F.dropout(y @ w) @ u, tokens), *inputs())

@@ -26,6 +26,8 @@ PLAIN = (torch.Tensor, int, float, bool, torch.SymInt, torch.SymFloat, torch.Sym
 class Effects:
     """The effects of one graph; a node that is not a key of ``lives`` or ``writes`` has none of that kind.
 
+    What a node writes into memory that it makes itself, before anybody else sees it, is no effect.
+
     ``impure`` nodes must stay for another reason than a write: they draw random numbers, could not be run on fake
     tensors, or change a mode. ``outside`` are the storages of inputs and constants.
     """

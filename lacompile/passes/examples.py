@@ -10,6 +10,9 @@ from torch import fx
 
 from .._compat import always_equal
 
+ONE_TENSOR = "lacompile_one_tensor"
+"""In the ``meta`` of a value: who reads it shall not look into it, which decides what is found and proves nothing."""
+
 
 def example_of(arg: Any) -> Any:
     """The example of a value of the graph; None of what is no value."""

@@ -8,6 +8,7 @@ functions of rows are moved, of values that nothing else reads, and over memory 
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,8 @@ from .examples import example_of, same_shape
 from .joins import Join, joins
 from .layouts import REORDERS, SIDE_BY_SIDE, order_of, reshapes, side_by_side
 from .moves import Kept, Moved, Turned, functions, move
-from .rows import BATCHED, width
+from .pieces import index_of_join, piece_of
+from .rows import BATCHED, CASTS, width
 from .schedule import Schedule
 
 
@@ -35,6 +37,9 @@ def fissioned(schedule: Schedule) -> fx.GraphModule | None:
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(old, mapping)).meta = copy.copy(old.output_node().meta)
+    for node in reversed(schedule.nodes):  # else what they read could not go
+        if node in schedule.unread:
+            graph.erase_node(mapping[node])
     for join, moved in moves:
         move(schedule, join, moved, graph, mapping)
     graph.lint()
@@ -49,7 +54,7 @@ def _moves(schedule: Schedule) -> list[tuple[Join, Moved | Turned]]:
     gone: set[fx.Node] = set()
     for join in sorted(joins(schedule), key=lambda j: schedule.order[j.node], reverse=True):
         moved = Search(schedule, join).found()
-        parts = {n for m in functions(moved) for n in m.parts}
+        parts = {n for m in functions(moved) for n in m.gone}
         if moved is not None and moved.hides and gone.isdisjoint(parts | {join.node}):
             found.append((join, moved))
             gone |= parts
@@ -81,8 +86,9 @@ class Search:
         while True:
             found = self._moved(self._join, self._join.parts)
             moved = list(functions(found))
-            gone = {n for m in moved for n in m.parts}
-            read = {n for n in gone if not n.users.keys() <= gone.union(self._join.users)}
+            gone = {n for m in moved for n in m.gone}
+            alone = gone.union(self._join.users, self._schedule.unread)
+            read = {n for n in gone if not n.users.keys() <= alone}
             read |= gone.intersection(n for m in moved for n in m.given)
             if not read:
                 return found
@@ -115,22 +121,32 @@ class Search:
         if all(map(reshapes, parts)):
             sizes = _reshaped(join, parts)
             given = inside([p.args[0] for p in parts]) if sizes is not None else None
-            return None if sizes is None else Moved(parts, "call_method", "reshape", [given, *sizes], {})
+            return None if sizes is None else Moved(join, parts, "call_method", "reshape", [given, *sizes], {})
         if first.target in REORDERS:
             order = order_of(first)
             if order is None or any(order_of(n) != order for n in parts):
                 return None
             whole, dim = _joined_order(join, order)
             given = inside([p.args[0] for p in parts], replace(join, dim=dim))
-            return Moved(parts, "call_method", "permute", [given, *whole], {})
+            return Moved(join, parts, "call_method", "permute", [given, *whole], {})
         if first.target in SIDE_BY_SIDE:
             if (dim := _put_behind(join, parts)) is None:
                 return None
             given = [inside(column) for column in zip(*(p.args[0] for p in parts), strict=True)]
-            return Moved(parts, "call_function", first.target, [given, dim], {})
+            return Moved(join, parts, "call_function", first.target, [given, dim], {})
+        if all(pieces := [piece_of(n) for n in parts]):
+            through = [p.through for p in pieces if p is not None and p.through is not None]
+            where = index_of_join(join, [p for p in pieces if p is not None])
+            if where is None or not all(
+                n not in self._stays and _movable(self._schedule, n, join.node) for n in through
+            ):
+                return None
+            index, dim = where
+            given = inside([p.of for p in pieces if p is not None], replace(join, dim=dim))
+            return Moved(join, parts, "call_function", operator.getitem, [given, index], {}, through)
         rows = example_of(first).dim() - 1 if first.target in BATCHED else width(first)
         columns = [
-            Column(given, not all(_same(x, given[0]) for x in given))
+            Column(given, not all(self._same(x, given[0]) for x in given))
             for given in zip(*(n.args for n in parts), strict=True)
         ]
         if rows is None or not any(c.own for c in columns) or (rows and any(c.own for c in columns[1:])):
@@ -138,7 +154,13 @@ class Search:
         if not all(_fits(join, c, parts, rows) for c in columns):
             return None
         args = [inside(c.given) if c.own else c.given[0] for c in columns]
-        return Moved(parts, first.op, first.target, args, first.kwargs)
+        return Moved(join, parts, first.op, first.target, args, first.kwargs)
+
+    def _same(self, x: Any, y: Any) -> bool:
+        """Equal numbers, or one value; each step may have computed it again, as a part of the weights."""
+        if isinstance(x, fx.Node) and isinstance(y, fx.Node):
+            return x is y or self._schedule.numbers[x] == self._schedule.numbers[y]
+        return type(x) is type(y) and x == y
 
 
 def _reshaped(join: Join, parts: Sequence[fx.Node]) -> list[int] | None:
@@ -175,24 +197,20 @@ def _joined_order(join: Join, order: Sequence[int]) -> tuple[list[int], int]:
 
 
 def _alike(node: fx.Node, first: fx.Node) -> bool:
-    """Whether two calls differ in their arguments alone, all of one format: nothing is promoted."""
-    tensors = [
-        x for n in (node, first) for x in map(example_of, (n, *n.all_input_nodes)) if isinstance(x, torch.Tensor)
-    ]
-    dtype = tensors[0].dtype if tensors else None
-    return (
-        (node.op, node.target, len(node.args), repr(node.kwargs))
-        == (first.op, first.target, len(first.args), repr(first.kwargs))
-        and not any(isinstance(x, fx.Node) for x in node.kwargs.values())
-        and isinstance(example_of(node), torch.Tensor)
-        and dtype is not None
-        and dtype.is_floating_point
-        and all(x.dtype == dtype for x in tensors)
-    )
+    """Whether two calls differ in their arguments alone, all of one format, or cast from one: nothing is promoted."""
+    calls = [(n.op, n.target, len(n.args), repr(n.kwargs)) for n in (node, first)]
+    if calls[0] != calls[1] or any(isinstance(x, fx.Node) for x in node.kwargs.values()):
+        return False
+    formats, others = ([_format(n), *map(_format, n.all_input_nodes)] for n in (node, first))
+    if formats[0] is None or not all(f is None or f.is_floating_point for f in formats):
+        return False
+    return formats == others if node.target in CASTS else set(formats + others) <= {formats[0], None}
 
 
-def _same(x: Any, y: Any) -> bool:
-    return type(x) is type(y) and x == y
+def _format(node: fx.Node) -> torch.dtype | None:
+    """That of a tensor; None of what is none."""
+    example = example_of(node)
+    return example.dtype if isinstance(example, torch.Tensor) else None
 
 
 def _movable(schedule: Schedule, node: fx.Node, behind: fx.Node) -> bool:

@@ -52,7 +52,7 @@ def joins(schedule: Schedule) -> Iterator[Join]:
     graph = schedule.gm.graph
     for function in (torch.stack, torch.cat):
         for node in graph.find_nodes(op="call_function", target=function):
-            if (join := _join(schedule, node)) is not None:
+            if node not in schedule.unread and (join := _join(schedule, node)) is not None:
                 yield _stacked(join)
     for f in fillings(schedule):
         yield _stacked(Join(f.last, f.parts, f.writes, f.dim, f.selects, [*f.writes, *f.views], f))

@@ -20,10 +20,10 @@ from torch import fx
 
 from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
-from .examples import example_of, same_shape
+from .examples import ONE_TENSOR, example_of, same_shape
 from .joins import joins
 from .moves import made_like
-from .rows import OPAQUE
+from .rows import OPAQUE, width
 from .schedule import Schedule
 from .strides import same_strides
 
@@ -56,10 +56,11 @@ def one_after_the_other(schedule: Schedule) -> fx.GraphModule | None:
 
 def _read_of_whole(graph: fx.Graph, cut: Cut, parts: list[fx.Node], dim: int | None) -> list[fx.Node]:
     """The parts, read of one tensor: tokens that are stacked, or chunks side by side along a dimension."""
+    function = torch.stack if dim is None else torch.cat
+    whole = made_like(graph, "call_function", function, (parts, dim or 0), {}, cut.of[0])
+    whole.meta[ONE_TENSOR] = True  # what the next layer reads is data to it, however it was computed
     if dim is None:
-        whole = made_like(graph, "call_function", torch.stack, (parts, 0), {}, cut.of[0])
         return [made_like(graph, "call_function", operator.getitem, (whole, n), {}, x) for n, x in enumerate(cut.of)]
-    whole = made_like(graph, "call_function", torch.cat, (parts, dim), {}, cut.of[0])
     read, start = [], 0
     for node in cut.of:
         tokens = example_of(node).shape[dim]
@@ -111,7 +112,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Family:
-    """One function of rows with the same weights for each token: what it is called with, and its calls."""
+    """One function for each token: what it is called with, and its calls."""
 
     of: tuple[fx.Node, ...]
     calls: tuple[fx.Node, ...]
@@ -127,13 +128,15 @@ class Family:
 def _cuts(schedule: Schedule) -> Iterator[Cut]:
     """The last cut first: each splits what is before the one behind it."""
     families = list(_families(schedule))
+    others = list(_above(families))
     inside: Collection[fx.Node] = schedule.nodes
-    while len(families) > 1 and (found := _last_cut(schedule, families, inside)) is not None:
+    while len(families) > 1 and (found := _last_cut(schedule, families, others, inside)) is not None:
         yield found
         inside = sorted(found.before, key=schedule.order.__getitem__)
 
 
 def _families(schedule: Schedule) -> Iterator[Family]:
+    """Functions of rows with the same weights, of other values each time."""
     calls: dict[Any, list[fx.Node]] = {}
     for node in schedule.nodes:
         rest = node.args[1:]
@@ -145,12 +148,40 @@ def _families(schedule: Schedule) -> Iterator[Family]:
             yield Family(of, tuple(group))
 
 
-def _last_cut(schedule: Schedule, families: Iterable[Family], inside: Collection[fx.Node]) -> Cut | None:
+def _above(families: Sequence[Family]) -> Iterator[Family]:
+    """What families are called with is itself a function of rows perhaps, as a written out norm: what that is of.
+
+    There a layer may begin, where its residual reads what its norm does.
+    """
+    seen = {f.of for f in families}
+    work = [f.of for f in families]
+    while work:
+        calls = work.pop()
+        first = calls[0]
+        function = (first.op, first.target, len(first.args))
+        if width(first) is None or any((n.op, n.target, len(n.args)) != function for n in calls):
+            continue
+        for given in zip(*(n.args for n in calls), strict=True):
+            of = tuple(n for n in given if isinstance(n, fx.Node))
+            if len(of) == len(set(of)) == len(calls) and of not in seen:
+                seen.add(of)
+                work.append(of)
+                yield Family(of, calls)
+
+
+def _last_cut(
+    schedule: Schedule, families: Iterable[Family], others: Iterable[Family], inside: Collection[fx.Node]
+) -> Cut | None:
+    """The last one that something with a state is behind, as a family shows; there are ``others`` to cut at."""
     depth = _depths(inside)
-    growing = [f for f in families if f.grows(depth) and all(n in depth for n in f.calls)]
-    for family in sorted(growing, key=lambda f: depth[f.of[0]], reverse=True):
+
+    def growing_of(found: Iterable[Family]) -> list[Family]:
+        return [f for f in found if f.grows(depth) and all(n in depth for n in f.calls)]
+
+    growing = growing_of(families)
+    for family in sorted([*growing, *growing_of(others)], key=lambda f: depth[f.of[0]], reverse=True):
         before = _ancestors(family.of)
-        if not before.isdisjoint(family.calls) or not _is_all_that_is_read(family, before, depth):
+        if not before.isdisjoint(family.calls) or not _is_all_that_is_read(family, before, depth, schedule.unread):
             continue
         behind = _depths([n for n in inside if n not in before])
         if any(f.grows(behind) for f in growing if before.isdisjoint(f.of)):
@@ -176,13 +207,13 @@ def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _is_all_that_is_read(family: Family, before: set[fx.Node], depth: dict[fx.Node, int]) -> bool:
+def _is_all_that_is_read(family: Family, before: set[fx.Node], depth: dict[fx.Node, int], unread: set[fx.Node]) -> bool:
     """Whether no other value behind a state is read by what comes after; last states may be, by what is returned."""
     least, behind = depth[family.of[0]], set(family.of)
     for node in depth:  # in order
         if not behind.isdisjoint(node.all_input_nodes) and node not in before:
             behind.add(node)
-    after = [u for u in behind.difference(family.of) if u.op != "output"]
+    after = [u for u in behind.difference(family.of) if u.op != "output" and u not in unread]
     read = {n for u in after for n in u.all_input_nodes if n in before}.difference(family.of)
     return all(depth[n] <= least for n in read)
 

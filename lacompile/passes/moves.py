@@ -14,7 +14,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .._compat import of_fakes
-from .examples import example_of
+from .examples import ONE_TENSOR, example_of
 from .joins import Join
 from .rows import BATCHED, OPAQUE
 from .schedule import Schedule
@@ -34,15 +34,24 @@ class Kept:
 class Moved:
     """Parts that are one function each, which is called of joined arguments instead.
 
+    ``join``: how the parts would be joined. ``through``: nodes of several tensors each, of which a part is one.
     ``hides``: whether it, or one inside of it, is a function that the analysis does not look into. Else those of
     several joined arguments stay where they are: the parts of a sum are one attention together, and none by themselves.
     """
 
+    join: Join
     parts: Sequence[fx.Node]
     op: str
     target: Any
     args: Sequence[Any]
     kwargs: dict[str, Any]
+    through: Sequence[fx.Node] = ()
+
+    @property
+    def gone(self) -> Iterator[fx.Node]:
+        """The nodes in the place of which it is called."""
+        yield from self.parts
+        yield from self.through
 
     @cached_property
     def joined(self) -> list[Kept | Moved | Turned]:
@@ -102,30 +111,30 @@ def move(
 ) -> None:
     made: dict[Any, fx.Node] = {}  # several functions may be called with the same
 
-    def call(arg: Any, along: Join) -> Any:
+    def call(arg: Any) -> Any:
         if isinstance(arg, list) and any(isinstance(a, Kept | Moved | Turned) for a in arg):
-            return [call(a, along) for a in arg]
+            return [call(a) for a in arg]
         if not isinstance(arg, Kept | Moved | Turned):
             return map_arg(arg, mapping.__getitem__)
         key = arg if isinstance(arg, Kept) else id(arg)
         if key not in made:
-            made[key] = new_call(arg, along)
+            made[key] = new_call(arg)
         return made[key]
 
-    def new_call(arg: Kept | Moved | Turned, along: Join) -> fx.Node:
+    def new_call(arg: Kept | Moved | Turned) -> fx.Node:
         if isinstance(arg, Kept):
             function = torch.stack if arg.stacks else torch.cat
             parts = [mapping[n] for n in arg.parts]
             return made_like(graph, "call_function", function, (parts, arg.dim), {}, arg.parts[0])
         if isinstance(arg, Turned):
-            return _turned_back(graph, call(arg.of, along.turned), arg)
-        args = tuple(call(a, along) for a in arg.args)
+            return _turned_back(graph, call(arg.of), arg)
+        args = tuple(call(a) for a in arg.args)
         if arg.target in BATCHED:
-            return _at_once(graph, along, arg, args)
+            return _at_once(graph, arg, args)
         return made_like(graph, arg.op, arg.target, args, arg.kwargs, arg.parts[0])
 
     with graph.inserting_before(mapping[join.node]):
-        new = call(moved, join)
+        new = call(moved)
         if join.into is not None:
             places = (*[slice(None)] * join.dim, slice(join.into.start, join.into.stop))
             graph.call_function(operator.setitem, (mapping[join.into.tensor], places, new)).meta = join.node.meta.copy()
@@ -135,7 +144,9 @@ def move(
                 raise ValueError("the join has a layout of its own")
     if join.into is None:
         mapping[join.node].replace_all_uses_with(new)
-    behind = {n for m in functions(moved) for n in m.parts}
+        if ONE_TENSOR in join.node.meta:
+            new.meta[ONE_TENSOR] = True
+    behind = {n for m in functions(moved) for n in m.gone}
     for node in (*join.needless, *sorted(behind, key=schedule.order.__getitem__, reverse=True)):
         graph.erase_node(mapping[node])
     mapping[join.node] = new
@@ -152,9 +163,9 @@ def _turned_back(graph: fx.Graph, stacked: fx.Node, turned: Turned) -> fx.Node:
     )
 
 
-def _at_once(graph: fx.Graph, join: Join, moved: Moved, args: tuple[Any, ...]) -> fx.Node:
+def _at_once(graph: fx.Graph, moved: Moved, args: tuple[Any, ...]) -> fx.Node:
     """A call of a function that has one dimension for all its rows."""
-    like = moved.parts[0]
+    join, like = moved.join, moved.parts[0]
     if not join.stacks:
         return made_like(graph, moved.op, moved.target, args, moved.kwargs, like)
     rows = made_like(graph, "call_method", "flatten", (args[0], 0, 1), {}, like)

@@ -42,14 +42,21 @@ def _named(node: fx.Node) -> int | None:
     return len(shape) if isinstance(shape, list | tuple) else None
 
 
-def _along(n: int) -> Callable[[fx.Node], int | None]:
+def _along(n: int, default: Any = None) -> Callable[[fx.Node], int | None]:
     """The width of a function along a dimension that is counted from the end."""
 
     def found(node: fx.Node) -> int | None:
         dim = _argument(node, n, "dim")
+        dim = default if dim is None else dim
         return -dim if isinstance(dim, int) and dim < 0 else None
 
     return found
+
+
+def _without_dropping(node: fx.Node) -> int | None:
+    """A dropout that drops nothing."""
+    p, training, inplace = (_argument(node, n, name) for n, name in enumerate(("p", "training", "inplace"), 1))
+    return 0 if not inplace and (training is False or (p is not None and p == 0)) else None
 
 
 def _times_a_matrix(node: fx.Node) -> int | None:
@@ -67,13 +74,15 @@ WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
     torch.softmax: _along(1),
     "softmax": _along(1),
     F.normalize: _along(2),
+    F.glu: _along(1, -1),
+    F.dropout: _without_dropping,
     **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), _kept),
 }
 ACTIVATIONS = tuple(
     getattr(F, name) for name in ("silu", "gelu", "relu", "elu", "softplus", "sigmoid", "tanh", "logsigmoid")
 )
 OPAQUE = frozenset[Any](
-    {f for f in WIDTHS if f not in (torch.sum, "sum")}.union(
+    {f for f in WIDTHS if f not in (torch.sum, "sum", F.dropout)}.union(
         ACTIVATIONS, (torch.sigmoid, "sigmoid", torch.tanh, "tanh", torch.relu, "relu")
     )
 )
@@ -83,8 +92,11 @@ BATCHED = frozenset[Any]({F.group_norm, torch.group_norm})
 ARITHMETIC = (
     "add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp", "sigmoid", "tanh", "relu",
 )  # fmt: skip
+CASTS = frozenset[Any]({"to", "type", "type_as", "float", "double", "half", "bfloat16"})
+"""What may change the format of its first argument, and no more."""
 POINTWISE = frozenset[Any]({
     *ACTIVATIONS,
+    *CASTS,
     *(getattr(torch, name) for name in ARITHMETIC),
     *ARITHMETIC,
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,

@@ -74,6 +74,16 @@ class Schedule:
         touched = [self.effects.lives.get(n, NOWHERE) for n in (node, *node.all_input_nodes)]
         return any(self.is_written(storages, -1, len(self.nodes)) for storages in touched)
 
+    @cached_property
+    def unread(self) -> set[fx.Node]:
+        """The calls that neither a result nor an effect of the graph is computed from."""
+        found: set[fx.Node] = set()
+        for node in reversed(self.nodes):
+            acts = node in self.effects.writes or node in self.effects.impure
+            if node.op.startswith("call_") and not acts and found.issuperset(node.users):
+                found.add(node)
+        return found
+
     def between(self, start: fx.Node, end: fx.Node) -> list[fx.Node]:
         """The nodes behind ``start``, up to ``end``."""
         return self.nodes[self.order[start] + 1 : self.order[end] + 1]

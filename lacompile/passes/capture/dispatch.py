@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ... import _compat
-from ..effects import ANYWHERE, Effects
+from ..effects import ANYWHERE, Effects, storages
 from .functional import functional
 from .memory import Memory, ViewStep
 from .observer import Observer
@@ -28,6 +28,7 @@ class Dispatch(TorchDispatchMode):
     def __init__(self, observer: Observer, memory: Memory, effects: Effects, standins: Standins):
         super().__init__()
         self.observer, self.memory, self.effects, self.standins = observer, memory, effects, standins
+        self._made: dict[int, Any] = {}  # storages, and the node that they are made in
         self.failed: Any = None  # the operation that raised, if it is one that writes nothing
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
@@ -49,7 +50,7 @@ class Dispatch(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.effects.impure.add(node)
         if targets:
-            self.effects.note_write(node, targets)
+            self.effects.note_write(node, [t for t in targets if not self._is_temporary(t)])
             self._mutating(func, args, values, kw, dtypes, out, targets)
             return out
         result = self.observer.operation(func, values, kw, out, dtypes)
@@ -85,6 +86,12 @@ class Dispatch(TorchDispatchMode):
             self.memory.enter(out, value, self.memory.record(base), step)
         else:
             self.memory.enter(out, value)
+            for storage in storages([out]) - storages(tree_leaves((args, kw))):
+                self._made[storage] = self.memory.node
+
+    def _is_temporary(self, tensor: torch.Tensor) -> bool:
+        """Whether it lives where no other node can have seen it yet: in memory that this one has made."""
+        return all(s != ANYWHERE and self._made.get(s) is self.memory.node for s in storages([tensor]))
 
     def _mutating(
         self,

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from ...._compat import AnotherInEachCall, no_number_for_a_symbol
 from ...capture import Capture, Memory, ViewStep, aliases, fake_mode_of
+from ...examples import ONE_TENSOR
 from ..domain.intervals import interval_of
 from ..domain.kinds import Opaque
 from ..domain.term import Val
@@ -226,6 +227,9 @@ class Interpreter:
                 self.without_gradients.append((node, tensor))
             if single:
                 self.facts[node] = Fact(node, val, tensor, compute)
+            if single and ONE_TENSOR in node.meta:
+                self._demand([node])
+                out[-1] = own_leaf(self.engine, node, val, tensor)
         return out
 
     # -------------------------------------------------------------------------------------------------------- details

@@ -71,6 +71,8 @@ class Opaque:
     """The values of the graph that are its pieces; of one that no single node holds."""
     joined: tuple[int, int] | None = None
     """Two dimensions of the value that are one of the leaf, as chunks and their tokens, in the place of the second."""
+    numbers: bool = False
+    """Whether it was computed from numbers that the program writes, and no data."""
 
     @property
     def only_node(self) -> fx.Node | None:

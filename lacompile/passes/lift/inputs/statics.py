@@ -112,6 +112,10 @@ class Statics:
             return positions
         return self._values.get(node)
 
+    def is_kept(self, node: fx.Node) -> bool:
+        """Whether it is a buffer, and no argument."""
+        return node in self.real and node not in self._passed
+
     def _positions(self, node: fx.Node, tensor: torch.Tensor) -> Val | None:
         """Whole numbers on a line or a plane: positions, or the distances of all pairs of them.
 
@@ -178,7 +182,8 @@ class Statics:
     def _leaf(self, node: fx.Node) -> int:
         """The leaf that is this input as it stands."""
         if node not in self._values:
-            self._values[node] = self.engine.leaf(node.meta["example_value"], Opaque(node, node.name))
+            kind = Opaque(node, node.name)
+            self._values[node] = self.engine.leaf(node.meta["example_value"], kind, constant=self.is_kept(node))
         (term,) = self._values[node].terms
         return term.accs[0][0]
 

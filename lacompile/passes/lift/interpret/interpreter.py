@@ -90,7 +90,10 @@ class Interpreter:
             return self.numbers.of(tensor, real)
         if self.statics is not None and (known := self.statics.value(node, tensor)) is not None:
             return known
-        return self.engine.leaf(tensor, Opaque(node, node.name), parameter=isinstance(real, torch.nn.Parameter))
+        kept = self.statics is not None and self.statics.is_kept(node)
+        return self.engine.leaf(
+            tensor, Opaque(node, node.name), constant=kept, parameter=isinstance(real, torch.nn.Parameter)
+        )
 
     def begins(self, node: fx.Node) -> None:
         self._of_numbers = self._constants.are_read_by(node)
@@ -105,7 +108,7 @@ class Interpreter:
         if type(tensor) is torch.Tensor and tensor.numel() <= MAX_BAKED and tensor.device.type == "cpu":
             return self.numbers.made_of_numbers(self._node, tensor)
         self._gave_up, self._repeatable = why, False
-        return self.engine.leaf(tensor, Opaque(None, why))
+        return self.engine.leaf(tensor, Opaque(None, why, numbers=self._of_numbers))
 
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         op = Op(self.engine, func, args, kwargs, out, dtypes)
@@ -142,12 +145,14 @@ class Interpreter:
             self._gave_up = reason
         inputs = leaves_of(vals)
         summands = tuple(t for v in vals for c in v.cases for t in c.terms) if unmerged else ()
+        by_itself = op.func.namespace == "aten" and torch.Tag.nondeterministic_seeded not in op.func.tags
+        of_numbers = by_itself and all(map(self.engine.written, vals))
         numbers = [(float(x), float(x)) if isinstance(x, int | float) else None for x in op.args]
 
         def fresh(t: Any) -> Any:
             if not isinstance(t, torch.Tensor):
                 return None
-            kind = Opaque(None, op.func.overloadpacket.__name__, inputs, summands)
+            kind = Opaque(None, op.func.overloadpacket.__name__, inputs, summands, numbers=of_numbers)
             return self.engine.leaf(t, kind, interval=interval_of(op.func, numbers))
 
         if isinstance(op.out, list | tuple):
@@ -180,7 +185,8 @@ class Interpreter:
             self._demand(node for node, _ in self.without_gradients)
             for node, tensor in self.without_gradients:
                 before = self._memory.read(self._memory.record(tensor))
-                kind = Opaque(node if node in self.facts else None, "computed without gradients", leaves_of([before]))
+                own, made = (node if node in self.facts else None), self.engine.written(before)
+                kind = Opaque(own, "computed without gradients", leaves_of([before]), numbers=made)
                 self._memory.forget(tensor, self.engine.leaf(tensor, kind))
             self.without_gradients.clear()
         recorded = self.capture.records_gradients_at

@@ -21,6 +21,8 @@ from .affine import Aff
 from .exponent import Access
 from .term import Term, Val
 
+WITHOUT_GRADIENTS = "computed without gradients"
+"""The label of a value that is data for autograd, and was computed from what requires a gradient."""
 HERE = Aff.var(-1)
 """The place of an argument, in what names a series."""
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ...._compat import AnotherInEachCall, no_number_for_a_symbol
 from ...capture import Capture, Memory, ViewStep, aliases, fake_mode_of
 from ..domain.intervals import interval_of
-from ..domain.kinds import Opaque
+from ..domain.kinds import WITHOUT_GRADIENTS, Opaque
 from ..domain.term import Val
 from ..engine import Engine, GiveUp, Unmerged
 from ..inputs.alike import Equal
@@ -174,7 +174,7 @@ class Interpreter:
         return self._memory.record(view.parent_tensor).node is self._memory.record(view.out).node
 
     def gradients_resume(self, last: bool) -> None:
-        """For autograd what was computed so far without gradients is data, whatever it was computed from.
+        """For autograd what was computed so far without gradients, from what requires one, is data.
 
         So is what was written then into a tensor, and of the rest of that tensor no more is known. At the ``last``
         node, the output, nothing is computed any more that would see it as data; but what autograd knows of a tensor
@@ -186,7 +186,7 @@ class Interpreter:
             for node, tensor in self.without_gradients:
                 before = self._memory.read(self._memory.record(tensor))
                 own, made = (node if node in self.facts else None), self.engine.written(before)
-                kind = Opaque(own, "computed without gradients", leaves_of([before]), numbers=made)
+                kind = Opaque(own, WITHOUT_GRADIENTS, leaves_of([before]), numbers=made)
                 self._memory.forget(tensor, self.engine.leaf(tensor, kind))
             self.without_gradients.clear()
         recorded = self.capture.records_gradients_at
@@ -228,7 +228,7 @@ class Interpreter:
                 val = readable(self.engine, node, val, tensor, compute)
             val = self._pieces.of_a_window(node, val, tensor) if single else val
             out.append(val)
-            if not self.capture.records_gradients and not self.engine.index_only(val):
+            if not self.capture.records_gradients_at(node) and not self.engine.index_only(val):
                 self.without_gradients.append((node, tensor))
             if single:
                 self.facts[node] = Fact(node, val, tensor, compute)

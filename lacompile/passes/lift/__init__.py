@@ -11,8 +11,8 @@ from torch import fx
 
 from ..._compat import hint
 from ..effects import Effects
-from ..gradients import Gradients
 from ..facts import Match, Refusal
+from ..gradients import Gradients
 from ..schedule import Schedule
 from .inputs.alike import Equal, alike, argument_sizes
 from .interpret import Interpreter

@@ -44,7 +44,9 @@ def settled(schedule: Schedule, match: Match) -> Match | Refusal:
             return _refusal(match, "unaliased", f"{node.name} shares its memory and is used later")
     modes = schedule.records_gradients
     for node in schedule.ancestors(match.target, read):
-        if not modes[node] and modes[match.target] and node.all_input_nodes and is_floating(node):
+        if modes[node] or not modes[match.target] or not node.all_input_nodes or not is_floating(node):
+            continue
+        if schedule.gradients.reach(node):
             return _refusal(match, "one-grad-mode", f"{node.name} is computed without gradients inside the region")
     return match
 

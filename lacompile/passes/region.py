@@ -101,12 +101,19 @@ def region_of(schedule: Schedule, match: Match, inputs: Sequence[fx.Node]) -> Re
     return Region(nodes, list(by_number.values()), copies, dependent)
 
 
-def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+def run(
+    gm: fx.GraphModule,
+    region: Region,
+    env: dict[fx.Node, Any],
+    real: Mapping[fx.Node, Any],
+    inexact: set[fx.Node] | None = None,
+) -> dict[fx.Node, Any]:
     """The values of all nodes.
 
     Args:
         env: the region's inputs.
         real: the inputs at hand of those placeholders that are none of the region's inputs.
+        inexact: gets the nodes of :func:`rounded_numbers` of which rounding has changed some number.
     """
     held = region.with_copies(env)
     numbers = rounded_numbers(region)
@@ -127,7 +134,9 @@ def run(gm: fx.GraphModule, region: Region, env: dict[fx.Node, Any], real: Mappi
             else:
                 held[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             if is_constant(node) or node in numbers:
-                held[node] = _in_own_precision(node, held[node])
+                before, held[node] = held[node], _in_own_precision(node, held[node])
+                if inexact is not None and node in numbers and not _equal(before, held[node]):
+                    inexact.add(node)
             held[node] = _in_fp64(held[node])
     return held
 
@@ -144,6 +153,61 @@ def rounded_numbers(region: Region) -> set[fx.Node]:
         if known and node.op not in ("placeholder", "get_attr"):
             numbers.add(node)
     return set(filter(_is_short, numbers))
+
+
+def rounded_weights(region: Region, inexact: Iterable[fx.Node]) -> Iterator[torch.dtype]:
+    """The formats of what is inexact and multiplies data as it is, once for each: a weight, rounded as data is.
+
+    What goes through another function before, as a position does in an exponent, is no rounding of data: the analysis
+    knows such numbers as the format leaves them, so that the replacement computes with them too, or does not match.
+    """
+    inside = set(region.nodes)
+    for node in inexact:
+        work, seen = [node], {node}
+        while work:
+            users = [n for n in work.pop().users if n in inside]
+            if any(_multiplies_data(n) for n in users):
+                yield node.meta["example_value"].dtype
+                break
+            work += [n for n in users if n not in seen and _name(n) in KEEPS_ERRORS]
+            seen.update(work)
+
+
+def _multiplies_data(node: fx.Node) -> bool:
+    """Whether a product has a factor that is no number of the program's."""
+    return _name(node) in PRODUCTS and not _of_numbers(node)
+
+
+def _of_numbers(node: fx.Node) -> bool:
+    """Whether no input of the graph is among what a node is computed from."""
+    work, seen = [node], {node}
+    while work:
+        at = work.pop()
+        if at.op == "placeholder" and isinstance(at.meta.get("example_value"), Tensor):
+            return False
+        work += [n for n in at.all_input_nodes if n not in seen]
+        seen.update(work)
+    return True
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+PRODUCTS = {"mul", "mul_", "imul", "multiply", "matmul", "einsum", "mm", "bmm", "baddbmm", "div", "truediv", "where"}
+KEEPS_ERRORS = PRODUCTS | {
+    "neg", "to", "type_as", "float", "double", "half", "bfloat16", "tril", "tril_", "triu", "triu_", "masked_fill",
+    "masked_fill_", "getitem", "unsqueeze", "squeeze", "view", "reshape", "expand", "expand_as", "transpose", "permute",
+    "t", "getattr", "contiguous", "clone", "flip", "cat", "stack", "repeat", "unbind", "split", "chunk", "narrow",
+    "select", "repeat_interleave", "detach", "unflatten", "flatten", "movedim", "swapaxes",
+}  # fmt: skip
+"""Functions whose result has the relative errors of their arguments: products, casts, choices and views."""
+
+
+def _equal(before: Any, after: Any) -> bool:
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return True
+    return bool(torch.equal(before.to(torch.float64), after.to(torch.float64)))
 
 
 def _is_short(node: fx.Node) -> bool:

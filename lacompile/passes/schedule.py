@@ -15,14 +15,15 @@ from torch import fx
 from .._compat import changes_mode
 from .capture.modes import AUTOCAST, grad_modes
 from .effects import ANYWHERE, NOWHERE, Effects, Storages
+from .gradients import Gradients
 from .lenders import numbers_read
 
 
 class Schedule:
     """One graph and the effects of its nodes."""
 
-    def __init__(self, gm: fx.GraphModule, effects: Effects):
-        self.gm, self.effects = gm, effects
+    def __init__(self, gm: fx.GraphModule, effects: Effects, gradients: Gradients):
+        self.gm, self.effects, self.gradients = gm, effects, gradients
         self.nodes: list[fx.Node] = list(gm.graph.nodes)
         self.order: dict[fx.Node, int] = {n: i for i, n in enumerate(self.nodes)}
         self.inputs: dict[fx.Node, int] = {n: i for i, n in enumerate(n for n in self.nodes if n.op == "placeholder")}

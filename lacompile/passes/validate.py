@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
-from .region import Region, cuts, in_fp64_on_cpu, is_constant, plain, plain_int, region_of, rounded_numbers, run
+from .region import Region, cuts, in_fp64_on_cpu, is_constant, plain, plain_int, region_of, rounded_weights, run
 from .schedule import Schedule
 
 Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
@@ -187,13 +187,14 @@ def _compare(
     real = {**real, **unknown}
     _tame_decays(match, region, env, decays, by_value, reference)
     leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
+    inexact: set[fx.Node] = set()
     # backwards through a state that is overwritten is an error of the program's own, unless what was saved is kept
     kept = torch.autograd.graph.allow_mutation_on_saved_tensors()
     with _fp64_by_default(), kept:
         results = [
             _with_gradients(compute, env, leaves)
             for compute in (
-                lambda e: run(gm, region, e, real)[match.target],
+                lambda e: run(gm, region, e, real, inexact)[match.target],
                 lambda e: _Recipe(_operands(gm, region, e, real), reference)(match.replacement),
             )
         ]
@@ -206,8 +207,13 @@ def _compare(
         ),
         default=0.0,
     )
-    read = {n.meta["example_value"].dtype for n in by_value | rounded_numbers(region)}
+    read = {n.meta["example_value"].dtype for n in by_value}
     tolerance = max([EXACT, *(LOW_PRECISION[dtype] for dtype in read if dtype in LOW_PRECISION)])
+    # what the program rounds once each is off by no more than that
+    rounded = list(rounded_weights(region, inexact))
+    if rounded:
+        errors = sum(torch.finfo(dtype).eps / 2 for dtype in rounded)
+        tolerance = max(tolerance, min(errors, max(LOW_PRECISION[dtype] for dtype in rounded)))
     # the rate of each step may be off by as much as its format rounds
     if match.fitted or any(map(_writes_fractions, region.nodes)):
         steps = max(plain_int(f.length) for f in match.facts)

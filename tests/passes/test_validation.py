@@ -160,3 +160,25 @@ def test_the_original_graph_serves_gates_whose_weight_is_nothing(smallest):
         for got, want in zip(*found, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert lacompile.last_report().rewrites
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.03])
+def test_rounding_inside_an_exponent_is_no_rounding_of_weights(rate, monkeypatch):
+    """Were distances in bf16 read as exact ones, the comparison would tell, whatever it allows for a mask in bf16."""
+    monkeypatch.setattr("lacompile.passes.lift.transfer.as_short_numbers", lambda op, v, precision: (v, precision))
+
+    def run(q, k, v):
+        i = torch.arange(q.shape[2], dtype=torch.bfloat16)
+        return (q @ k.mT * torch.exp(rate * (i[:, None] - i).to(q)).tril()) @ v
+
+    report = lacompile.explain(run, validate="always")(*(torch.randn(1, 1, 300, 4) for _ in range(3)))
+    assert [miss.obligation for miss in report.near_misses] == ["agreement"], str(report)
+
+
+def test_a_mask_in_a_short_format_is_off_by_its_rounding_alone():
+    def run(q, k, v):
+        i = torch.arange(q.shape[2])
+        return (q @ k.mT * torch.exp(-0.1 * (i[:, None] - i)).tril().to(torch.bfloat16).to(q)) @ v
+
+    report = lacompile.explain(run, validate="always")(*(torch.randn(1, 1, 60, 4) for _ in range(3)))
+    assert len(report.rewrites) == 1, str(report)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ..._compat import changes_mode
 from ..effects import Boundary, Effects, storages
+from ..gradients import Gradients
 from .dispatch import Dispatch
 from .memory import Memory
 from .modes import AUTOCAST, GRAD_MODE, Autocasts, grad_modes
@@ -30,6 +31,7 @@ class Capture:
         self.observer = observer
         self.memory = Memory(observer)
         self.effects = Effects()
+        self.gradients = Gradients(self.effects)
         self._standins = standins(gm)
         self._dispatch = Dispatch(observer, self.memory, self.effects, self._standins)
         self._grad_modes = grad_modes(gm)
@@ -45,7 +47,8 @@ class Capture:
         return self.node is None or self._grad_modes[self.node]
 
     def records_gradients_at(self, node: fx.Node) -> bool:
-        return self._grad_modes[node]
+        """Whether a node's gradients are recorded as far as it has some."""
+        return self._grad_modes[node] or not self.gradients.reach(node)
 
     def run(self, example_inputs: Sequence[Any]) -> None:
         """Interprets the whole graph. A node that cannot run yields unknown tensors, nothing worse."""
@@ -65,6 +68,7 @@ class Capture:
                     env[node] = self._input(node, real) if node.op == "placeholder" else self._constant(node)
                     self.effects.lives[node] = storages([env[node]])
                     self.effects.outside |= self.effects.lives[node]
+                    self.gradients.input(node, real if node.op == "placeholder" else self._held(node))
                 elif node.op == "output":
                     env[node] = None
                     self.observer.finished(node, [])
@@ -83,13 +87,17 @@ class Capture:
         return example
 
     def _constant(self, node: fx.Node) -> Any:
-        attr: Any = self.gm
-        for part in str(node.target).split("."):
-            attr = getattr(attr, part)
+        attr = self._held(node)
         if isinstance(attr, torch.Tensor):
             tensor = self._standins.of_real(attr)
             self.memory.enter(tensor, self.observer.source(node, tensor, attr))
             return tensor
+        return attr
+
+    def _held(self, node: fx.Node) -> Any:
+        attr: Any = self.gm
+        for part in str(node.target).split("."):
+            attr = getattr(attr, part)
         return attr
 
     # ------------------------------------------------------------------------------------------------------ one node
@@ -123,6 +131,7 @@ class Capture:
 
     def _finish(self, node: fx.Node, result: Any) -> None:
         self.effects.note_result(node, result)
+        self.gradients.note(node)
         tensors = tensors_in(result)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             for t in tensors:  # its derivative need not be that of the operations that it runs

@@ -12,6 +12,7 @@ from torch import fx
 from ..._compat import hint
 from ..effects import Effects
 from ..facts import Match, Refusal
+from ..gradients import Gradients
 from ..schedule import Schedule
 from .inputs.alike import Equal, alike, argument_sizes
 from .interpret import Interpreter
@@ -48,7 +49,7 @@ def analyse(
         interpreter.run(gm, example_inputs)
         lifted = time.perf_counter()
         assert interpreter.capture is not None
-        schedule = Schedule(gm, interpreter.capture.effects)
+        schedule = Schedule(gm, interpreter.capture.effects, interpreter.capture.gradients)
         matches, refusals = search(schedule, interpreter, holders(interpreter))
         equal: tuple[Equal, ...] = ()
         lengths = _lengths(gm, example_inputs)
@@ -68,7 +69,9 @@ def analyse(
         refusal = Refusal(
             "lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}"
         )
-        return Analysis((), (refusal,), {"analysis": time.perf_counter() - start}, Schedule(gm, Effects()))
+        unknown = Effects()
+        nothing = Schedule(gm, unknown, Gradients(unknown))
+        return Analysis((), (refusal,), {"analysis": time.perf_counter() - start}, nothing)
     seconds = {"lift": lifted - start, "match": time.perf_counter() - lifted}
     return Analysis(tuple(matches), tuple(refusals), seconds, schedule, equal)
 

@@ -21,6 +21,8 @@ from .affine import Aff
 from .exponent import Access
 from .term import Term, Val
 
+WITHOUT_GRADIENTS = "computed without gradients"
+"""The label of a value that is data for autograd, and was computed from what requires a gradient."""
 HERE = Aff.var(-1)
 """The place of an argument, in what names a series."""
 
@@ -71,6 +73,8 @@ class Opaque:
     """The values of the graph that are its pieces; of one that no single node holds."""
     joined: tuple[int, int] | None = None
     """Two dimensions of the value that are one of the leaf, as chunks and their tokens, in the place of the second."""
+    numbers: bool = False
+    """Whether it was computed from numbers that the program writes, and no data."""
 
     @property
     def only_node(self) -> fx.Node | None:

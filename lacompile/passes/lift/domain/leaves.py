@@ -37,6 +37,8 @@ class Leaf:
     interval: Interval = ANY
     rests_on: frozenset[fx.Node] = frozenset()
     """The inputs whose values the interval was read off."""
+    constant: bool = False
+    """Whether it is a buffer, whose numbers are the same in each call."""
     parameter: bool = False
     """Whether it is a parameter of a module as it stands: a product with one is a projection."""
 
@@ -147,6 +149,20 @@ class Leaves:
         return isinstance(kind, Scalar | Positions) or (
             bool(made := self.made_of(leaf)) and all(map(self.counts, made))
         )
+
+    def written(self, leaf: int) -> bool:
+        """Whether it holds what the program makes of its own numbers, whether or not they are known."""
+        kind = self[leaf].kind
+        if isinstance(kind, Opaque):
+            return kind.numbers
+        return isinstance(kind, Table | Scalar | Positions) or (
+            bool(made := self.made_of(leaf)) and all(map(self.written, made))
+        )
+
+    def same_in_each_call(self, leaf: int) -> bool:
+        """Whether it is made of such numbers and of buffers alone."""
+        made = self.made_of(leaf)
+        return self[leaf].constant or self.written(leaf) or (bool(made) and all(map(self.same_in_each_call, made)))
 
     def symbol(self, op: Any, args: list[Any], kwargs: dict[str, Any], dtype: torch.dtype) -> Access | None:
         """The access of ``op(*args)`` where an argument is an ``(Access, dtype it is used in)`` pair or a number.

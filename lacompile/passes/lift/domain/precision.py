@@ -30,6 +30,8 @@ aten = torch.ops.aten
 EXACT_UP_TO = {torch.bfloat16: 2**8, torch.float16: 2**11, torch.float32: 2**24, torch.float64: 2**53}
 WIDE = (torch.float32, torch.float64, torch.int32)
 """Formats in which the length of a tensor is taken for small enough where it is not known."""
+SHORT = (torch.bfloat16, torch.float16)
+"""Formats in which a position, or a rate, is soon none that is near."""
 NARROW = (torch.float32, torch.int32)
 """Those of which the memory of a machine may hold longer tensors."""
 STEEPEST = 2**8  # step of positions from one to the next, where their number is not known
@@ -85,10 +87,10 @@ def jumps(
         return True
     used = {d if d.is_floating_point else torch.get_default_dtype() for d in formats if d is not None}
     numbers = [x for x in vals if isinstance(x, float)]
-    return bool(known) and any(_rounded(x, d) != x for x in numbers for d in used)
+    return bool(known) and any(in_format(x, d) != x for x in numbers for d in used)
 
 
-def _rounded(x: float, dtype: torch.dtype) -> float:
+def in_format(x: float, dtype: torch.dtype) -> float:
     with outside_modes():
         return float(torch.tensor(x, dtype=dtype))
 
@@ -121,7 +123,7 @@ def _between_whole_numbers(engine: Engine, x: Val, other: Val, dtype: torch.dtyp
     t = x.one
     if t is None or t.accs or t.exp or t.guards or not t.poly.is_const or _unit(engine, other) != 1:
         return False
-    rounded = _rounded(t.coef, dtype)
+    rounded = in_format(t.coef, dtype)
     return not rounded.is_integer() and not t.coef.is_integer() and math.floor(rounded) == math.floor(t.coef)
 
 

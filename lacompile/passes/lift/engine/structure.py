@@ -45,6 +45,10 @@ class Structure(Program):
             for t in c.terms
         )
 
+    def written(self, v: Val) -> bool:
+        """Computed from numbers that the program writes alone, be they known or not."""
+        return all(self.leaves.written(leaf) for c in v.cases for t in c.terms for leaf in t.leaves)
+
     def of_features(self, v: Val, w: Val) -> bool:
         """Whether ``v`` has the features of ``w`` and less of its other dimensions, and moves along features alone.
 

@@ -44,7 +44,7 @@ class Tables(Cases):
                 args = [torch.tensor(numbers(v)) if isinstance(v, Val) else v for v in vals]
                 return op(*args, **kwargs).to(torch.float64).numpy()
 
-        return self.table_value(computed(self.array), shape, computed(self._made))
+        return self.table_value(computed(self.array), shape, computed(self.made))
 
     def finite_numbers(self, v: Val) -> bool:
         """Whether a value is made of indices and known numbers alone, none of which is infinite."""
@@ -59,7 +59,7 @@ class Tables(Cases):
         access = self._table(v)
         return None if access is None else self._laid_out(access, v.shape)
 
-    def _made(self, v: Val) -> np.ndarray:
+    def made(self, v: Val) -> np.ndarray:
         """The same as the program computes with them, where that is known of a table."""
         access = self._table(v)
         return self.array(v) if access is None else self._laid_out(access, v.shape, self.leaves.made(access[0]))

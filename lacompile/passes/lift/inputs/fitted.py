@@ -25,6 +25,10 @@ def as_value(engine: Engine, shape: tuple[Aff, ...], found: Fit, distance: Aff, 
     mask = truth(engine, shape, found.guards)
     inside = _weight(found, distance, slope)
     outside = _number(found.chosen[1]) if slope is None else (Term(found.outside),) if found.log_space else ()
+    if found.mirrored and slope is not None:
+        rows, columns = len(shape) - 2, len(shape) - 1
+        opposite = engine.space.sub(distance, {rows: Aff.var(columns), columns: Aff.var(rows)})
+        outside = _weight(found, opposite, slope)
     cases = tuple(Case(c.guards, inside if c.terms else outside) for c in mask.cases)
     made = engine.join_cases(Val(shape, cases))
     # Zeros and ones are what they are; of a weight only what its format leaves of it is known.

@@ -21,8 +21,9 @@ from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
 from ..domain.kinds import Opaque
 from ..domain.precision import EXACT_UP_TO
-from ..domain.term import Precision, Term, Val, value
+from ..domain.term import Case, Precision, Term, Val, value
 from ..engine import Engine, GiveUp
+from ..transfer.conditions import truth
 from .buffers import (
     Distances,
     Family,
@@ -33,6 +34,8 @@ from .buffers import (
     families,
     fit,
     lines,
+    mirrored,
+    pairs_apart,
     rounding,
     selected,
     written_slopes,
@@ -89,7 +92,7 @@ class Statics:
             if is_vector(real):
                 vectors[n] = real
                 self._signed(node)
-            elif (found := fit(real)) is not None:
+            elif (found := fit(real) or mirrored(real)) is not None:
                 fits[n] = found
         self._read_passed(passed, nodes, fits, vectors)
         groups = families(fits, vectors)
@@ -112,6 +115,10 @@ class Statics:
             return positions
         return self._values.get(node)
 
+    def is_kept(self, node: fx.Node) -> bool:
+        """Whether it is a buffer, and no argument."""
+        return node in self.real and node not in self._passed
+
     def _positions(self, node: fx.Node, tensor: torch.Tensor) -> Val | None:
         """Whole numbers on a line or a plane: positions, or the distances of all pairs of them.
 
@@ -125,8 +132,12 @@ class Statics:
             if not torch.equal(corner, corner.round()):
                 return None
             numbers = real.detach().to("cpu", torch.float64).numpy()
+        shape = self.engine.shape(tensor)
+        if (step := pairs_apart(numbers)) is not None:
+            self._used.add(node)
+            return self._apart(shape, step)
         try:
-            line = self.engine.table_value(numbers, self.engine.shape(tensor))
+            line = self.engine.table_value(numbers, shape)
         except GiveUp:
             return None
         if any(t.accs or t.poly.is_const for t in line.terms) or not line.terms:
@@ -137,6 +148,13 @@ class Statics:
                 return None
         self._used.add(node)
         return replace(line, precision=Precision.EXACT)
+
+    def _apart(self, shape: tuple[Aff, ...], step: int) -> Val:
+        """``step`` times the distance of all pairs of positions, whichever is the later."""
+        ahead = (Aff.var(len(shape) - 2) - Aff.var(len(shape) - 1)) * step
+        mask = truth(self.engine, shape, (Aff.var(len(shape) - 2) - Aff.var(len(shape) - 1),))
+        cases = tuple(Case(c.guards, (Term(1.0, ahead if c.terms else -ahead),)) for c in mask.cases)
+        return replace(self.engine.join_cases(Val(shape, cases)), precision=Precision.EXACT)
 
     def assumptions(self, nodes: Iterable[fx.Node], looked_at: Iterable[fx.Node]) -> Iterable[Assumption]:
         """What a rewrite takes for granted that rests on these inputs, and on the signs of those looked at."""
@@ -178,7 +196,8 @@ class Statics:
     def _leaf(self, node: fx.Node) -> int:
         """The leaf that is this input as it stands."""
         if node not in self._values:
-            self._values[node] = self.engine.leaf(node.meta["example_value"], Opaque(node, node.name))
+            kind = Opaque(node, node.name)
+            self._values[node] = self.engine.leaf(node.meta["example_value"], kind, constant=self.is_kept(node))
         (term,) = self._values[node].terms
         return term.accs[0][0]
 

@@ -15,7 +15,7 @@ from ...._compat import AnotherInEachCall, no_number_for_a_symbol
 from ...capture import Capture, Memory, ViewStep, aliases, fake_mode_of
 from ...examples import ONE_TENSOR
 from ..domain.intervals import interval_of
-from ..domain.kinds import Opaque
+from ..domain.kinds import WITHOUT_GRADIENTS, Opaque
 from ..domain.term import Val
 from ..engine import Engine, GiveUp, Unmerged
 from ..inputs.alike import Equal
@@ -91,7 +91,10 @@ class Interpreter:
             return self.numbers.of(tensor, real)
         if self.statics is not None and (known := self.statics.value(node, tensor)) is not None:
             return known
-        return self.engine.leaf(tensor, Opaque(node, node.name), parameter=isinstance(real, torch.nn.Parameter))
+        kept = self.statics is not None and self.statics.is_kept(node)
+        return self.engine.leaf(
+            tensor, Opaque(node, node.name), constant=kept, parameter=isinstance(real, torch.nn.Parameter)
+        )
 
     def begins(self, node: fx.Node) -> None:
         self._of_numbers = self._constants.are_read_by(node)
@@ -106,7 +109,7 @@ class Interpreter:
         if type(tensor) is torch.Tensor and tensor.numel() <= MAX_BAKED and tensor.device.type == "cpu":
             return self.numbers.made_of_numbers(self._node, tensor)
         self._gave_up, self._repeatable = why, False
-        return self.engine.leaf(tensor, Opaque(None, why))
+        return self.engine.leaf(tensor, Opaque(None, why, numbers=self._of_numbers))
 
     def operation(self, func: Any, args: list[Any], kwargs: dict[str, Any], out: Any, dtypes: list[Any]) -> Any:
         op = Op(self.engine, func, args, kwargs, out, dtypes)
@@ -143,12 +146,14 @@ class Interpreter:
             self._gave_up = reason
         inputs = leaves_of(vals)
         summands = tuple(t for v in vals for c in v.cases for t in c.terms) if unmerged else ()
+        by_itself = op.func.namespace == "aten" and torch.Tag.nondeterministic_seeded not in op.func.tags
+        of_numbers = by_itself and all(map(self.engine.written, vals))
         numbers = [(float(x), float(x)) if isinstance(x, int | float) else None for x in op.args]
 
         def fresh(t: Any) -> Any:
             if not isinstance(t, torch.Tensor):
                 return None
-            kind = Opaque(None, op.func.overloadpacket.__name__, inputs, summands)
+            kind = Opaque(None, op.func.overloadpacket.__name__, inputs, summands, numbers=of_numbers)
             return self.engine.leaf(t, kind, interval=interval_of(op.func, numbers))
 
         if isinstance(op.out, list | tuple):
@@ -170,7 +175,7 @@ class Interpreter:
         return self._memory.record(view.parent_tensor).node is self._memory.record(view.out).node
 
     def gradients_resume(self, last: bool) -> None:
-        """For autograd what was computed so far without gradients is data, whatever it was computed from.
+        """For autograd what was computed so far without gradients, from what requires one, is data.
 
         So is what was written then into a tensor, and of the rest of that tensor no more is known. At the ``last``
         node, the output, nothing is computed any more that would see it as data; but what autograd knows of a tensor
@@ -181,7 +186,8 @@ class Interpreter:
             self._demand(node for node, _ in self.without_gradients)
             for node, tensor in self.without_gradients:
                 before = self._memory.read(self._memory.record(tensor))
-                kind = Opaque(node if node in self.facts else None, "computed without gradients", leaves_of([before]))
+                own, made = (node if node in self.facts else None), self.engine.written(before)
+                kind = Opaque(own, WITHOUT_GRADIENTS, leaves_of([before]), numbers=made)
                 self._memory.forget(tensor, self.engine.leaf(tensor, kind))
             self.without_gradients.clear()
         recorded = self.capture.records_gradients_at
@@ -223,7 +229,7 @@ class Interpreter:
                 val = readable(self.engine, node, val, tensor, compute)
             val = self._pieces.of_a_window(node, val, tensor) if single else val
             out.append(val)
-            if not self.capture.records_gradients and not self.engine.index_only(val):
+            if not self.capture.records_gradients_at(node) and not self.engine.index_only(val):
                 self.without_gradients.append((node, tensor))
             if single:
                 self.facts[node] = Fact(node, val, tensor, compute)

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 from ...._compat import outside_modes
 from ..domain.affine import ONE
 from ..domain.kinds import Opaque
+from ..domain.precision import SHORT
 from ..domain.term import Precision, Val, constant
 from ..engine import Engine, GiveUp
 from ..inputs.fitted import fitted_constant
 from ..transfer import Op
 
 MAX_BAKED = 65_536
-SHORT = (torch.bfloat16, torch.float16)
 
 
 class Numbers:

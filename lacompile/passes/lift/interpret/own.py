@@ -23,7 +23,7 @@ from ..engine import Engine
 
 def own_leaf(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
     """The node's result as a leaf."""
-    return engine.leaf(tensor, Opaque(node, node.name, leaves_of([val])))
+    return engine.leaf(tensor, Opaque(node, node.name, leaves_of([val]), numbers=engine.written(val)))
 
 
 def rooted(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor) -> Val:
@@ -108,7 +108,7 @@ def whole_if_inside(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tenso
 
 def readable(engine: Engine, node: fx.Node, val: Val, tensor: torch.Tensor, compute: torch.dtype) -> Val:
     """The value with the one of the graph beside it, as a leaf of which it is known what it is."""
-    own = Opaque(node, node.name)
+    own = Opaque(node, node.name, numbers=engine.written(val))
     named = [engine.leaves[leaf].kind for leaf, _ in (() if val.alt is None else val.alt.accs)]
     for kind in (own, *named):
         if isinstance(kind, Opaque) and kind.node is node and val.single:

@@ -25,7 +25,7 @@ import torch
 from ...names import readable_name
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
-from ..domain.kinds import Opaque, Symbol, Table
+from ..domain.kinds import WITHOUT_GRADIENTS, Opaque, Symbol, Table
 from ..domain.prefix import counted_from
 from ..domain.term import Term
 from ..engine import Engine, GiveUp
@@ -178,13 +178,16 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                 explained.add(leaf)
                 rows = {x for n in square for x, _ in idx[n].terms}
                 label = _label(engine, leaf, [a for a, theirs in holders if rows <= theirs]).lstrip("_")
-                of_scores = "softmax and other functions of the scores are not decayed linear attention"
+                hints = {
+                    "softmax": "softmax and other functions of the scores are not decayed linear attention",
+                    WITHOUT_GRADIENTS: "from what requires one: compute it of x.detach() outside of no_grad() instead",
+                }
                 raise Refused(
                     "separable",
                     "weights exp(G_i - G_j) that are visible in the graph",
                     f"a tensor that holds both positions ({label})",
                     1,
-                    of_scores if "softmax" in label else "of what computes it no more is known",
+                    next((h for part, h in hints.items() if part in label), "of what computes it no more is known"),
                 )
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..domain.affine import Aff
-from ..domain.precision import amplifies, numbers_of, result_precision
+from ..domain.precision import SHORT, amplifies, numbers_of, result_precision
 from ..domain.term import Precision, Term, Val, constant, value
 from ..engine import Engine, GiveUp
 
@@ -114,6 +114,8 @@ def _in_its_format(op: Op, v: Val, dtype: torch.dtype) -> Val:
     if dtype.is_floating_point and amplifies(op, v):
         raise GiveUp("numbers that are mostly what rounding changed")
     precision = result_precision(op, v, dtype)
+    if dtype in SHORT:
+        v, precision = as_short_numbers(op, v, precision)
     if precision is Precision.EXACT:
         return v if v.precision is precision else replace(v, precision=precision)
     return replace(v, precision=precision, rounded=numbers_of(op, v))
@@ -135,3 +137,4 @@ from . import (  # noqa: E402, F401  (they register their rules)
     views,
 )
 from .formats import representable  # noqa: E402
+from .short_formats import as_short_numbers  # noqa: E402

@@ -10,6 +10,7 @@ import torch
 
 from ..domain.affine import TAU, Aff
 from ..domain.kinds import Opaque
+from ..domain.precision import EXACT_UP_TO, SHORT, in_format
 from ..domain.term import Case, Term, Val, constant, value
 from ..engine import GiveUp
 from ..normal.logs import known_positive, log_summands
@@ -78,6 +79,8 @@ def power(op: Op) -> Val:
             return constant(op.shape, 1.0)
         return op.symbol()
     base = a.number
+    if _rounds_its_base(op, base):
+        raise GiveUp(f"a base that is rounded to {op.out.dtype}, which each step of a power loses again")
     if base is not None:
         if base <= 0:
             raise GiveUp("a power of a number that is not positive")
@@ -88,6 +91,14 @@ def power(op: Op) -> Val:
         return op.symbol()  # of data, whose base may be negative
     logarithm = _log_base(op, a)
     return exponential(op, engine.multiply(logarithm, b), 1.0)
+
+
+def _rounds_its_base(op: Op, base: float | None) -> bool:
+    """Whether a power is computed in a shorter format than its base has, as a number has none beside a tensor."""
+    if op.out.dtype not in SHORT:
+        return False
+    wider = op.dtypes[0] is not None and EXACT_UP_TO.get(op.dtypes[0], 0) > EXACT_UP_TO[op.out.dtype]
+    return in_format(base, op.out.dtype) != base if base is not None else wider
 
 
 def multiplied_out(op: Op, scores: Val, times: int) -> Val:

@@ -11,6 +11,7 @@ module were made from one slope, so their intervals must meet; the graph's own s
 families     buffers of one slope
 fits         one buffer, entry by entry
 entries      the slopes that explain what a format left of an entry
+mirrored     a buffer of all pairs, whichever position is the later
 distances    a buffer of distances, before they are weights
 slopes       intervals of slopes
 written      the slope among the numbers that the program writes down
@@ -21,6 +22,7 @@ from __future__ import annotations
 from .distances import Distances, distances
 from .families import SHORTEST_LINE, Family, block_decays, families, lines
 from .fits import Fit, aligned, fit, head_index, selected
+from .mirrored import mirrored, pairs_apart
 from .slopes import EXPONENT_ERROR, EXPONENT_ERROR_FP64, rounding
 from .written import written_slopes
 
@@ -38,6 +40,8 @@ __all__ = [
     "fit",
     "head_index",
     "lines",
+    "mirrored",
+    "pairs_apart",
     "rounding",
     "selected",
     "written_slopes",

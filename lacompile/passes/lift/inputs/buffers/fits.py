@@ -40,6 +40,9 @@ class Fit:
     numbers: tuple[float, float] | None = None
     """What every entry inside the band is, and outside, where a mask that only selects does so by two other numbers."""
 
+    mirrored: bool = False
+    """Whether every entry outside the band is the one that lies opposite the diagonal."""
+
     @property
     def selects(self) -> bool:
         """Without a slope it still says something: where it is zero."""
@@ -77,7 +80,7 @@ def _weights(
     if (kind := _kind(tensor)) is None:
         return None
     log_space, outside = kind == "log", -math.inf
-    if log_space and HIDES > (lowest := float(tensor.min())) > -math.inf:
+    if log_space and HIDES > (lowest := float(tensor.min())) > -math.inf and float(tensor.max()) <= 0:
         tensor, outside = tensor.masked_fill(tensor == lowest, -math.inf), lowest
     for moving in pairs:
         heads = tuple(d for d in dims if d not in moving)
@@ -144,7 +147,8 @@ def _kind(tensor: torch.Tensor) -> str | None:
     low, high = (float(x) for x in torch.aminmax(tensor.detach()))
     if low >= 0 and 0 < high <= 1:
         return "weight"
-    return "log" if high == 0 and low < 0 and tensor.is_floating_point() else None
+    signed = high == -low and tensor.dim() > 1 and not tensor[..., 0, 0].any()  # ALiBi's, of all pairs of positions
+    return "log" if (high == 0 or signed) and low < 0 and tensor.is_floating_point() else None
 
 
 def _moving_dims(shape: Sequence[int], dims: Sequence[int]) -> Iterable[tuple[int, ...]]:

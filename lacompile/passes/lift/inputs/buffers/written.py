@@ -18,7 +18,7 @@ def written_slopes(graph: fx.Graph, slopes: Slopes) -> np.ndarray:
     for numbers in _written(graph, slopes.middle.shape):
         for rates in _rates(numbers):
             steps = np.round(rates / np.where(slopes.middle > 0, slopes.middle, np.inf)).flat[0]
-            if steps >= 1 and slopes.holds(rates / steps):
+            if 1 <= steps < np.inf and slopes.holds(rates / steps):
                 return rates / steps
     return slopes.middle
 

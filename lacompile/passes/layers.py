@@ -112,12 +112,14 @@ def _cuts(schedule: Schedule) -> Iterator[Cut]:
 
 
 def families(schedule: Schedule) -> Iterator[Family]:
-    """Functions of rows with the same weights, of other values each time."""
+    """Functions of rows with the same weights, computed again perhaps, of other values each time."""
     calls: dict[Any, list[fx.Node]] = {}
+    # What is computed in another mode has another number: its steps would be a family of some tokens only.
+    again = len(set(schedule.records_gradients.values())) == 1
     for node in schedule.nodes:
         rest = node.args[1:]
         if node.target in OPAQUE and isinstance(node.args[0], fx.Node) and any(isinstance(a, fx.Node) for a in rest):
-            same = tuple(schedule.numbers[a] if isinstance(a, fx.Node) else repr(a) for a in rest)
+            same = tuple(schedule.numbers[a] if isinstance(a, fx.Node) and again else repr(a) for a in rest)
             calls.setdefault((node.op, node.target, same, repr(node.kwargs)), []).append(node)
     for group in calls.values():
         of = tuple(n.args[0] for n in group if isinstance(n.args[0], fx.Node))

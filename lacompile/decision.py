@@ -29,6 +29,7 @@ from .passes.rewrite import rewrite
 from .passes.row_sums import worthwhile
 from .passes.schedule import Schedule
 from .passes.short_convs import short_convolutions
+from .passes.stateless import computed_ahead
 from .passes.steps import lone_step
 from .passes.validate import Validation, validate
 from .passes.vmaps import without_vmaps
@@ -137,7 +138,8 @@ Reading = tuple[fx.GraphModule, Analysis]
 def _behind_loops(gm: fx.GraphModule, look: Callable[[fx.GraphModule], Analysis], found: Analysis) -> Reading:
     """The graph in which a loop's results are joined before they are projected, where more is found in that.
 
-    Where layers alternate in the loop, that is looked for in one in which they do not.
+    Where layers alternate in the loop, that is looked for in one in which they do not; and where something is left over
+    still, in one in which what a step makes of its token alone is computed ahead of the loop.
     """
 
     def made_by(change: Callable[[Schedule], fx.GraphModule | None], at: Analysis) -> Reading | None:
@@ -151,7 +153,16 @@ def _behind_loops(gm: fx.GraphModule, look: Callable[[fx.GraphModule], Analysis]
     best = gm, found
     if (apart := made_by(one_after_the_other, found)) is not None:
         best = _better(best, _better(apart, made_by(fissioned, apart[1])))
-    return _better(best, made_by(fissioned, found)) if best[0] is gm else best
+    best = _better(best, made_by(fissioned, found)) if best[0] is gm else best
+    if _leaves_something(best[1]) and (before := made_by(computed_ahead, apart[1] if apart else found)) is not None:
+        best = _better(best, made_by(fissioned, before[1]))
+    return best
+
+
+def _leaves_something(found: Analysis) -> bool:
+    """Whether there is a sum of which nothing was made, or of one step alone."""
+    steps = any(f.length == 1 for m in found.matches for f in m.facts)
+    return not found.matches or bool(found.refusals) or steps
 
 
 def _better(one: Reading, other: Reading | None) -> Reading:

@@ -10,6 +10,8 @@ from torch import fx
 
 from .._compat import always_equal
 
+AHEAD = "lacompile_ahead"
+"""In the ``meta`` of a join: no state is behind what it joins."""
 ONE_TENSOR = "lacompile_one_tensor"
 """In the ``meta`` of a value: who reads it shall not look into it, which decides what is found and proves nothing."""
 

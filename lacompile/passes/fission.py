@@ -22,7 +22,7 @@ from .effects import NOWHERE, overlap
 from .examples import example_of, same_shape
 from .joins import Join, joins
 from .layouts import REORDERS, SIDE_BY_SIDE, order_of, reshapes, side_by_side
-from .moves import Kept, Moved, Turned, functions, move
+from .moves import Kept, Moved, Turned, Wider, functions, move
 from .pieces import index_of_join, piece_of
 from .rows import BATCHED, CASTS, width
 from .schedule import Schedule
@@ -55,7 +55,7 @@ def _moves(schedule: Schedule) -> list[tuple[Join, Moved | Turned]]:
     for join in sorted(joins(schedule), key=lambda j: schedule.order[j.node], reverse=True):
         moved = Search(schedule, join).found()
         parts = {n for m in functions(moved) for n in m.gone}
-        if moved is not None and moved.hides and gone.isdisjoint(parts | {join.node}):
+        if moved is not None and (moved.hides or join.ahead) and gone.isdisjoint(parts | {join.node}):
             found.append((join, moved))
             gone |= parts
     return found[::-1]
@@ -153,7 +153,13 @@ class Search:
             return None
         if not all(_fits(join, c, parts, rows) for c in columns):
             return None
-        args = [inside(c.given) if c.own else c.given[0] for c in columns]
+        rank = example_of(first).dim()
+
+        def joined(given: Sequence[Any]) -> Kept | Moved | Turned | Wider:
+            found, lacks = inside(given), rank - example_of(given[0]).dim()
+            return Wider(found, lacks, given[0]) if lacks else found
+
+        args = [joined(c.given) if c.own else c.given[0] for c in columns]
         return Moved(join, parts, first.op, first.target, args, first.kwargs)
 
     def _same(self, x: Any, y: Any) -> bool:
@@ -228,6 +234,8 @@ def _fits(join: Join, column: Column, parts: Sequence[fx.Node], rows: int) -> bo
     rank = example_of(parts[0]).dim()
     if column.own:
         given = list(map(example_of, column.given))
+        if join.in_front and not rows and _of_one_shape(column.given):
+            return given[0].dim() <= rank  # one that lacks dimensions in front is broadcast along these
         if not all(isinstance(x, torch.Tensor) and x.dim() == rank for x in given) or not join.leaves_alone(rank, rows):
             return False
         if join.stacks:

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from .effects import NOWHERE
+from .examples import AHEAD
 from .filled import Filled, fillings
 from .schedule import Schedule
 
@@ -21,7 +22,7 @@ class Join:
 
     ``node``: by which all of them are read. ``users``: what reads each of them. ``needless``: the nodes that nobody
     needs when the parts are joined in another way, users before what they use. ``into``: the places of a tensor that
-    they are written to, where the program has no result for them alone.
+    they are written to, where the program has no result for them alone. ``ahead``: whether no state is behind them.
     """
 
     node: fx.Node
@@ -31,6 +32,7 @@ class Join:
     stacks: bool
     needless: Sequence[fx.Node]
     into: Filled | None = None
+    ahead: bool = False
 
     @property
     def in_front(self) -> bool:
@@ -69,7 +71,8 @@ def _join(schedule: Schedule, node: fx.Node) -> Join | None:
     if schedule.is_written(lives, order, len(schedule.nodes)):
         return None
     at = dim[0] % node.meta["example_value"].dim()
-    return Join(node, parts, [node] * len(parts), at, node.target is torch.stack, [node])
+    ahead = AHEAD in node.meta
+    return Join(node, parts, [node] * len(parts), at, node.target is torch.stack, [node], ahead=ahead)
 
 
 def _stacked(join: Join) -> Join:

@@ -35,19 +35,24 @@ def one_after_the_other(schedule: Schedule) -> fx.GraphModule | None:
     if switches_autocast(schedule.gm.graph):
         return None
     cuts = list(_cuts(schedule))
-    if not cuts or not all(_may_run_before(schedule, cut) for cut in cuts):
+    if not cuts or not all(may_run_before(schedule, c) and _stands_for(schedule, c) for c in cuts):
         return None
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     instead: dict[fx.Node, fx.Node] = {}
-    _copy(schedule, graph, mapping, instead, schedule.inputs)
+    copy_nodes(schedule, graph, mapping, instead, schedule.inputs)
     for cut in reversed(cuts):
-        _copy(schedule, graph, mapping, instead, cut.before)
+        copy_nodes(schedule, graph, mapping, instead, cut.before)
         read = _read_of_whole(graph, cut, [mapping[n] for n in cut.of], _dimension(schedule, cut))
         if not all(same_strides(example_of(new), example_of(old)) for old, new in zip(cut.of, read, strict=True)):
             return None
         instead.update(zip(cut.of, read, strict=True))
-    _copy(schedule, graph, mapping, instead, schedule.nodes)
+    copy_nodes(schedule, graph, mapping, instead, schedule.nodes)
+    return result(schedule, graph)
+
+
+def result(schedule: Schedule, graph: fx.Graph) -> fx.GraphModule:
+    """The module of another graph of the same program."""
     graph.lint()
     out = fx.GraphModule(schedule.gm, graph)
     out.meta = schedule.gm.meta
@@ -85,7 +90,7 @@ def _dimension(schedule: Schedule, cut: Cut) -> int | None:
     return None
 
 
-def _copy(
+def copy_nodes(
     schedule: Schedule,
     graph: fx.Graph,
     mapping: dict[fx.Node, fx.Node],
@@ -127,21 +132,24 @@ class Family:
 
 def _cuts(schedule: Schedule) -> Iterator[Cut]:
     """The last cut first: each splits what is before the one behind it."""
-    families = list(_families(schedule))
-    others = list(_above(families))
+    of_rows = list(families(schedule))
+    others = list(_above(of_rows))
     inside: Collection[fx.Node] = schedule.nodes
-    while len(families) > 1 and (found := _last_cut(schedule, families, others, inside)) is not None:
+    while len(of_rows) > 1 and (found := _last_cut(schedule, of_rows, others, inside)) is not None:
         yield found
         inside = sorted(found.before, key=schedule.order.__getitem__)
 
 
-def _families(schedule: Schedule) -> Iterator[Family]:
-    """Functions of rows with the same weights, of other values each time."""
+def families(schedule: Schedule) -> Iterator[Family]:
+    """Functions of rows with the same weights, computed again perhaps, of other values each time."""
     calls: dict[Any, list[fx.Node]] = {}
+    # What is computed in another mode has another number: its steps would be a family of some tokens only.
+    again = len(set(schedule.records_gradients.values())) == 1
     for node in schedule.nodes:
         rest = node.args[1:]
         if node.target in OPAQUE and isinstance(node.args[0], fx.Node) and any(isinstance(a, fx.Node) for a in rest):
-            calls.setdefault((node.op, node.target, repr(rest), repr(node.kwargs)), []).append(node)
+            same = tuple(schedule.numbers[a] if isinstance(a, fx.Node) and again else repr(a) for a in rest)
+            calls.setdefault((node.op, node.target, same, repr(node.kwargs)), []).append(node)
     for group in calls.values():
         of = tuple(n.args[0] for n in group if isinstance(n.args[0], fx.Node))
         if len(of) >= FEWEST and len(set(of)) == len(of):
@@ -173,23 +181,23 @@ def _last_cut(
     schedule: Schedule, families: Iterable[Family], others: Iterable[Family], inside: Collection[fx.Node]
 ) -> Cut | None:
     """The last one that something with a state is behind, as a family shows; there are ``others`` to cut at."""
-    depth = _depths(inside)
+    depth = depths(inside)
 
     def growing_of(found: Iterable[Family]) -> list[Family]:
         return [f for f in found if f.grows(depth) and all(n in depth for n in f.calls)]
 
     growing = growing_of(families)
     for family in sorted([*growing, *growing_of(others)], key=lambda f: depth[f.of[0]], reverse=True):
-        before = _ancestors(family.of)
+        before = above(family.of)
         if not before.isdisjoint(family.calls) or not _is_all_that_is_read(family, before, depth, schedule.unread):
             continue
-        behind = _depths([n for n in inside if n not in before])
+        behind = depths([n for n in inside if n not in before])
         if any(f.grows(behind) for f in growing if before.isdisjoint(f.of)):
             return Cut(family.of, before)
     return None
 
 
-def _depths(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
+def depths(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
     """How long the longest way to each of these nodes is among them."""
     found: dict[fx.Node, int] = {}
     for node in nodes:
@@ -197,7 +205,7 @@ def _depths(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:
     return found
 
 
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+def above(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     work, seen = list(nodes), set[fx.Node]()
     while work:
         node = work.pop()
@@ -221,8 +229,8 @@ def _is_all_that_is_read(family: Family, before: set[fx.Node], depth: dict[fx.No
 # ------------------------------------------------------------------------------------------------------- may it be so?
 
 
-def _may_run_before(schedule: Schedule, cut: Cut) -> bool:
-    """Whether what is before a cut computes the same before all else, and parts of one tensor do for its values."""
+def may_run_before(schedule: Schedule, cut: Cut) -> bool:
+    """Whether what is before a cut computes the same before all else."""
     effects, order, modes = schedule.effects, schedule.order, schedule.records_gradients
     others = [order[n] for n in schedule.nodes if n not in cut.before and n not in schedule.inputs]
     first = min(others)
@@ -234,11 +242,16 @@ def _may_run_before(schedule: Schedule, cut: Cut) -> bool:
         read = [effects.lives.get(n, NOWHERE) for n in (node, *node.all_input_nodes)]
         if node in effects.writes or any(schedule.is_written(r, first - 1, order[node] - 1) for r in read):
             return False
-    return _of_one_kind(cut.of, _dimension(schedule, cut)) and not any(_is_seen_otherwise(schedule, n) for n in cut.of)
+    return True
 
 
-def _of_one_kind(nodes: Sequence[fx.Node], dim: int | None) -> bool:
-    """Tensors without gaps of one format, and of one shape but for their tokens."""
+def _stands_for(schedule: Schedule, cut: Cut) -> bool:
+    """Whether parts of one tensor do for the values of a cut."""
+    return of_one_kind(cut.of, _dimension(schedule, cut)) and not any(is_seen_otherwise(schedule, n) for n in cut.of)
+
+
+def of_one_kind(nodes: Sequence[fx.Node], dim: int | None = None) -> bool:
+    """Tensors without gaps of one format, and of one shape but for what they have along a dimension."""
     examples = [example_of(n) for n in nodes]
     if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.is_contiguous() for x in examples):
         return False
@@ -247,7 +260,7 @@ def _of_one_kind(nodes: Sequence[fx.Node], dim: int | None) -> bool:
     return all((x.dtype, x.device) == (dtype, device) for x in examples) and all(same_shape(s, sizes[0]) for s in sizes)
 
 
-def _is_seen_otherwise(schedule: Schedule, node: fx.Node) -> bool:
+def is_seen_otherwise(schedule: Schedule, node: fx.Node) -> bool:
     """Whether somebody writes into a value, or sees the memory that it lies in."""
     effects = schedule.effects
     lives = effects.lives.get(node, NOWHERE)

@@ -37,6 +37,7 @@ class Moved:
     ``join``: how the parts would be joined. ``through``: nodes of several tensors each, of which a part is one.
     ``hides``: whether it, or one inside of it, is a function that the analysis does not look into. Else those of
     several joined arguments stay where they are: the parts of a sum are one attention together, and none by themselves.
+    Where no state is behind them there is none.
     """
 
     join: Join
@@ -55,7 +56,8 @@ class Moved:
 
     @cached_property
     def joined(self) -> list[Kept | Moved | Turned]:
-        return [a for a in self._each if isinstance(a, Kept | Moved | Turned)]
+        inner = [a.of if isinstance(a, Wider) else a for a in self._each]
+        return [a for a in inner if isinstance(a, Kept | Moved | Turned)]
 
     @cached_property
     def hides(self) -> bool:
@@ -68,7 +70,8 @@ class Moved:
     @property
     def given(self) -> Iterator[fx.Node]:
         """The values of the graph that it is called with where it is called then."""
-        for a in self._each:
+        for arg in self._each:
+            a = arg.of if isinstance(arg, Wider) else arg
             yield from a.parts if isinstance(a, Kept) else (a,) if isinstance(a, fx.Node) else ()
 
     @cached_property
@@ -78,7 +81,16 @@ class Moved:
 
     @property
     def moves(self) -> bool:
-        return self.hides or len(self.joined) == 1
+        return self.hides or len(self.joined) == 1 or self.join.ahead
+
+
+@dataclass(frozen=True)
+class Wider:
+    """Stacked parts with dimensions of one entry behind the first, as those beside which a part lacks some."""
+
+    of: Kept | Moved | Turned
+    ones: int
+    like: fx.Node
 
 
 @dataclass(frozen=True)
@@ -114,6 +126,11 @@ def move(
     def call(arg: Any) -> Any:
         if isinstance(arg, list) and any(isinstance(a, Kept | Moved | Turned) for a in arg):
             return [call(a) for a in arg]
+        if isinstance(arg, Wider):
+            wider = call(arg.of)
+            for _ in range(arg.ones):
+                wider = made_like(graph, "call_method", "unsqueeze", (wider, 1), {}, arg.like)
+            return wider
         if not isinstance(arg, Kept | Moved | Turned):
             return map_arg(arg, mapping.__getitem__)
         key = arg if isinstance(arg, Kept) else id(arg)

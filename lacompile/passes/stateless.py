@@ -1,0 +1,83 @@
+"""What each token is by itself, ahead of the loop: what a step computes that no state is behind.
+
+A step that projects its token and turns it by its position, ``q_t = turned(linear(x[:, t]), t)``, needs nothing that
+another step leaves. So the state may as well read ``stack([q_t for each t])[t]``, and all that ``q_t`` is computed from
+runs before the first step. No number changes. What was joined there is then moved behind its join, as a loop's results
+are (``fission.py``), and is a function of all tokens at once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import fx
+
+from .capture.modes import switches_autocast
+from .examples import AHEAD
+from .layers import Cut, above, copy_nodes, depths, families, is_seen_otherwise, may_run_before, of_one_kind, result
+from .moves import made_like
+from .schedule import Schedule
+from .strides import same_strides
+
+
+def computed_ahead(schedule: Schedule) -> fx.GraphModule | None:
+    """A copy of the graph in which states read what each token is as a part of all of them; None if none do."""
+    cuts = [] if switches_autocast(schedule.gm.graph) else list(_cuts(schedule))
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    instead: dict[fx.Node, fx.Node] = {}
+    copy_nodes(schedule, graph, mapping, instead, schedule.inputs)
+    for cut in cuts:
+        copy_nodes(schedule, graph, mapping, instead, cut.before)
+        whole = made_like(graph, "call_function", torch.stack, ([mapping[n] for n in cut.of], 0), {}, cut.of[0])
+        whole.meta[AHEAD] = True
+        for place, node in enumerate(cut.of):
+            part = made_like(graph, "call_function", operator.getitem, (whole, place), {}, node)
+            if not same_strides(part.meta["example_value"], node.meta["example_value"]):
+                return None
+            instead[node] = part
+    copy_nodes(schedule, graph, mapping, instead, schedule.nodes)
+    return result(schedule, graph) if cuts else None
+
+
+Row = tuple[fx.Node, ...]
+"""One call for each token, the same one in each step but for what it is given."""
+
+
+def _cuts(schedule: Schedule) -> Iterator[Cut]:
+    """The first ones first: the calls with weights of their own, and what is read by what has a state behind it."""
+    depth = depths(schedule.nodes)
+    calls = {f.calls for f in families(schedule) if _is_level(f.calls, depth)}
+    found = [row for row, is_last in _below(schedule, calls, depth) if is_last or row in calls]
+    for row in sorted(found, key=lambda row: depth[row[0]]):
+        cut = Cut(row, above(row))
+        if of_one_kind(row) and not any(is_seen_otherwise(schedule, n) for n in row) and may_run_before(schedule, cut):
+            yield cut
+
+
+def _below(schedule: Schedule, rows: Iterable[Row], depth: dict[fx.Node, int]) -> Iterator[tuple[Row, bool]]:
+    """These, and what is computed from them that no state is behind; whether something that one is reads each."""
+    work = list(dict.fromkeys(rows))
+    seen = set(work)
+    while work:
+        row = work.pop()
+        readers = [[u for u in n.users if u not in schedule.unread and u.op != "output"] for n in row]
+        is_last = False
+        for column in zip(*readers, strict=False):
+            function = (column[0].op, column[0].target, len(column[0].args))
+            same = all((n.op, n.target, len(n.args)) == function for n in column) and len(set(column)) == len(row)
+            if not same:
+                continue
+            if not _is_level(column, depth):
+                is_last = True
+            elif column not in seen:
+                seen.add(column)
+                work.append(column)
+        yield row, is_last
+
+
+def _is_level(row: Row, depth: dict[fx.Node, int]) -> bool:
+    """Whether each is computed from as much, and so from no state: what is behind one grows from step to step."""
+    return len({depth[n] for n in row}) == 1

@@ -17,6 +17,7 @@ from ..schedule import Schedule
 from .inputs.alike import Equal, alike, argument_sizes
 from .interpret import Interpreter
 from .match import search
+from .nested import with_nested
 from .recipes.holders import holders
 
 
@@ -52,6 +53,7 @@ def analyse(
         schedule = Schedule(gm, interpreter.capture.effects, interpreter.capture.gradients)
         matches, refusals = search(schedule, interpreter, holders(interpreter))
         equal: tuple[Equal, ...] = ()
+        best, chosen = interpreter, dict[str, Any]()
         lengths = _lengths(gm, example_inputs)
         for settings, settles in _other_readings(interpreter, gm, example_inputs, may_be_equal):
             missed = refusals or not matches or _parts(lengths, matches)
@@ -65,6 +67,14 @@ def analyse(
             chunks = settles and matches and _parts(lengths, matches) == sum(len(m.facts) for m in matches)
             if chunks or (found and _missing(these, found, left) < _missing(lengths, matches, refusals)):
                 matches, refusals, equal, lengths = found, left, tuple(other.equal), these
+                best, chosen = other, settings
+
+        def look(cuts: frozenset[fx.Node]) -> tuple[Interpreter, list[Match], list[Refusal]]:
+            again = Interpreter(read_buffers=interpreter.read_buffers, cuts=cuts, **chosen)
+            again.run(gm, example_inputs)
+            return again, *search(schedule, again, holders(again))
+
+        matches, refusals = with_nested(schedule, best, (matches, refusals), look)
     except Exception as error:  # an analysis that fails must never break a compile: the graph stays as it was
         refusal = Refusal(
             "lift", "internal-error", None, "an analysis of the graph", f"{type(error).__name__}: {error}"

@@ -46,6 +46,8 @@ class Interpreter:
     read_buffers: bool = True
     reading: int = 0
     equal: Sequence[Equal] = ()
+    cuts: frozenset[fx.Node] = frozenset()
+    """Values that are taken as the tensors that they are."""
     turned_whole: bool = False
     weighed_whole: bool = False
     parts_whole: bool = False
@@ -220,6 +222,8 @@ class Interpreter:
         assert self.capture is not None
         for tensor, val in outputs:
             compute = self._compute(node, tensor)
+            if single and node in self.cuts:
+                val = self.engine.leaf(tensor, Opaque(node, node.name))
             val = rooted(self.engine, node, val, tensor) if single else val
             val = whole_if_inside(self.engine, node, val, tensor, self._born_since()) if single else val
             val = unsplit(self.engine, node, val, given_to(node, self.facts)) if single else val

@@ -867,3 +867,51 @@ def test_a_quotient_of_what_is_bounded():
 
     args = [torch.randn(1, 2, 12, 3, requires_grad=True) for _ in range(3)]
     assert_rewritten(run, *args, torch.randn(1, 2, 12, requires_grad=True), compiled=False)
+
+
+@pytest.mark.parametrize("drawn", [lambda o: F.dropout(o, 0.5), lambda o: o + torch.rand_like(o)], ids=["drop", "add"])
+def test_random_numbers_are_drawn_in_the_order_of_memory(drawn):
+    """What is made anew behind them hides their strides, and not which number each entry got."""
+
+    def run(q, k, v, w):
+        torch.manual_seed(3)
+        o = F.linear((q @ k.mT).tril() @ v, w)
+        return drawn(o[..., torch.tensor([0, 2])]) @ w[:2]
+
+    assert_rewritten(run, *inputs(), torch.randn(E, E, requires_grad=True), count=None, compiled=False)
+
+
+def detached_keys(q, k, v):
+    k = k * 1
+    k.detach_()
+    return (q @ k.mT).tril() @ v
+
+
+def detached_by_a_function(q, k, v):
+    k = k * 1
+    torch.detach_(k)
+    return (q @ k.mT).tril() @ v
+
+
+def a_view_that_is_detached_with_its_base(q, k, v):
+    v = v * 1
+    rows = v.detach_().view(v.shape)
+    return (q @ k.mT).tril() @ rows
+
+
+def a_detached_state(q, k, v):
+    state, out = q.new_zeros(B, H, D, E), []
+    for t in range(N):
+        state = 0.9 * state + k[:, :, t, :, None] * v[:, :, t, None]
+        if t == N // 2:
+            state.detach_()
+        out.append((q[:, :, t, None] @ state)[:, :, 0])
+    return torch.stack(out, 2)
+
+
+@pytest.mark.parametrize(
+    "f", named(detached_keys, detached_by_a_function, a_view_that_is_detached_with_its_base, a_detached_state)
+)
+def test_what_is_detached_in_place_has_no_gradient(f):
+    args = [x.requires_grad_() for x in inputs()]
+    assert_rewritten(f, *args, count=None, compiled=False, options={"validate": "off"})

@@ -21,6 +21,8 @@ from .observer import Ignorant, Observer
 from .standins import standins, tensors_in
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+DETACHES = ("detach_", torch.detach_)
+"""What autograd alone sees: the operations below it write nothing, and yet no gradient passes any more."""
 
 
 class Capture:
@@ -112,13 +114,15 @@ class Capture:
             return None  # noted as impure, and not run
         if node.target is CHECKPOINT and not (does := self._boundary(args[0])).aliases:
             return self._called(node, args[1:], does)
+        if node.target in DETACHES:
+            return self._opaque(node, args, kwargs, "autograd forgets it")
         try:
             with self._dispatch:
                 result = self._standins.arrived(node, env, self._run(node, *self._standins.given(args, kwargs)))
             if not self._standins.are_right(node, result):
                 raise TypeError("not what Dynamo saw")
         except Exception as error:  # whatever cannot run without numbers is unknown, and the analysis goes on
-            return self._opaque(node, args, kwargs, error)
+            return self._opaque(node, args, kwargs, type(error).__name__)
         return result
 
     def _run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -159,7 +163,7 @@ class Capture:
         self.memory.spoil(written, "a checkpointed part writes into it")
         return self._fresh(node, f"{node.target}")
 
-    def _opaque(self, node: fx.Node, args: Any, kwargs: Any, error: Exception) -> Any:
+    def _opaque(self, node: fx.Node, args: Any, kwargs: Any, why: str) -> Any:
         """A node that could not be run may have written into every tensor that it was given."""
         name = str(node.target)
         given = tensors_in((args, kwargs)) if self._dispatch.failed is None else []
@@ -167,7 +171,7 @@ class Capture:
         self.effects.impure.add(node)
         self.effects.note_write(node, given)
         self.memory.spoil(given, f"{name} may write into it")
-        return self._fresh(node, f"{name}: {type(error).__name__}")
+        return self._fresh(node, f"{name}: {why}")
 
     def _fresh(self, node: fx.Node, why: str) -> Any:
         """What Dynamo says that a node yields, as tensors that nothing is known about."""

@@ -20,9 +20,9 @@ BY_STRIDES = ("view", "view_as", "view_as_complex", "as_strided", "as_strided_",
 def known_by_strides(schedule: Schedule) -> set[fx.Node]:
     """The values of which the program can tell which strides they have.
 
-    A result of the graph shows them, and random numbers that are drawn for it; a ``view`` needs them; a ``reshape`` goes
-    by them whether it copies, which a later write into its result reveals; what an operator outside PyTorch does with
-    them is not known.
+    A result of the graph shows them, and random numbers that are drawn for it; a ``view`` needs them; a ``reshape``
+    goes by them whether it copies, which a later write into its result reveals; what an operator outside PyTorch does
+    with them is not known.
     """
     told: set[fx.Node] = set()
     for user in reversed(schedule.nodes):

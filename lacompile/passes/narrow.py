@@ -28,10 +28,16 @@ def narrow(operands: Mapping[str, fx.Node], may_look: Callable[[fx.Node], bool])
 
     def is_narrow(node: fx.Node) -> bool:
         read, name = node.all_input_nodes, getattr(node.target, "__name__", node.target)
-        if not read or isinstance(node.target, FunctionType) or example_of(node).dtype != torch.float32:
+        if not read or isinstance(node.target, FunctionType) or _dtype(node) != torch.float32:
             return False
-        if name in CASTS and example_of(read[0]).dtype == torch.bfloat16:
+        if name in CASTS and _dtype(read[0]) == torch.bfloat16:
             return True
         return name in (*CASTS, *MOVES) and may_look(node) and all(map(is_narrow, read))
 
     return "".join(name for name, node in operands.items() if is_narrow(node))
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    """That of a tensor; None of several, which the operator and its like return."""
+    example = example_of(node)
+    return example.dtype if isinstance(example, torch.Tensor) else None

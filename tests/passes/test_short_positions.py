@@ -123,6 +123,22 @@ def test_a_mask_that_is_cast_once_is_a_mask():
     assert_rewritten(run, *(x.detach().to(BF16).requires_grad_() for x in inputs(100)), compiled=False)
 
 
+WHOLLY = {
+    "a number times distances": lambda i: torch.exp(-0.05 * apart(i)),
+    "slopes times distances": lambda i: torch.exp(-torch.tensor([0.5, 0.25, 0.1]).to(i)[:, None, None] * apart(i)),
+}
+
+
+@pytest.mark.parametrize("name", WHOLLY)
+def test_in_a_program_of_bf16_alone_a_rounded_distance_is_a_rounded_weight(name):
+    def run(q, k, v):
+        weights = WHOLLY[name](torch.arange(q.shape[2]).to(q.dtype)).tril()
+        return (q @ k.mT * weights) @ v
+
+    assert_rewritten(run, *(x.detach().to(BF16).requires_grad_() for x in inputs(100)), compiled=False)
+    assert_refused(run, *(x.detach().to(BF16).requires_grad_() for x in inputs(300)), options=UNCHECKED)
+
+
 class Positions(nn.Module):
     def __init__(self, numbers, rate):
         super().__init__()

@@ -49,6 +49,7 @@ class Program(Algebra):
         self.parts_weighed = False  # whether such a sum was met in an exponent
         self.parts_whole = False  # whether these sums are taken as they are
         self.exponentials: dict[tuple[int, float], set[Any]] = {}  # exp(c * leaf) -> who computes all of it
+        self.of_short_data = False  # whether all fractions that the program is given are in sixteen bits
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted
 

@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 
 from ...._compat import AnotherInEachCall, no_number_for_a_symbol
 from ...capture import Capture, Memory, ViewStep, aliases, fake_mode_of
-from ...examples import ONE_TENSOR
+from ...examples import ONE_TENSOR, example_of, is_floating
 from ..domain.intervals import interval_of
 from ..domain.kinds import WITHOUT_GRADIENTS, Opaque
+from ..domain.precision import SHORT
 from ..domain.term import Val
 from ..engine import Engine, GiveUp, Unmerged
 from ..inputs.alike import Equal
@@ -78,8 +79,9 @@ class Interpreter:
                 self.engine.size_nodes.setdefault(self.engine.aff(example), node)
             if isinstance(example, torch.SymInt | torch.SymFloat):
                 self.engine.number_nodes.setdefault(example.node.expr, node)
+        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        self.engine.of_short_data = all(example_of(n).dtype in SHORT for n in inputs if is_floating(n))
         if self.read_buffers:
-            inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
             self.statics = Statics(self.engine, inputs, example_inputs, self.reading)
         self.capture.run(example_inputs)
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from ...._compat import outside_modes
+from ..domain.kinds import Table
 from ..domain.precision import PRODUCTS, SUMS
 from ..domain.term import Precision, Term, Val
 from ..engine import GiveUp
@@ -25,6 +26,8 @@ ROUNDS_ONCE = (*SUMS, *PRODUCTS, aten.neg, aten._to_copy)
 """What every device rounds alike: the result of one operation in fp32, or that of none, to the format. Of another
 function devices may round the results apart, and only the one that it is run on here is known.
 """
+RELATIVE = (*PRODUCTS, aten.neg, aten._to_copy)
+"""What is off by a part of its result where what it is of is."""
 
 
 def as_short_numbers(op: Op, v: Val, precision: Precision) -> tuple[Val, Precision]:
@@ -39,6 +42,9 @@ def as_short_numbers(op: Op, v: Val, precision: Precision) -> tuple[Val, Precisi
         raise GiveUp(f"a difference of a buffer's numbers in {op.out.dtype}")
     if not op.engine.written(v) or precision is Precision.EXACT or all(_keeps(c.terms) for c in v.cases):
         return v, precision
+    rates = any(map(_is_near, op.args)) and all(_are_rates(op, c.terms) for c in v.cases)
+    if rates or (op.engine.of_short_data and all(_are_distances(op, c.terms) for c in v.cases)):
+        return v, precision
     return _by_running(op), Precision.EXACT
 
 
@@ -47,6 +53,34 @@ def _keeps(terms: tuple[Term, ...]) -> bool:
     if all(t.poly.is_const and not t.accs and not t.exp for t in terms):
         return True
     return len(terms) == 1 and bool(terms[0].exp) and terms[0].poly.is_const and not terms[0].accs
+
+
+def _are_rates(op: Op, terms: tuple[Term, ...]) -> bool:
+    """Whether a sum is of lists of numbers, at one place each: no line of positions, of which rates are none."""
+    return all(t.poly.is_const and _is_of_lists(op, t) for t in terms)
+
+
+def _are_distances(op: Op, terms: tuple[Term, ...]) -> bool:
+    """Whether a product is a distance of two positions times a rate.
+
+    Rounded, it is off by a part of itself, and ``exp(-x)`` by that part of ``x exp(-x)``: less than what sixteen bits
+    leave of the weight, and of the data that it multiplies, if all of that is in sixteen bits.
+    """
+    if op.func.overloadpacket not in RELATIVE:
+        return False
+    return all(len(op.engine.space.vars(t.poly)) > 1 and _is_of_lists(op, t) for t in terms)
+
+
+def _is_of_lists(op: Op, t: Term) -> bool:
+    return not t.exp and all(isinstance(op.engine.leaves[n].kind, Table) for n in t.leaves)
+
+
+def _is_near(arg: object) -> bool:
+    """Whether it is known but for rounding, as the slopes are that the numbers of a buffer were fitted by.
+
+    Such a rate, rounded once more, is rounded as data is.
+    """
+    return isinstance(arg, Val) and arg.precision is Precision.ROUNDED
 
 
 def _is_difference(op: Op, terms: tuple[Term, ...]) -> bool:

@@ -92,7 +92,7 @@ class Statics:
             if is_vector(real):
                 vectors[n] = real
                 self._signed(node)
-            elif (found := fit(real) or mirrored(real)) is not None:
+            elif not _are_distances(real) and (found := fit(real) or mirrored(real)) is not None:
                 fits[n] = found
         self._read_passed(passed, nodes, fits, vectors)
         groups = families(fits, vectors)
@@ -265,6 +265,14 @@ class Statics:
 def is_vector(real: torch.Tensor) -> bool:
     """Whether a tensor may be slopes or decay factors, one for each head."""
     return real.is_floating_point() and sum(s > 1 for s in real.shape) <= 1 and 0 < real.numel() <= MAX_VECTOR
+
+
+def _are_distances(real: torch.Tensor) -> bool:
+    """Whether a plane holds whole numbers of both signs: positions, or nothing that is known, and no weights."""
+    if real.dim() < 2 or not real.is_floating_point() or not 0 < real.numel() == real.shape[-2] * real.shape[-1]:
+        return False
+    low, high = (float(x) for x in torch.aminmax(real.detach()))
+    return low < 0 < high and bool(torch.equal(real, real.round()))
 
 
 def _passed_fit(real: torch.Tensor) -> Fit | None:

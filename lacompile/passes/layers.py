@@ -35,7 +35,7 @@ def one_after_the_other(schedule: Schedule) -> fx.GraphModule | None:
     if switches_autocast(schedule.gm.graph):
         return None
     cuts = list(_cuts(schedule))
-    if not cuts or not all(may_run_before(schedule, c) and _stands_for(schedule, c) for c in cuts):
+    if not cuts or not all(may_be_cut(schedule, c, _dimension(schedule, c)) for c in cuts):
         return None
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -43,10 +43,11 @@ def one_after_the_other(schedule: Schedule) -> fx.GraphModule | None:
     copy_nodes(schedule, graph, mapping, instead, schedule.inputs)
     for cut in reversed(cuts):
         copy_nodes(schedule, graph, mapping, instead, cut.before)
-        read = _read_of_whole(graph, cut, [mapping[n] for n in cut.of], _dimension(schedule, cut))
-        if not all(same_strides(example_of(new), example_of(old)) for old, new in zip(cut.of, read, strict=True)):
+        # What the next layer reads is data to it, however it was computed.
+        read = read_of_whole(graph, cut, mapping, ONE_TENSOR, _dimension(schedule, cut))
+        if read is None:
             return None
-        instead.update(zip(cut.of, read, strict=True))
+        instead |= read
     copy_nodes(schedule, graph, mapping, instead, schedule.nodes)
     return result(schedule, graph)
 
@@ -59,19 +60,29 @@ def result(schedule: Schedule, graph: fx.Graph) -> fx.GraphModule:
     return out
 
 
-def _read_of_whole(graph: fx.Graph, cut: Cut, parts: list[fx.Node], dim: int | None) -> list[fx.Node]:
-    """The parts, read of one tensor: tokens that are stacked, or chunks side by side along a dimension."""
+def read_of_whole(
+    graph: fx.Graph, cut: Cut, mapping: dict[fx.Node, fx.Node], mark: str, dim: int | None = None
+) -> dict[fx.Node, fx.Node] | None:
+    """The values of a cut, read of one tensor that is marked so; None if they lie in memory in another way there.
+
+    Tokens are stacked, chunks are put side by side along a dimension.
+    """
     function = torch.stack if dim is None else torch.cat
-    whole = made_like(graph, "call_function", function, (parts, dim or 0), {}, cut.of[0])
-    whole.meta[ONE_TENSOR] = True  # what the next layer reads is data to it, however it was computed
-    if dim is None:
-        return [made_like(graph, "call_function", operator.getitem, (whole, n), {}, x) for n, x in enumerate(cut.of)]
-    read, start = [], 0
-    for node in cut.of:
-        tokens = example_of(node).shape[dim]
-        part = made_like(graph, "call_function", torch.narrow, (whole, dim, start, tokens), {}, node)
-        read.append(made_like(graph, "call_method", "contiguous", (part,), {}, node))
-        start += tokens
+    whole = made_like(graph, "call_function", function, ([mapping[n] for n in cut.of], dim or 0), {}, cut.of[0])
+    whole.meta[mark] = True
+    read: dict[fx.Node, fx.Node] = {}
+    start = 0
+    for place, node in enumerate(cut.of):
+        if dim is None:
+            part = made_like(graph, "call_function", operator.getitem, (whole, place), {}, node)
+        else:
+            tokens = example_of(node).shape[dim]
+            part = made_like(graph, "call_function", torch.narrow, (whole, dim, start, tokens), {}, node)
+            part = made_like(graph, "call_method", "contiguous", (part,), {}, node)
+            start += tokens
+        if not same_strides(example_of(part), example_of(node)):
+            return None
+        read[node] = part
     return read
 
 
@@ -229,7 +240,7 @@ def _is_all_that_is_read(family: Family, before: set[fx.Node], depth: dict[fx.No
 # ------------------------------------------------------------------------------------------------------- may it be so?
 
 
-def may_run_before(schedule: Schedule, cut: Cut) -> bool:
+def _may_run_before(schedule: Schedule, cut: Cut) -> bool:
     """Whether what is before a cut computes the same before all else."""
     effects, order, modes = schedule.effects, schedule.order, schedule.records_gradients
     others = [order[n] for n in schedule.nodes if n not in cut.before and n not in schedule.inputs]
@@ -245,12 +256,13 @@ def may_run_before(schedule: Schedule, cut: Cut) -> bool:
     return True
 
 
-def _stands_for(schedule: Schedule, cut: Cut) -> bool:
-    """Whether parts of one tensor do for the values of a cut."""
-    return of_one_kind(cut.of, _dimension(schedule, cut)) and not any(is_seen_otherwise(schedule, n) for n in cut.of)
+def may_be_cut(schedule: Schedule, cut: Cut, dim: int | None = None) -> bool:
+    """Whether parts of one tensor, made before all else, do for the values of a cut."""
+    alone = _of_one_kind(cut.of, dim) and not any(_is_seen_otherwise(schedule, n) for n in cut.of)
+    return alone and _may_run_before(schedule, cut)
 
 
-def of_one_kind(nodes: Sequence[fx.Node], dim: int | None = None) -> bool:
+def _of_one_kind(nodes: Sequence[fx.Node], dim: int | None) -> bool:
     """Tensors without gaps of one format, and of one shape but for what they have along a dimension."""
     examples = [example_of(n) for n in nodes]
     if not all(isinstance(x, torch.Tensor) and x.is_floating_point() and x.is_contiguous() for x in examples):
@@ -260,7 +272,7 @@ def of_one_kind(nodes: Sequence[fx.Node], dim: int | None = None) -> bool:
     return all((x.dtype, x.device) == (dtype, device) for x in examples) and all(same_shape(s, sizes[0]) for s in sizes)
 
 
-def is_seen_otherwise(schedule: Schedule, node: fx.Node) -> bool:
+def _is_seen_otherwise(schedule: Schedule, node: fx.Node) -> bool:
     """Whether somebody writes into a value, or sees the memory that it lies in."""
     effects = schedule.effects
     lives = effects.lives.get(node, NOWHERE)

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from .examples import example_of
+from .rows import CASTS
 
-CASTS = ("to", "float", "type", "type_as")
 MOVES = (
     "permute", "transpose", "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous",
     "select", "narrow", "getitem", "cat", "stack",
@@ -32,7 +32,7 @@ def narrow(operands: Mapping[str, fx.Node], may_look: Callable[[fx.Node], bool])
             return False
         if name in CASTS and _dtype(read[0]) == torch.bfloat16:
             return True
-        return name in (*CASTS, *MOVES) and may_look(node) and all(map(is_narrow, read))
+        return (name in CASTS or name in MOVES) and may_look(node) and all(map(is_narrow, read))
 
     return "".join(name for name, node in operands.items() if is_narrow(node))
 

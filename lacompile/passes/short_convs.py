@@ -1,7 +1,7 @@
 """Short convolutions beside attentions, each channel by itself: a sum of shifted products, which Inductor fuses.
 
-Mamba-2 and its kin mix a token with the few before it in front of q, k and v. On a GPU such a convolution is a call
-into a library, which reads and writes all tokens once more, and where channels lie beside each other copies them first
+They mix a token with the few before it, in front of q, k and v. On a GPU such a convolution is a call into a library,
+which reads and writes all tokens once more, and where channels lie beside each other copies them first
 (docs/decisions/0008).
 """
 

@@ -8,18 +8,14 @@ are (``fission.py``), and is a function of all tokens at once.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Iterator
 
-import torch
 from torch import fx
 
 from .capture.modes import switches_autocast
 from .examples import AHEAD
-from .layers import Cut, above, copy_nodes, depths, families, is_seen_otherwise, may_run_before, of_one_kind, result
-from .moves import made_like
+from .layers import Cut, above, copy_nodes, depths, families, may_be_cut, read_of_whole, result
 from .schedule import Schedule
-from .strides import same_strides
 
 
 def computed_ahead(schedule: Schedule) -> fx.GraphModule | None:
@@ -31,13 +27,9 @@ def computed_ahead(schedule: Schedule) -> fx.GraphModule | None:
     copy_nodes(schedule, graph, mapping, instead, schedule.inputs)
     for cut in cuts:
         copy_nodes(schedule, graph, mapping, instead, cut.before)
-        whole = made_like(graph, "call_function", torch.stack, ([mapping[n] for n in cut.of], 0), {}, cut.of[0])
-        whole.meta[AHEAD] = True
-        for place, node in enumerate(cut.of):
-            part = made_like(graph, "call_function", operator.getitem, (whole, place), {}, node)
-            if not same_strides(part.meta["example_value"], node.meta["example_value"]):
-                return None
-            instead[node] = part
+        if (read := read_of_whole(graph, cut, mapping, AHEAD)) is None:
+            return None
+        instead |= read
     copy_nodes(schedule, graph, mapping, instead, schedule.nodes)
     return result(schedule, graph) if cuts else None
 
@@ -53,7 +45,7 @@ def _cuts(schedule: Schedule) -> Iterator[Cut]:
     found = [row for row, is_last in _below(schedule, calls, depth) if is_last or row in calls]
     for row in sorted(found, key=lambda row: depth[row[0]]):
         cut = Cut(row, above(row))
-        if of_one_kind(row) and not any(is_seen_otherwise(schedule, n) for n in row) and may_run_before(schedule, cut):
+        if may_be_cut(schedule, cut):
             yield cut
 
 

@@ -70,7 +70,7 @@ def short_segments():
     def plan(length, *_, **__):
         return launch.Segments(3 * C, -(-length // (3 * C)))
 
-    with mock.patch.multiple(launch, plan=plan, SPAN_PER_TOKEN=2 * C, SPAN_FIXED=2 * C):
+    with mock.patch.multiple(launch, plan=plan, SPAN=2 * C):
         yield
 
 
@@ -238,13 +238,35 @@ class TestDecays:
         want, want_last = reference.quadratic(*args)
         assert torch.equal(out, want) and torch.equal(last, want_last)
 
-    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-    def test_decay_gradient_may_be_left_out(self, dtype):
-        args, do, d_state = arguments(C + 5, dtype=dtype)
+    @pytest.mark.parametrize("dtype, per_token", [(torch.float16, True), (torch.float32, False)], ids=str)
+    def test_decay_gradient_may_be_left_out(self, dtype, per_token):
+        args, do, d_state = arguments(C + 5, dtype=dtype, per_token=per_token)
         got = lightning2.backward(do, d_state, *args, want_decay=False)
         want = lightning2.backward(do, d_state, *args)
         assert not got[3].numel() and want[3].any()
         assert all(torch.equal(a, b) for n, (a, b) in enumerate(zip(got, want, strict=True)) if n != 3)
+
+    @pytest.mark.parametrize("decay", [-2.0, -0.5, -0.1])
+    def test_one_decay_for_many_chunks(self, decay):
+        """Its gradient is a sum of inner products at all borders, nearly all of which the row sums stand for."""
+        args, do, d_state = arguments(24 * C, dk=32, dv=32, dtype=torch.float16)
+        args[3].fill_(decay)
+        exact = [x.double() if isinstance(x, torch.Tensor) else x for x in (*args, do, d_state)]
+        want = cpu.backward(exact[6], exact[7], *exact[:6])[3]
+        got = lightning2.backward(do, d_state, *args)[3]
+        for head in range(H):
+            check_error("decay", got[head], want[head], kind="gradient", dtype=torch.float16)
+
+    def test_one_decay_for_all_tokens_makes_the_other_gradients_more_exact(self):
+        """In 16 bits states are read as two numbers then (decay_grad.py)."""
+        args, do, d_state = arguments(2 * C + 5, dtype=torch.float16)
+        exact = [x.double() if isinstance(x, torch.Tensor) else x for x in (*args, do, d_state)]
+        want = cpu.backward(exact[6], exact[7], *exact[:6])
+        left_out = lightning2.backward(do, d_state, *args, want_decay=False)
+        got = lightning2.backward(do, d_state, *args)
+        for n in (0, 1):
+            assert relative_error(got[n], want[n]) <= relative_error(left_out[n], want[n])
+        assert torch.equal(got[2], left_out[2]) and torch.equal(got[4], left_out[4])
 
     def test_factors_of_chunks(self):
         """What Hopper's body reads: of a ragged last chunk the sum stays at its last value."""
@@ -445,8 +467,7 @@ class TestPlan:
 
     def test_segments_and_spans_are_made_of_chunks(self):
         launch = lightning2.launch
-        assert launch.GRANULE % launch.CHUNK == 0
-        assert launch.SPAN_FIXED % launch.CHUNK == launch.SPAN_PER_TOKEN % launch.CHUNK == 0
+        assert launch.GRANULE % launch.CHUNK == launch.SPAN % launch.CHUNK == 0
 
 
 @interpreted

@@ -41,7 +41,7 @@ def small(monkeypatch):
     wide = {"chunk": C, "stages": 1}
     monkeypatch.setattr(lightning2.launch, "portable", lambda *a: dataclasses.replace(config(*a), **wide))
     torch.use_deterministic_algorithms(True)
-    with mock.patch.multiple(lightning2.launch, SPAN_PER_TOKEN=C, SPAN_FIXED=C):
+    with mock.patch.multiple(lightning2.launch, SPAN=C):
         yield
     torch.use_deterministic_algorithms(False)
 

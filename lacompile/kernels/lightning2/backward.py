@@ -211,7 +211,7 @@ def _prepare(
     dv = v.shape[3]
     own_heads = q.shape[1], k.shape[1], v.shape[1]
     per_token, has_start = log_decay.dim() == 3, initial_state is not None
-    rows, span = batch * heads, launch.span(per_token, q, v)
+    rows = batch * heads
     dq, dk_, dv_ = (launch.grad_like(x, heads) for x in (q, k, v))
     new_gradients = [launch.Memory(x) for x in (dq, dk_, dv_)]
     none = torch.empty(0, dtype=torch.float32, device=q.device)
@@ -228,10 +228,9 @@ def _prepare(
         )  # fmt: skip
 
     tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
-    mark_dtype = launch.mark_dtype(q.dtype, per_token)
     for_v, for_k = launch.config("backward", dk, dv, q.dtype, q.device, tma, per_token, want_decay)
     chunk, precision = min(for_k.chunk, for_v.chunk), launch.precision(q.dtype, q.device, for_v.body)
-    exact = launch.is_exact(precision)
+    exact, span = launch.is_exact(precision), launch.span(per_token, q, v)
     k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
     programs = rows * (2 * k_blocks + v_blocks)
     split = launch.split(length, programs, q.device, for_v, uses=3)
@@ -294,7 +293,7 @@ def _prepare(
         q_rows = k_rows = marks = d_marks = none
         if want_decay:
             q_rows, k_rows = (torch.empty(rows_shape, dtype=torch.float32, device=q.device) for _ in range(2))
-            marks, d_marks = (torch.empty(marks_shape, dtype=mark_dtype, device=q.device) for _ in range(2))
+            marks, d_marks = (torch.empty(marks_shape, dtype=torch.float32, device=q.device) for _ in range(2))
         decays = log_decay if factors is None else factors(log_decay)
         run(
             q, k, v, do, q, k, do, dq, dk, dv, decays, q_rows, k_rows, q_rows if start is None else start,

@@ -29,6 +29,13 @@ def state_offsets(
 
 
 @triton.jit
+def rounding(x, weight):
+    """What rounding to 16 bits adds to x times weight, as where the state takes that up; ``weight`` is by row."""
+    weighted = x.to(tl.float32) * weight[:, None]
+    return weighted.to(x.dtype).to(tl.float32) - weighted
+
+
+@triton.jit
 def attend(
     a_source,  # [N, DK] of one head, as in tiles.py
     b_source,  # [N, DK]
@@ -104,9 +111,19 @@ def attend(
             to_state = tl.exp2(to_end)
 
         # The state is advanced before the scores exist: that order needs the fewest registers.
-        y = tl.dot(a, state.to(a.dtype), input_precision=PRECISION) * from_state[:, None]
+        # Row sums of what goes into the state agree with it and with each other: see decay_grad.py.
+        AGREES: tl.constexpr = AUDIT and not PER_TOKEN and a.dtype.primitive_bitwidth == 16
+        high = state.to(a.dtype)
+        y = tl.dot(a, high, input_precision=PRECISION)
+        row_sums = tl.zeros([CHUNK], tl.float32)
+        if AGREES:
+            y = tl.dot(a, (state - high.to(tl.float32)).to(a.dtype), y)
         weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
         state = tl.dot(b, weighted, state * tl.exp2(last), input_precision=PRECISION)
+        if AGREES:
+            x = read(x_source, batch, x_head, x_stride, at, stop, column, CHUNK, BV, DV, TMA)
+            row_sums = tl.sum(rounding(x, from_state) * y, 1)
+        y *= from_state[:, None]
         # scale goes into the scores of every use, so that q . dq and k . dk round the same products alike and their
         # difference, the decay's gradient, does not see that rounding.
         scores = tl.dot(a, b, input_precision=PRECISION) * (weight * scale)
@@ -117,7 +134,7 @@ def attend(
         if AUDIT:
             x = read(x_source, batch, x_head, x_stride, at, stop, column, CHUNK, BV, DV, TMA)
             t = tl.arange(0, CHUNK)
-            row_sums = tl.sum(x.to(tl.float32) * (of_state if EXACT else y), 1)  # the rest is inside.py's
+            row_sums += tl.sum(x.to(tl.float32) * (of_state if EXACT else y), 1)  # the rest is inside.py's
             tl.store(rows_ptr + at.to(tl.int64) + t, row_sums, mask=t < stop - at)
             border = at if REVERSE else at + CHUNK
             if (border % span == 0) | (border >= length):

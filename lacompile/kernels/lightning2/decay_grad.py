@@ -4,6 +4,11 @@ Over a long sequence the two row sums nearly cancel and their rounding does not.
 comes after a mark is, exactly, the inner product of the state there with the state's gradient there, and so is all
 that comes after a token less what lies between. In fp32 the row sums are of pairs in different chunks alone, and
 what the others add to each gate is summed by itself (inside.py).
+
+One decay for all tokens adds the sums up, and with them what rounding leaves of pairs that cross from chunk to chunk.
+There, in 16 bits, both sides round alike: ``q . dq`` takes q as the state's gradient took it up, decayed and rounded,
+``k . dk`` takes k as the state did, and states are read as two numbers, of which the second is the rounding of the
+first. Then the difference over a chunk is that of the inner products at its ends, to the precision of fp32.
 """
 
 # What @triton.jit makes of a function and of its launch is beyond a type checker.

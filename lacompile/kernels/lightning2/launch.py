@@ -19,13 +19,9 @@ from .compiler import identity
 
 TMA = True  # read and write by tensor descriptors where that is possible
 HOPPER = True  # use the body in hopper/ where that is possible
-# Tokens between two states that are written down when the decay's gradient is wanted (see decay_grad.py): powers of two
-# and multiples of every chunk. Between them rounding accumulates, as the root of their number. A fixed decay sums its
-# gradient over all tokens, which amplifies that, so it gets a mark at every chunk; per token, marks take a quarter of
-# the memory of q, and 2 % of the bytes that the backward pass moves. In fp32 rounding is what there is of errors, and
-# gates that share a parameter add up theirs: marks take a quarter of the memory of q there too, as many as that allows.
-SPAN_PER_TOKEN = 2048
-SPAN_FIXED = 64
+# Tokens between two states that are written down when the decay's gradient is wanted (see decay_grad.py): a power of
+# two and a multiple of every chunk. Between them rounding accumulates, as the root of their number.
+SPAN = 2048
 # Segments are multiples of this many tokens; a multiple of every chunk.
 GRANULE = 512
 forced: tuple[Kind, int] | None = None
@@ -109,20 +105,16 @@ def setting(q: Tensor) -> Hashable:
 
 
 def span(per_token: bool, q: Tensor, v: Tensor) -> int:
-    """Tokens between two marks."""
-    if not per_token:
-        return SPAN_FIXED
-    if q.dtype != torch.float32:
-        return SPAN_PER_TOKEN
-    return max(SPAN_FIXED, min(SPAN_PER_TOKEN, 4 * next_power_of_2(max(q.shape[3], v.shape[3]))))
+    """Tokens between two marks.
 
-
-def mark_dtype(dtype: torch.dtype, per_token: bool) -> torch.dtype:
-    """The dtype of marks: rounding them costs an error like that of the inputs, but fp16 has too small a range.
-
-    Per token a gradient may be small beside the marks it is a difference of; there are few, so they are exact.
+    In fp32 rounding is what there is of errors. Gates that share a parameter add up theirs: marks take half of the
+    memory of q, as many as that allows. One decay for all tokens adds them all up: a mark at every chunk.
     """
-    return torch.bfloat16 if dtype == torch.bfloat16 and not per_token else torch.float32
+    if q.dtype != torch.float32:
+        return SPAN
+    if not per_token:
+        return CHUNK
+    return max(CHUNK, min(SPAN, 4 * next_power_of_2(max(q.shape[3], v.shape[3]))))
 
 
 MAX_SEGMENTS = 64

@@ -85,9 +85,13 @@ def contribution(
         c = read(c_source, batch, c_head, c_stride, at, stop, block * BV, CHUNK, BV, DV, TMA)
         sums, _, to_end, last = chunk_sums(g_ptr, g_stride, at, stop, g_head, CHUNK, PER_TOKEN, PRECISION != "tf32")
         to_state = tl.exp2(tl.where(reverse, sums, to_end)) * scale
-        weighted = (c.to(tl.float32) * to_state[:, None]).to(c.dtype)
         state *= tl.exp2(last)
-        if NARROW:
+        if c.dtype.primitive_bitwidth == 16:
+            # b and not c: as where row sums are made (body.py), which are to be of the same states.
+            weighted_b = (b.to(tl.float32) * to_state[None, :]).to(b.dtype)
+            state = tl.dot(weighted_b, c, state)
+        elif NARROW:
+            weighted = c * to_state[:, None]
             narrow = b.to(tl.bfloat16)
             high = weighted.to(tl.bfloat16)
             rest = weighted - high.to(tl.float32)
@@ -95,7 +99,7 @@ def contribution(
             state = tl.dot(narrow, (rest - middle.to(tl.float32)).to(tl.bfloat16), state)
             state = tl.dot(narrow, high, tl.dot(narrow, middle, state))
         else:
-            state = tl.dot(b, weighted, state, input_precision=PRECISION)
+            state = tl.dot(b, c * to_state[:, None], state, input_precision=PRECISION)
         if PER_TOKEN:
             total += last
     return state, total

@@ -141,7 +141,7 @@ def hopper(dk: int, dv: int, dtype: torch.dtype, gradient: bool = False) -> list
         return [Config("hopper", bk, 64, CHUNK, 8, 1, saturating=1.6, pace=95.0 if bk == 128 else 70.0)]
     if max(dk, dv) > 64:
         return [Config("hopper", 128, 128, CHUNK, 4, n, 1, 0.46, 19.8) for n in ((2,) if gradient else (3, 2))]
-    alone = [Config("hopper", 64, 64, CHUNK, 4, n, 1, 0.5, 11.2) for n in (4, 6)]
+    alone = [Config("hopper", 64, 64, CHUNK, 4, n, 1, 0.5, 11.2) for n in ((4,) if gradient else (4, 6))]
     return [*alone, Config("hopper", 64, 64, CHUNK, 4, 2 if gradient else 3, 2, 0.55, 12.7)]
 
 

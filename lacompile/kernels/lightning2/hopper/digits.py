@@ -15,23 +15,28 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 
 @gluon.jit
-def rounded(x):
-    """x as bf16, two numbers at a time: the instruction that converts one is slow (kernel-notes.md, section 19)."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
-    )
+def rounded(x, dtype: gl.constexpr):
+    """x in 16 bits, two numbers at a time: the instruction that converts one is slow (kernel-notes.md, section 19)."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.float16, is_pure=True, pack=2
+        )
 
 
 @gluon.jit
 def digits(x, COUNT: gl.constexpr):
     """COUNT bf16 numbers whose sum is x, the largest first: three, or one of x that is bf16 itself."""
-    high = rounded(x)
+    high = rounded(x, gl.bfloat16)
     if COUNT == 1:
         return (high,)
     else:
         rest = x - high.to(gl.float32)
-        middle = rounded(rest)
-        return high, middle, rounded(rest - middle.to(gl.float32))
+        middle = rounded(rest, gl.bfloat16)
+        return high, middle, rounded(rest - middle.to(gl.float32), gl.bfloat16)
 
 
 @gluon.jit

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .outputs import make_outputs
 from .state import carry_state
-from .tiles import chunk_at, fetch
+from .tiles import chunk_at, fetch, rows_agree
 
 
 @gluon.jit
@@ -75,6 +75,9 @@ def attend_in_groups(
     if AUDIT:
         x_tiles = gl.allocate_shared_memory(dtype, [STAGES, CHUNK, BV], shared)
     state_tiles = gl.allocate_shared_memory(dtype, [SLOTS, BV, BK], shared)
+    rest_tiles = state_tiles
+    if rows_agree(AUDIT, PER_TOKEN):
+        rest_tiles = gl.allocate_shared_memory(dtype, [SLOTS, BV, BK], shared)
     y_tiles = gl.allocate_shared_memory(dtype, [SLOTS, CHUNK, BV], shared)
     arrived = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
@@ -98,13 +101,13 @@ def attend_in_groups(
         [
             (make_outputs, (
                 a_source, b_source, c_source, x_source, y_target, a_tiles, b_tiles, c_tiles, x_tiles, y_tiles,
-                state_tiles, arrived, posted, taken, factors_ptr, rows_ptr, batch, a_head, b_head, c_head, x_head,
-                y_head, g_head, scale, begin, stop, column, REVERSE, PER_TOKEN, AUDIT,
+                state_tiles, rest_tiles, arrived, posted, taken, factors_ptr, rows_ptr, batch, a_head, b_head, c_head,
+                x_head, y_head, g_head, scale, begin, stop, column, REVERSE, PER_TOKEN, AUDIT,
             )),
             (carry_state, (
-                b_tiles, c_tiles, state_tiles, arrived, posted, taken, factors_ptr, marks_ptr, start_ptr, end_ptr,
-                g_head, scale, begin, stop, length, span, store_end, column, DK, DV, REVERSE, PER_TOKEN, HAS_START,
-                STORE_END, TRANSPOSED, AUDIT,
+                b_tiles, c_tiles, state_tiles, rest_tiles, arrived, posted, taken, factors_ptr, marks_ptr, start_ptr,
+                end_ptr, g_head, scale, begin, stop, length, span, store_end, column, DK, DV, REVERSE, PER_TOKEN,
+                HAS_START, STORE_END, TRANSPOSED, AUDIT,
             )),
         ],
         [4],

@@ -20,13 +20,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..factors import FACTORS
-from .tiles import accumulator, async_store, chunk_at, fetch
+from .digits import rounded
+from .tiles import accumulator, async_store, chunk_at, fetch, rows_agree
 
 
 @gluon.jit
 def weight_of(gap, inside, scale, REVERSE: gl.constexpr):
     """Decays between the tokens of one chunk, times the scale, given their log2 forwards in time."""
     return gl.exp2(gl.where(inside, -gap if REVERSE else gap, float("-inf"))) * scale
+
+
+@gluon.jit
+def rounding(x, weight, dtype: gl.constexpr):
+    """What rounding to 16 bits adds to x times weight, as where the state takes that up."""
+    weighted = x * weight
+    return rounded(weighted, dtype).to(gl.float32) - weighted
 
 
 @gluon.jit
@@ -42,6 +50,7 @@ def make_outputs(
     x_tiles,
     y_tiles,
     state_tiles,
+    rest_tiles,
     arrived,
     posted,
     taken,
@@ -65,6 +74,7 @@ def make_outputs(
     """Four warps that make the outputs of each chunk, from its tiles and the state before it."""
     STAGES: gl.constexpr = b_tiles.shape[0]
     SLOTS: gl.constexpr = state_tiles.shape[0]
+    AGREES: gl.constexpr = rows_agree(AUDIT, PER_TOKEN)
     CHUNK: gl.constexpr = b_tiles.shape[1]
     BV: gl.constexpr = c_tiles.shape[2]
     FROM_STATE: gl.constexpr = 2 if REVERSE else 1
@@ -107,16 +117,23 @@ def make_outputs(
         y = gl.zeros([CHUNK, BV], gl.float32, layout=of_y)
         given = state_tiles.index(step % SLOTS).permute([1, 0])
         y = warpgroup_mma(a_tiles.index(slot), given, y, use_acc=False, is_async=True)
+        if AGREES:
+            rest = rest_tiles.index(step % SLOTS).permute([1, 0])
+            y = warpgroup_mma(a_tiles.index(slot), rest, y, is_async=True)
         refilled = step - 1 + STAGES
         fetch(
             a_source, b_source, c_source, x_source, a_tiles, b_tiles, c_tiles, x_tiles, arrived, refilled % STAGES,
             batch, a_head, b_head, c_head, x_head, chunk_at(refilled, begin, chunks, CHUNK, REVERSE), column,
             (step > 0) & (refilled < chunks), AUDIT,
         )  # fmt: skip
-        scores = warpgroup_mma_wait(1, deps=[scores])
+        scores = warpgroup_mma_wait(2 if AGREES else 1, deps=[scores])
         weighted = gl.convert_layout((scores * weight).to(dtype), operand)
         y = warpgroup_mma_wait(0, deps=[y])
         mbarrier.arrive(taken.index(step % SLOTS), count=1)
+        row_sums = gl.zeros([CHUNK], gl.float32, layout=gl.SliceLayout(1, of_y))
+        if AGREES:
+            x = x_tiles.index(slot).load(of_y).to(gl.float32)
+            row_sums = gl.sum(rounding(x, from_state, dtype) * y, 1)
         y = warpgroup_mma(weighted, c_tiles.index(slot), y * from_state, is_async=True)
         y = warpgroup_mma_wait(0, deps=[y])
         tma.store_wait(SLOTS - 1)
@@ -126,6 +143,7 @@ def make_outputs(
         fence_async_shared()
         if AUDIT:
             x = x_tiles.index(slot).load(of_y).to(gl.float32)
-            gl.store(rows_ptr + at.to(gl.int64) + t, gl.sum(x * y, 1)[:, None], mask=t < stop - at)
+            row_sums += gl.sum(x * y, 1)
+            gl.store(rows_ptr + at.to(gl.int64) + t, row_sums[:, None], mask=t < stop - at)
         async_store(y_target, [batch, y_head, at, column], y_tile)
     tma.store_wait(0)

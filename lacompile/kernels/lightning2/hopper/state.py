@@ -1,8 +1,8 @@
 """Half of Hopper's body: the warps that carry the state from chunk to chunk.
 
-Before a chunk they post its state, rounded, for the other half (outputs.py), then add to it what the chunk brings. The
-state is transposed, ``[BV, BK]``, its rows spread over the warps: so the values, decayed, are the first operand of the
-product straight from registers.
+Before a chunk they post its state, rounded, for the other half (outputs.py), then add to it what the chunk brings. What
+rounding leaves is posted, too, where row sums have to agree (decay_grad.py). The state is transposed, ``[BV, BK]``, its
+rows spread over the warps: so the values, decayed, are the first operand of the product straight from registers.
 """
 
 # What @gluon.jit makes of a function and of its launch is beyond a type checker.
@@ -20,7 +20,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..factors import FACTORS
-from .tiles import accumulator, chunk_at
+from .digits import rounded
+from .tiles import accumulator, chunk_at, rows_agree
 
 
 @gluon.jit
@@ -32,9 +33,9 @@ def head_to_state(t, count, g_head, REVERSE: gl.constexpr):
 @gluon.jit
 def weighted_values(c_tile, to_state, scale, layout: gl.constexpr, operand: gl.constexpr, REVERSE: gl.constexpr):
     """The values of one chunk, transposed, decayed to where the state is taken next."""
-    c = c_tile.permute([1, 0]).load(layout).to(gl.float32) * to_state
     if REVERSE:
-        c *= scale
+        to_state *= scale
+    c = c_tile.permute([1, 0]).load(layout).to(gl.float32) * to_state
     return gl.convert_layout(c.to(c_tile.dtype), operand)
 
 
@@ -106,6 +107,7 @@ def carry_state(
     b_tiles,
     c_tiles,
     state_tiles,
+    rest_tiles,
     arrived,
     posted,
     taken,
@@ -133,6 +135,7 @@ def carry_state(
     """Four warps that keep the state: they post it, rounded, before each chunk, and take the chunk into it."""
     STAGES: gl.constexpr = b_tiles.shape[0]
     SLOTS: gl.constexpr = state_tiles.shape[0]
+    AGREES: gl.constexpr = rows_agree(AUDIT, PER_TOKEN)
     CHUNK: gl.constexpr = b_tiles.shape[1]
     BK: gl.constexpr = b_tiles.shape[2]
     BV: gl.constexpr = c_tiles.shape[2]
@@ -161,7 +164,11 @@ def carry_state(
         to_state = gl.load(of_chunk + TO_STATE * CHUNK + t)
     for step in range(chunks):
         mbarrier.wait(taken.index(step % SLOTS), (step // SLOTS & 1) ^ 1)
-        state_tiles.index(step % SLOTS).store(state.to(dtype))
+        state_tiles.index(step % SLOTS).store(rounded(state, dtype))
+        if AGREES:
+            # Read back, and not kept: it would not fit into the registers beside the state.
+            high = state_tiles.index(step % SLOTS).load(of_state)
+            rest_tiles.index(step % SLOTS).store(rounded(state - high.to(gl.float32), dtype))
         state = warpgroup_mma(weighted, b_tiles.index(step % STAGES), state * whole, is_async=True)
         fence_async_shared()
         mbarrier.arrive(posted.index(step % SLOTS), count=1)

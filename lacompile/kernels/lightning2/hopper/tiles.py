@@ -22,6 +22,12 @@ def accumulator(columns):
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
 
 
+@gluon.constexpr_function
+def rows_agree(audit, per_token):
+    """Whether row sums agree with each other to fp32's precision, as those of one decay for all tokens have to."""
+    return audit and not per_token
+
+
 @gluon.jit
 def log2_of(g):
     """Natural to base-2 logarithm, clamped to [-160, inf); NaN stays NaN."""

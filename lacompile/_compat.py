@@ -254,9 +254,13 @@ def trace_artifact(name: str, payload: str) -> None:
         trace_structured("artifact", lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: payload)
 
 
+_ALLOW_REQUIRES_GRAD = torch._C._functorch.set_inplace_requires_grad_allowed  # type: ignore[attr-defined]
+"""What Dynamo writes around a ``requires_grad_`` of the program, whether or not a transform is near."""
+
+
 def functorch_inside(gm: Any) -> bool:
     """Whether a graph switches functorch transforms or forward-mode AD on and off: running it on fakes would too."""
-    return any(is_functorch(n.target) for n in gm.graph.nodes)
+    return any(is_functorch(n.target) and n.target is not _ALLOW_REQUIRES_GRAD for n in gm.graph.nodes)
 
 
 def is_functorch(target: Any) -> bool:
@@ -267,6 +271,8 @@ def is_functorch(target: Any) -> bool:
 
 def changes_mode(target: Any) -> bool:
     """Whether a function of a Dynamo graph, given no tensor, switches something of the process on or off."""
+    if target is _ALLOW_REQUIRES_GRAD:
+        return True
     module = str(getattr(target, "__module__", ""))
     return module in ("torch._C", "torch._C._autograd", "torch.random") or module.startswith(
         ("torch.autograd", "torch.cuda")

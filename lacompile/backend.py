@@ -51,7 +51,7 @@ def lightning(
     else:
         again = _Again(gm, settings, hand_over, decision.rewritten, compiled)
         assumed = _to_check(decision.assumed, settings)
-        compiled = guards.guarded(compiled, lambda: again.original(example_inputs), assumed, example_inputs, again, gm)
+        compiled = guards.guarded(compiled, again.original, assumed, example_inputs, again, gm)
     final = replace(decision.report, notes=decision.report.notes + tuple(hand_over.notes))
     report.publish(final)
     if settings.strict and (final.near_misses or not final.rewrites):

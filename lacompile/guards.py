@@ -45,7 +45,7 @@ PER_DIMENSION = 8
 
 def guarded(
     compiled: Compiled,
-    fallback: Callable[[], Compiled],
+    fallback: Callable[[Sequence[Any]], Compiled],
     assumptions: Assumed,
     example_inputs: Sequence[Any],
     specialise: Callable[[Sequence[Any]], tuple[Compiled, Assumed] | None] | None = None,
@@ -55,9 +55,9 @@ def guarded(
 
     Args:
         compiled: the rewritten graph.
-        fallback: compiles the original one, when it is first needed.
+        fallback: compiles the original one, for the arguments of the call that first needs it.
         assumptions: of the rewritten graph.
-        example_inputs: the tensors of which they are known to hold.
+        example_inputs: the tensors of which they are known to hold. They are not kept: the weights are among them.
         specialise: analyses the original graph again for other inputs; None where it cannot be rewritten for them.
         uncompiled: the original graph as it stands.
     """
@@ -81,7 +81,7 @@ def guarded(
                 variants.append(variant)
                 return found[0](*args)
         if original is None:
-            original = fallback()
+            original = fallback(args)
             broken = variants[0].broken(args)
             log.warning("no longer as assumed: %s; the original graph runs, not what was reported", broken)
         if specialise is not None and len(variants) < most:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ class Scene:
         self.questions += 1
         return bool((tensor >= 0).all())
 
-    def compile_original(self):
+    def compile_original(self, args):
+        assert args[0] == "x"
         self.compilations += 1
         return lambda x, buffer: ("original", x)
 
@@ -123,7 +125,7 @@ def test_a_tensor_that_requires_grad_is_asked_about_without_a_graph(buffer):
     buffer.requires_grad_()
     seen = []
     assumption = Assumption(fx.Graph().placeholder("p"), "positive", "p > 0", lambda t: seen.append(t) or True)
-    call = guarded(lambda p: "rewritten", lambda: None, [(0, assumption)], [buffer])
+    call = guarded(lambda p: "rewritten", lambda _: None, [(0, assumption)], [buffer])
     with torch.no_grad():
         buffer.add_(1)
     assert call(buffer) == "rewritten"
@@ -137,7 +139,7 @@ def test_every_assumption_must_hold():
         (i, Assumption(graph.placeholder(f"p{i}"), "positive", f"p{i} > 0", lambda t: bool((t > 0).all())))
         for i in range(2)
     ]
-    call = guarded(lambda *_: "rewritten", lambda: lambda *_: "original", assumptions, tensors)
+    call = guarded(lambda *_: "rewritten", lambda _: lambda *_: "original", assumptions, tensors)
     assert call(*tensors) == "rewritten"
     tensors[1].neg_()
     assert call(*tensors) == "original"
@@ -159,7 +161,7 @@ def test_without_assumptions_nothing_is_wrapped():
     def compiled():
         pass
 
-    assert guarded(compiled, lambda: compiled, [], []) is compiled
+    assert guarded(compiled, lambda _: compiled, [], []) is compiled
 
 
 def test_a_new_tensor_at_the_address_of_a_freed_one_is_new():
@@ -188,7 +190,7 @@ class TestSpecialised:
 
         first = specialise(tensors)
         assert first is not None
-        return guarded(first[0], lambda: lambda p: "original", first[1], tensors, specialise)
+        return guarded(first[0], lambda _: lambda p: "original", first[1], tensors, specialise)
 
     def test_each_tensor_has_its_own(self):
         made, tensors = [], [torch.full((2,), float(n)) for n in range(4)]
@@ -337,6 +339,20 @@ def test_a_compiled_model_follows_its_buffer(change, monkeypatch):
         torch.testing.assert_close(compiled(q, k, v), after)
 
 
+def test_nothing_of_the_first_call_is_kept(monkeypatch):
+    """The compiled code outlives a model until Dynamo is reset: what it holds on to is lost to a process of many."""
+    monkeypatch.setattr("lacompile._compat.cpu_compiler_error", lambda: "not needed for this")
+    torch._dynamo.reset()
+    model, inputs = Masked(), [torch.randn(1, 2, 64, 8) for _ in range(3)]
+    torch.compile(model, backend="lightning")(*inputs)
+    report = lacompile.last_report()
+    assert report is not None and report.rewrites[0].assumptions
+    kept = [weakref.ref(x) for x in (*inputs, model.mask)]
+    del model, inputs
+    gc.collect()
+    assert [x() for x in kept] == [None] * 4
+
+
 class MaskedThenStepped(Masked):
     """A layer under a mask, then one that goes from token to token and asks its own input how many there are."""
 
@@ -381,7 +397,7 @@ class TestPassed:
     def make(self, calls):
         node = fx.Graph().placeholder("mask")
         assumption = Assumption(node, "argument", "mask is causal", lambda t: calls.append(t) or bool((t > 0).all()))
-        graphs = {"compiled": lambda x: "rewritten", "fallback": lambda: lambda x: "original"}
+        graphs = {"compiled": lambda x: "rewritten", "fallback": lambda _: lambda x: "original"}
         assumed = {"assumptions": [(0, assumption)], "example_inputs": [torch.ones(2)]}
         return guarded(**graphs, **assumed, uncompiled=lambda x: "as it stands")
 

@@ -43,6 +43,12 @@ def half_without_gradients(q, k, v):
     return scores.tril() @ v
 
 
+@torch.no_grad()
+def requiring_without_gradients(q, k, v):
+    """As the hook of a checkpointed model does behind its embeddings, also where the model is evaluated."""
+    return attention((q * 1.0).requires_grad_(), k, v)
+
+
 def checkpointed(q, k, v):
     return checkpoint(attention, q.sin(), k, v, use_reentrant=False)
 
@@ -228,6 +234,7 @@ def tangent(q, k, v):
         (without_gradients, 1),
         (in_inference_mode, 1),
         (half_without_gradients, 0),
+        (requiring_without_gradients, 1),
         (checkpointed, 1),
         (checkpointed_beside_another, 2),
         (generated, 1),

@@ -146,6 +146,15 @@ class TestRegistration:
             args = arguments(requires_grad=False, length=length)
             check_error("o", compiled(*args)[0], attend(*args)[0])
 
+    def test_numbers_as_log_decay_in_a_compiled_and_in_an_exported_program(self):
+        class Layer(torch.nn.Module):
+            def forward(self, x):
+                return decayed_attention(x, x, x, [-0.5, -0.25])
+
+        layer, x = Layer(), torch.randn(1, 2, 10, 8)
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
+
 
 class TestReverseMode:
     @DECAYS

@@ -114,7 +114,10 @@ class Capture:
             return None  # noted as impure, and not run
         if node.target is CHECKPOINT and not (does := self._boundary(args[0])).aliases:
             return self._called(node, args[1:], does)
-        if node.target in DETACHES:
+        if node.target == "requires_grad_" and not self.records_gradients:
+            self.effects.impure.add(node)  # it must stay; where gradients resume, the tensor is a leaf in any case
+            return args[0]
+        if node.target in (*DETACHES, "requires_grad_"):
             return self._opaque(node, args, kwargs, "autograd forgets it")
         try:
             with self._dispatch:

@@ -97,9 +97,10 @@ class Addition(Multiplication):
         return found[0] if isinstance(found, tuple) else found
 
     def _cancels(self, a: Val, b: Val) -> bool:
-        """Whether products of what a cast has narrowed somewhere are taken away from each other."""
-        bodies = {t.body: t.coef for c in a.cases for t in c.terms if not self.narrowed.isdisjoint(t.leaves)}
-        return any(t.coef * bodies.get(t.body, 0.0) < 0 for c in b.cases for t in c.terms)
+        """Whether products that hold all of a product that a cast has narrowed are taken away from each other."""
+        bodies = {t.body: t.coef for c in a.cases for t in c.terms}
+        gone = [t for c in b.cases for t in c.terms if t.coef * bodies.get(t.body, 0.0) < 0]
+        return any(product.issubset(t.leaves) for t in gone for product in self.narrowed)
 
     def _mixture(self, a: Val, b: Val) -> Val | None:
         """Data and a number, each times its share, as one function of both; None if they are something else."""

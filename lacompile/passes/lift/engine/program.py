@@ -40,7 +40,7 @@ class Program(Algebra):
         self.number_nodes: dict[Any, Any] = {}  # PyTorch's expression -> the first Dynamo node that is that number
         self.taken_whole: list[int] = []  # leaves that stand for a product that nobody looked into
         self.view_maps: dict[tuple[tuple[Aff, ...], tuple[Aff, ...]], dict[int, Aff]] = {}  # from old and new sizes
-        self.narrowed: set[int] = set()  # leaves of what was cast to a narrower format
+        self.narrowed: set[frozenset[int]] = set()  # of products cast to a narrower format
         self.turned = False  # whether the program turned tensors of data from their end to their beginning
         self.turned_whole = False  # whether these are taken as they are
         self.weighed = False  # whether the features of a token or chunk were multiplied by known numbers

@@ -29,7 +29,8 @@ def cast(op: Op) -> Val:
     floats = source is None or source.is_floating_point
     if source == target or (floats and target in EXACT_UP_TO):
         if source is not None and EXACT_UP_TO.get(source, 0) > EXACT_UP_TO[target]:
-            op.engine.narrowed.update(leaf for c in v.cases for t in c.terms for leaf in t.leaves)
+            products = {frozenset(t.signature or t.leaves) for c in v.cases for t in c.terms}
+            op.engine.narrowed |= products - {frozenset()}
         return v
     if op.engine.index_only(v) and not floats and target is not torch.bool:
         return v

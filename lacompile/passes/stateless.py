@@ -41,7 +41,7 @@ Row = tuple[fx.Node, ...]
 def _cuts(schedule: Schedule) -> Iterator[Cut]:
     """The first ones first: the calls with weights of their own, and what is read by what has a state behind it."""
     depth = depths(schedule.nodes)
-    calls = {f.calls for f in families(schedule) if _is_level(f.calls, depth)}
+    calls = dict.fromkeys(f.calls for f in families(schedule) if _is_level(f.calls, depth))
     found = [row for row, is_last in _below(schedule, calls, depth) if is_last or row in calls]
     for row in sorted(found, key=lambda row: depth[row[0]]):
         cut = Cut(row, above(row))

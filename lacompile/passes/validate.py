@@ -188,9 +188,7 @@ def _compare(
     _tame_decays(match, region, env, decays, by_value, reference)
     leaves = {n: t for n, t in env.items() if isinstance(t, Tensor) and t.is_floating_point() and n not in by_value}
     inexact: set[fx.Node] = set()
-    # backwards through a state that is overwritten is an error of the program's own, unless what was saved is kept
-    kept = torch.autograd.graph.allow_mutation_on_saved_tensors()
-    with _fp64_by_default(), kept:
+    with _fp64_by_default(), _kept_apart():
         results = [
             _with_gradients(compute, env, leaves)
             for compute in (
@@ -249,6 +247,14 @@ def _with_gradients(
     if out.requires_grad:
         grads = torch.autograd.grad((out * weight).sum(), list(fresh.values()), allow_unused=True)
     return out.detach(), grads
+
+
+def _kept_apart() -> contextlib.AbstractContextManager[object]:
+    """What is saved for the gradients is a copy: backwards through a state that is overwritten is an error elsewhere.
+
+    PyTorch's ``allow_mutation_on_saved_tensors`` misses a part of a tensor behind a write into another part.
+    """
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda copy: copy)
 
 
 @contextlib.contextmanager

@@ -251,3 +251,39 @@ def test_tokens_are_taken_away_from_a_state(update):
 def test_a_state_that_changes_its_sign_is_left_alone():
     gates = torch.randn(B, H, N, requires_grad=True)
     assert_refused(less_each_token(lambda s, new: new - s), *arguments()[:4], gates)
+
+
+def one_for_all(given, gate):
+    """A learned state that all sequences begin from, which a gate of each weighs."""
+
+    def run(q, k, v, s, g):
+        s, a, out = given(s, q.shape[0]), torch.sigmoid(g), []
+        for t in range(N):
+            s = gate(a[:, :, t]) * s + k[:, :, t, :, None] * v[:, :, t, None]
+            out.append((q[:, :, t, :, None] * s).sum(2))
+        return torch.stack(out, 2)
+
+    return run
+
+
+BY_TOKEN = [lambda a: a[:, :, :1, None], lambda a: torch.exp(-a[:, :, :1, None])]
+GIVEN = {
+    "expand": lambda s, b: s.expand(b, -1, -1, -1),
+    "repeat": lambda s, b: s.repeat(b, 1, 1, 1),
+    "as it is": lambda s, b: s,
+}
+
+
+@pytest.mark.parametrize("gate", BY_TOKEN)
+@pytest.mark.parametrize("given", GIVEN)
+def test_a_state_for_all_sequences(given, gate):
+    q, k, v = (torch.randn(2, H, N, n, requires_grad=True) for n in (D, D, E))
+    s, g = torch.randn(H, D, E, requires_grad=True), torch.randn(2, H, N, D, requires_grad=True)
+    report = assert_rewritten(one_for_all(GIVEN[given], gate), q, k, v, s, g, compiled=False)
+    assert report.rewrites[0].initial_state
+
+
+def test_a_gate_for_each_feature_of_a_state_for_all_sequences():
+    q, k, v = (torch.randn(2, H, N, n) for n in (D, D, E))
+    run = one_for_all(GIVEN["expand"], lambda a: a[..., None])
+    assert_refused(run, q, k, v, torch.randn(H, D, E), torch.randn(2, H, N, D), options={"validate": "off"})

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lacompile import explain
 from lacompile.testing import assert_refused, assert_rewritten
 
 B, N, H, D = 2, 6, 2, 4
@@ -191,3 +192,30 @@ def test_weights_of_one_step_are_others():
         return w
 
     assert_rewritten(Recomputed(weight), data(), count=None, compiled=False, options=UNSEEN)
+
+
+class OtherKeys(nn.Module):
+    """One step projects its keys by other weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.other = (nn.Linear(C, C, bias=False) for _ in range(4))
+
+    def forward(self, x):
+        state, out = x.new_zeros(x.shape[0], C, C), []
+        for t in range(N):
+            k = (self.other if t == 3 else self.k)(x[:, t])
+            state = 0.9 * state + k[..., None] * self.v(x[:, t])[:, None]
+            out.append((self.q(x[:, t])[:, None] @ state)[:, 0])
+        return torch.stack(out, 1)
+
+
+def test_the_same_program_is_read_in_the_same_way():
+    """Whatever the addresses are that its nodes lie at."""
+    found, kept, model, x = set(), [], OtherKeys(), torch.randn(B, N, C)
+    for n in range(6):
+        kept.append([object() for _ in range(997 * n)])
+        torch._dynamo.reset()
+        report = explain(model, **UNSEEN)(x)
+        found.add((len(report.rewrites), tuple(str(m) for m in report.near_misses)))
+    assert len(found) == 1

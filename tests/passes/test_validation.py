@@ -107,6 +107,24 @@ def overwritten(q, k, v):
     return torch.stack(out, 2)
 
 
+def overwritten_by_head(q, k, v):
+    """Each head's part by itself: between the read of one and its next write the others are written."""
+    state, out = torch.zeros(B, H, D, D), []
+    for t in range(4):
+        read = []
+        for h in range(H):
+            state[:, h] = state[:, h] * 0.9 + k[:, h, t, :, None] * v[:, h, t, None]
+            read.append((q[:, h, t, None] @ state[:, h])[:, 0])
+        out.append(torch.stack(read, 1))
+    return torch.stack(out, 2)
+
+
+def test_parts_of_a_state_that_are_overwritten():
+    report = lacompile.explain(overwritten_by_head, validate="always")(*inputs())
+    assert report.rewrites and not report.near_misses
+    assert all(r.validation.startswith("fp64 difference") for r in report.rewrites)
+
+
 def test_a_state_that_is_overwritten():
     """Autograd cannot go back through the program itself: the rewritten one can, and its gradients are right."""
     args = inputs()

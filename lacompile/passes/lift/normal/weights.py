@@ -142,6 +142,7 @@ def _before(y: Aff, x: Aff, term: Term) -> bool:
 def scalar_factors(space: Space, state: Term, update: Term) -> list[Access]:
     """s of s * S, if S alone holds every feature of the outer product k v that is added to it.
 
+    What k and v both hold is no feature: a state for all sequences may be weighed in each by a gate of its own.
     Both may be multiplied by the same queries, and the outer product be summed over positions, which all its
     factors hold. A sum that only some hold is a contraction with queries: what is added to that is a residual.
     """
@@ -157,8 +158,9 @@ def scalar_factors(space: Space, state: Term, update: Term) -> list[Access]:
         return []
     if len(outer) < 2 or whole in outer:
         return []
-    states = [h for h in held if h >= whole]
-    if len(states) != 1 or any(not h <= states[0] for h in held):
+    shared = frozenset.intersection(*outer)
+    states = [h for h in held if h >= whole - shared]
+    if len(states) != 1 or any(not h <= states[0] | shared for h in held):
         return []
     scalars = [a for a, h in zip(own, held, strict=True) if h != states[0]]
     return [] if any(v < 0 for a in scalars for v in space.vars_of(a[1])) else scalars

@@ -14,6 +14,9 @@ from .errors import BadOptionValue, UnknownMode, UnknownOption
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 PREFIX = "lightning."
+VARIABLE = "LACOMPILE_"
+OF_KERNELS = ("LACOMPILE_AUTOTUNE", "LACOMPILE_CACHE_DIR")
+"""Variables that kernels/tuning reads."""
 
 Buffers = Literal["check", "trust", "never"]
 Validate = Literal["budget", "always", "off"]
@@ -47,11 +50,7 @@ class Options:
         from ._compat import inductor_option_names
 
         names = {f.name for f in fields(cls)}
-        ours: dict[str, Any] = {}
-        for name in names:
-            raw = os.environ.get(f"LACOMPILE_{name.upper()}")
-            if raw is not None:
-                ours[name] = _parsed(name, raw)
+        ours = _of_environment(names)
         inductor: dict[str, Any] = {}
         for key, value in (options or {}).items():
             name = key.removeprefix(PREFIX)
@@ -66,10 +65,20 @@ class Options:
         return cls(**ours), inductor
 
 
+def _of_environment(names: set[str]) -> dict[str, Any]:
+    """What is set there."""
+    known = {VARIABLE + name.upper(): name for name in names}
+    given = {variable: raw for variable, raw in os.environ.items() if variable.startswith(VARIABLE)}
+    for variable in given:
+        if variable not in known and variable not in OF_KERNELS:
+            raise UnknownOption(variable, {*known, *OF_KERNELS})
+    return {known[v]: _parsed(known[v], raw) for v, raw in given.items() if v in known}
+
+
 def _parsed(name: str, raw: str) -> Any:
     if Options.__dataclass_fields__[name].type in ("bool", bool):
         return {"1": True, "true": True, "0": False, "false": False}.get(raw.lower(), raw)
-    return raw
+    return raw.lower()
 
 
 def _check(name: str, value: Any) -> None:

@@ -54,6 +54,20 @@ class TestEnvironment:
         monkeypatch.setenv("LACOMPILE_VALIDATE", "off")
         assert Options.split({"validate": "always"})[0].validate == "always"
 
+    def test_a_misspelt_name_is_an_error(self, monkeypatch):
+        monkeypatch.setenv("LACOMPILE_STRCT", "1")
+        with pytest.raises(UnknownOption, match="LACOMPILE_STRICT"):
+            Options.split({})
+
+    def test_the_kernels_have_variables_of_their_own(self, monkeypatch):
+        monkeypatch.setenv("LACOMPILE_AUTOTUNE", "off")
+        monkeypatch.setenv("LACOMPILE_CACHE_DIR", "here")
+        assert Options.split({})[0] == Options()
+
+    def test_case_does_not_matter(self, monkeypatch):
+        monkeypatch.setenv("LACOMPILE_VALIDATE", "Off")
+        assert Options.split({})[0].validate == "off"
+
     @pytest.mark.parametrize(
         ("raw", "value"), [("1", True), ("true", True), ("True", True), ("0", False), ("FALSE", False)]
     )

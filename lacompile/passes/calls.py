@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from .capture.schemas import is_pointwise
-from .effects import PLAIN, Effects
+from .effects import JOINS, PLAIN, Effects
 from .examples import example_of
 
 aten = torch.ops.aten
@@ -56,7 +56,8 @@ def computes_other_than(node: fx.Node, effects: Effects, packets: frozenset[Any]
 
 def joins_tensors(node: fx.Node, effects: Effects) -> bool:
     """Whether a function of PyTorch puts tensors side by side in the end."""
-    return node in effects.along and _of_pytorch(node)
+    ran = effects.ran.get(node)
+    return bool(ran) and ran[-1] in JOINS and _of_pytorch(node)
 
 
 def _computed(node: fx.Node, effects: Effects) -> Iterator[Any]:

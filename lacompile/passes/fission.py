@@ -22,7 +22,7 @@ from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
 from .examples import example_of, same_shape
 from .joins import Join, joins
-from .layouts import REORDERS, SIDE_BY_SIDE, order_of, reshapes, side_by_side
+from .layouts import REORDERS, SideBySide, order_of, reshapes, side_by_side
 from .moves import Kept, Moved, Turned, Wider, functions, move
 from .pieces import index_of_join, piece_of
 from .rows import BATCHED, hides, width
@@ -130,11 +130,12 @@ class Search:
             whole, dim = _joined_order(join, order)
             given = inside([p.args[0] for p in parts], replace(join, dim=dim))
             return Moved(join, parts, "call_method", "permute", [given, *whole], {})
-        if first.target in SIDE_BY_SIDE:
-            if (dim := _put_behind(join, parts)) is None:
+        if put := [found for p in parts if (found := side_by_side(p, self._schedule.effects)) is not None]:
+            if len(put) < len(parts) or (dim := _put_behind(join, put)) is None:
                 return None
-            given = [inside(column) for column in zip(*(p.args[0] for p in parts), strict=True)]
-            return Moved(join, parts, "call_function", first.target, [given, dim], {})
+            given = [inside(column) for column in zip(*(p.parts for p in put), strict=True)]
+            function = torch.stack if put[0].stacks else torch.cat
+            return Moved(join, parts, "call_function", function, [given, dim], {})
         if all(pieces := [piece_of(n) for n in parts]):
             through = [p.through for p in pieces if p is not None and p.through is not None]
             where = index_of_join(join, [p for p in pieces if p is not None])
@@ -190,17 +191,17 @@ def _reshaped(join: Join, parts: Sequence[fx.Node]) -> list[int] | None:
     return sizes if sizes.count(-1) <= 1 else None
 
 
-def _put_behind(join: Join, parts: Sequence[fx.Node]) -> int | None:
+def _put_behind(join: Join, parts: Sequence[SideBySide]) -> int | None:
     """The dimension of the joined tensor along which each part is put together, as of heads; behind that of the places.
 
     None if it is in front of them, or if parts differ in it or in what they are put together of.
     """
-    found = {side_by_side(p) for p in parts}
-    put = found.pop() if len(found) == 1 else None
-    if put is None or put[0] < join.dim + (not join.stacks):
+    first = parts[0]
+    how = {(p.dim, p.stacks, len(p.parts)) for p in parts}
+    if len(how) > 1 or first.dim < join.dim + (not join.stacks):
         return None
-    alike = all(_of_one_shape(column) for column in zip(*(p.args[0] for p in parts), strict=True))
-    return put[0] + join.stacks if alike else None
+    alike = all(_of_one_shape(column) for column in zip(*(p.parts for p in parts), strict=True))
+    return first.dim + join.stacks if alike else None
 
 
 def _joined_order(join: Join, order: Sequence[int]) -> tuple[list[int], int]:

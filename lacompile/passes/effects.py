@@ -6,7 +6,7 @@ write through ``relu(inplace=True)``, a foreach operation or running statistics 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,8 @@ Storages = frozenset[int]
 NOWHERE: Storages = frozenset()
 ANYWHERE = 0
 """Stands for a storage that cannot be asked for: it may be any."""
+JOINS = (torch.ops.aten.cat.default, torch.ops.aten.stack.default)
+"""The operations that put tensors side by side."""
 PLAIN = (torch.Tensor, int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 """What a node may yield and be known whole."""
 
@@ -30,16 +32,29 @@ class Effects:
 
     ``impure`` nodes must stay for another reason than a write: they draw random numbers, could not be run on fake
     tensors, or change a mode. ``outside`` are the storages of inputs and constants.
+
+    ``ran`` are the ATen operations of each node, in order; ``along``: the dimension of its result along which the last
+    of these puts tensors side by side.
     """
 
     lives: dict[fx.Node, Storages] = field(default_factory=dict)
     writes: dict[fx.Node, Storages] = field(default_factory=dict)
     impure: set[fx.Node] = field(default_factory=set)
     outside: Storages = NOWHERE
+    ran: dict[fx.Node, list[Any]] = field(default_factory=dict)
+    along: dict[fx.Node, int] = field(default_factory=dict)
 
     def alias(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether the results of two nodes may share memory."""
         return overlap(self.lives.get(a, NOWHERE), self.lives.get(b, NOWHERE))
+
+    def note_operation(
+        self, node: fx.Node, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+    ) -> None:
+        self.ran.setdefault(node, []).append(func)
+        if func in JOINS:
+            dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+            self.along[node] = dim % out.dim()
 
     def note_write(self, node: fx.Node, tensors: Iterable[Any]) -> None:
         if found := storages(tensors):

@@ -17,14 +17,15 @@ import torch
 from torch import fx
 
 from .._compat import always_equal
+from .calls import is_cast_call
 from .capture.modes import switches_autocast
 from .effects import NOWHERE, overlap
 from .examples import example_of, same_shape
 from .joins import Join, joins
-from .layouts import REORDERS, SIDE_BY_SIDE, order_of, reshapes, side_by_side
+from .layouts import REORDERS, SideBySide, order_of, reshapes, side_by_side
 from .moves import Kept, Moved, Turned, Wider, functions, move
 from .pieces import index_of_join, piece_of
-from .rows import BATCHED, CASTS, width
+from .rows import BATCHED, hides, width
 from .schedule import Schedule
 
 
@@ -110,7 +111,7 @@ class Search:
         if not all(isinstance(n, fx.Node) and n not in self._stays for n in parts):
             return None
         first = parts[0]
-        if not all(_alike(n, first) and _movable(self._schedule, n, join.node) for n in parts):
+        if not all(_alike(self._schedule, n, first) and _movable(self._schedule, n, join.node) for n in parts):
             return None
 
         def inside(given: Sequence[fx.Node], along: Join = join) -> Kept | Moved | Turned:
@@ -129,11 +130,12 @@ class Search:
             whole, dim = _joined_order(join, order)
             given = inside([p.args[0] for p in parts], replace(join, dim=dim))
             return Moved(join, parts, "call_method", "permute", [given, *whole], {})
-        if first.target in SIDE_BY_SIDE:
-            if (dim := _put_behind(join, parts)) is None:
+        if put := [found for p in parts if (found := side_by_side(p, self._schedule.effects)) is not None]:
+            if len(put) < len(parts) or (dim := _put_behind(join, put)) is None:
                 return None
-            given = [inside(column) for column in zip(*(p.args[0] for p in parts), strict=True)]
-            return Moved(join, parts, "call_function", first.target, [given, dim], {})
+            given = [inside(column) for column in zip(*(p.parts for p in put), strict=True)]
+            function = torch.stack if put[0].stacks else torch.cat
+            return Moved(join, parts, "call_function", function, [given, dim], {})
         if all(pieces := [piece_of(n) for n in parts]):
             through = [p.through for p in pieces if p is not None and p.through is not None]
             where = index_of_join(join, [p for p in pieces if p is not None])
@@ -144,7 +146,7 @@ class Search:
             index, dim = where
             given = inside([p.of for p in pieces if p is not None], replace(join, dim=dim))
             return Moved(join, parts, "call_function", operator.getitem, [given, index], {}, through)
-        rows = example_of(first).dim() - 1 if first.target in BATCHED else width(first)
+        rows = self._width(parts)
         columns = [
             Column(given, not all(self._same(x, given[0]) for x in given))
             for given in zip(*(n.args for n in parts), strict=True)
@@ -160,7 +162,15 @@ class Search:
             return Wider(found, lacks, given[0]) if lacks else found
 
         args = [joined(c.given) if c.own else c.given[0] for c in columns]
-        return Moved(join, parts, first.op, first.target, args, first.kwargs)
+        opaque = hides(first, self._schedule.effects)
+        return Moved(join, parts, first.op, first.target, args, first.kwargs, opaque=opaque)
+
+    def _width(self, parts: Sequence[fx.Node]) -> int | None:
+        """How many of the last dimensions each part works on, if that is one number."""
+        if parts[0].target in BATCHED:
+            return example_of(parts[0]).dim() - 1
+        found = {width(n, self._schedule.effects) for n in parts}
+        return found.pop() if len(found) == 1 else None
 
     def _same(self, x: Any, y: Any) -> bool:
         """Equal numbers, or one value; each step may have computed it again, as a part of the weights."""
@@ -181,17 +191,17 @@ def _reshaped(join: Join, parts: Sequence[fx.Node]) -> list[int] | None:
     return sizes if sizes.count(-1) <= 1 else None
 
 
-def _put_behind(join: Join, parts: Sequence[fx.Node]) -> int | None:
+def _put_behind(join: Join, parts: Sequence[SideBySide]) -> int | None:
     """The dimension of the joined tensor along which each part is put together, as of heads; behind that of the places.
 
     None if it is in front of them, or if parts differ in it or in what they are put together of.
     """
-    found = {side_by_side(p) for p in parts}
-    put = found.pop() if len(found) == 1 else None
-    if put is None or put[0] < join.dim + (not join.stacks):
+    first = parts[0]
+    how = {(p.dim, p.stacks, len(p.parts)) for p in parts}
+    if len(how) > 1 or first.dim < join.dim + (not join.stacks):
         return None
-    alike = all(_of_one_shape(column) for column in zip(*(p.args[0] for p in parts), strict=True))
-    return put[0] + join.stacks if alike else None
+    alike = all(_of_one_shape(column) for column in zip(*(p.parts for p in parts), strict=True))
+    return first.dim + join.stacks if alike else None
 
 
 def _joined_order(join: Join, order: Sequence[int]) -> tuple[list[int], int]:
@@ -202,15 +212,23 @@ def _joined_order(join: Join, order: Sequence[int]) -> tuple[list[int], int]:
     return [*moved[: join.dim], join.dim, *moved[join.dim :]], join.dim
 
 
-def _alike(node: fx.Node, first: fx.Node) -> bool:
-    """Whether two calls differ in their arguments alone, all of one format, or cast from one: nothing is promoted."""
+def _alike(schedule: Schedule, node: fx.Node, first: fx.Node) -> bool:
+    """Whether two calls differ in their arguments alone, all of one format, or cast from one: nothing is promoted.
+
+    A condition is of no other format than what it is beside or compares, which it does not promote.
+    """
     calls = [(n.op, n.target, len(n.args), repr(n.kwargs)) for n in (node, first)]
     if calls[0] != calls[1] or any(isinstance(x, fx.Node) for x in node.kwargs.values()):
         return False
     formats, others = ([_format(n), *map(_format, n.all_input_nodes)] for n in (node, first))
-    if formats[0] is None or not all(f is None or f.is_floating_point for f in formats):
+    if formats[0] is None or not all(f in (None, torch.bool) or f.is_floating_point for f in formats):
         return False
-    return formats == others if node.target in CASTS else set(formats + others) <= {formats[0], None}
+    if is_cast_call(node, schedule.effects):
+        return formats == others
+    fractions = set(formats + others) - {None, torch.bool}
+    if torch.bool not in (*formats, *others):
+        return len(fractions) == 1
+    return formats == others and len(fractions) == 1 and fractions <= set(formats[1:])
 
 
 def _format(node: fx.Node) -> torch.dtype | None:

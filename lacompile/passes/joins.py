@@ -1,4 +1,4 @@
-"""Joins: where a program puts what its loop has computed side by side, by ``stack`` and ``cat`` or place by place."""
+"""Joins: where a program puts what its loop has computed side by side, by one call for all or place by place."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import fx
 from .effects import NOWHERE
 from .examples import AHEAD
 from .filled import Filled, fillings
+from .layouts import side_by_side
 from .schedule import Schedule
 
 
@@ -51,28 +52,23 @@ class Join:
 
 def joins(schedule: Schedule) -> Iterator[Join]:
     """Those of the graph."""
-    graph = schedule.gm.graph
-    for function in (torch.stack, torch.cat):
-        for node in graph.find_nodes(op="call_function", target=function):
-            if node not in schedule.unread and (join := _join(schedule, node)) is not None:
-                yield _stacked(join)
+    for node in schedule.effects.along:
+        if node not in schedule.unread and (join := _join(schedule, node)) is not None:
+            yield _stacked(join)
     for f in fillings(schedule):
         yield _stacked(Join(f.last, f.parts, f.writes, f.dim, f.selects, [*f.writes, *f.views], f))
 
 
 def _join(schedule: Schedule, node: fx.Node) -> Join | None:
     """A join whose result nobody writes into: what a function saves for its gradient must stay as it was."""
-    parts, *dims = node.args or (None,)
-    dim = [*dims, *(v for k, v in node.kwargs.items() if k == "dim")] or [0]
-    others = len(dim) > 1 or node.kwargs.keys() - {"dim"} or node in schedule.effects.writes
-    if others or not isinstance(parts, list | tuple) or len(parts) < 2 or not isinstance(dim[0], int):
+    found = side_by_side(node, schedule.effects)
+    if found is None or len(found.parts) < 2 or node in schedule.effects.writes:
         return None
     lives, order = schedule.effects.lives.get(node, NOWHERE), schedule.order[node]
     if schedule.is_written(lives, order, len(schedule.nodes)):
         return None
-    at = dim[0] % node.meta["example_value"].dim()
-    ahead = AHEAD in node.meta
-    return Join(node, parts, [node] * len(parts), at, node.target is torch.stack, [node], ahead=ahead)
+    users = [node] * len(found.parts)
+    return Join(node, found.parts, users, found.dim, found.stacks, [node], ahead=AHEAD in node.meta)
 
 
 def _stacked(join: Join) -> Join:

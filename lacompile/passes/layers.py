@@ -144,7 +144,7 @@ class Family:
 def _cuts(schedule: Schedule) -> Iterator[Cut]:
     """The last cut first: each splits what is before the one behind it."""
     of_rows = list(families(schedule))
-    others = list(_above(of_rows))
+    others = list(_above(schedule, of_rows))
     inside: Collection[fx.Node] = schedule.nodes
     while len(of_rows) > 1 and (found := _last_cut(schedule, of_rows, others, inside)) is not None:
         yield found
@@ -167,7 +167,7 @@ def families(schedule: Schedule) -> Iterator[Family]:
             yield Family(of, tuple(group))
 
 
-def _above(families: Sequence[Family]) -> Iterator[Family]:
+def _above(schedule: Schedule, families: Sequence[Family]) -> Iterator[Family]:
     """What families are called with is itself a function of rows perhaps, as a written out norm: what that is of.
 
     There a layer may begin, where its residual reads what its norm does.
@@ -178,7 +178,7 @@ def _above(families: Sequence[Family]) -> Iterator[Family]:
         calls = work.pop()
         first = calls[0]
         function = (first.op, first.target, len(first.args))
-        if width(first) is None or any((n.op, n.target, len(n.args)) != function for n in calls):
+        if width(first, schedule.effects) is None or any((n.op, n.target, len(n.args)) != function for n in calls):
             continue
         for given in zip(*(n.args for n in calls), strict=True):
             of = tuple(n for n in given if isinstance(n, fx.Node))

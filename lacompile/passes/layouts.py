@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
 from .._compat import always_equal
-from .examples import example_of
+from .calls import joins_tensors
+from .effects import Effects
+from .examples import example_of, same_shape
 
 RESHAPES = frozenset[Any]({
     *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),
@@ -18,7 +22,9 @@ RESHAPES = frozenset[Any]({
 TRANSPOSES = ("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims)
 REORDERS = (*TRANSPOSES, "permute", torch.permute)
 
-SIDE_BY_SIDE = (torch.cat, torch.concat, torch.concatenate, torch.stack)
+aten = torch.ops.aten
+KEEP_ORDER = (aten.unsqueeze, aten.view)
+"""Views of all entries in their order."""
 
 
 def reshapes(node: fx.Node) -> bool:
@@ -47,11 +53,32 @@ def order_of(node: fx.Node) -> list[int] | None:
     return dims if len(dims) == rank else None
 
 
-def side_by_side(node: fx.Node) -> tuple[int, int] | None:
-    """The dimension along which a call puts tensors together, and how many they are."""
-    tensors, *dims = node.args or (None,)
-    dims += node.kwargs.values()
-    if not isinstance(tensors, list | tuple) or len(dims) > 1 or node.kwargs.keys() - {"dim"}:
+@dataclass(frozen=True)
+class SideBySide:
+    """Tensors that are put together along dimension ``dim`` of the result, a new one where they are stacked."""
+
+    parts: Sequence[fx.Node]
+    dim: int
+    stacks: bool
+
+
+def side_by_side(node: fx.Node, effects: Effects) -> SideBySide | None:
+    """What a call puts together, by the operation that it ends in, ``cat`` or ``stack``, whatever it is called.
+
+    ``vstack`` and its like first give each part dimensions of one entry. If the result has one dimension more, with an
+    entry for each part, that is the only one which any part was given: these are stacked.
+    """
+    parts: Any = node.args[0] if node.args else node.kwargs.get("tensors")
+    if not joins_tensors(node, effects) or not isinstance(parts, list | tuple):
         return None
-    dim = dims[0] if dims else 0
-    return (dim % example_of(node).dim(), len(tensors)) if isinstance(dim, int) else None
+    shapes = [x.shape for x in map(example_of, parts) if isinstance(x, torch.Tensor)]
+    if len(shapes) != len(parts):
+        return None
+    *before, last = effects.ran[node]
+    dim = effects.along[node]
+    if not before:
+        return SideBySide(parts, dim, stacks=last is aten.stack.default)
+    found = example_of(node).shape
+    stacked = all(same_shape([*s[:dim], len(parts), *s[dim:]], found) for s in shapes)
+    certain = stacked and last is aten.cat.default and all(f.overloadpacket in KEEP_ORDER for f in before)
+    return SideBySide(parts, dim, stacks=True) if certain else None

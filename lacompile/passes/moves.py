@@ -14,9 +14,9 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from .._compat import of_fakes
-from .examples import ONE_TENSOR, example_of
+from .examples import ONE_TENSOR, example_of, same_shape
 from .joins import Join
-from .rows import BATCHED, OPAQUE
+from .rows import BATCHED
 from .schedule import Schedule
 from .strides import same_strides
 
@@ -35,9 +35,9 @@ class Moved:
     """Parts that are one function each, which is called of joined arguments instead.
 
     ``join``: how the parts would be joined. ``through``: nodes of several tensors each, of which a part is one.
-    ``hides``: whether it, or one inside of it, is a function that the analysis does not look into. Else those of
-    several joined arguments stay where they are: the parts of a sum are one attention together, and none by themselves.
-    Where no state is behind them there is none.
+    ``opaque``: whether it is a function that the analysis does not look into, and ``hides``: it, or one inside of it.
+    Else those of several joined arguments stay where they are: the parts of a sum are one attention together, and none
+    by themselves. Where no state is behind them there is none.
     """
 
     join: Join
@@ -47,6 +47,7 @@ class Moved:
     args: Sequence[Any]
     kwargs: dict[str, Any]
     through: Sequence[fx.Node] = ()
+    opaque: bool = False
 
     @property
     def gone(self) -> Iterator[fx.Node]:
@@ -61,11 +62,7 @@ class Moved:
 
     @cached_property
     def hides(self) -> bool:
-        return (
-            self.target in OPAQUE
-            or self.target in BATCHED
-            or any(isinstance(a, Moved | Turned) and a.hides for a in self.joined)
-        )
+        return self.opaque or any(isinstance(a, Moved | Turned) and a.hides for a in self.joined)
 
     @property
     def given(self) -> Iterator[fx.Node]:
@@ -152,6 +149,8 @@ def move(
 
     with graph.inserting_before(mapping[join.node]):
         new = call(moved)
+        if not _is_as_joined(example_of(new), join):
+            raise ValueError("of joined arguments the function is another tensor")
         if join.into is not None:
             places = (*[slice(None)] * join.dim, slice(join.into.start, join.into.stop))
             graph.call_function(operator.setitem, (mapping[join.into.tensor], places, new)).meta = join.node.meta.copy()
@@ -167,6 +166,17 @@ def move(
     for node in (*join.needless, *sorted(behind, key=schedule.order.__getitem__, reverse=True)):
         graph.erase_node(mapping[node])
     mapping[join.node] = new
+
+
+def _is_as_joined(new: torch.Tensor, join: Join) -> bool:
+    """Whether it has the format and the shape of the joined parts, where a write would make room for any other."""
+    parts = list(map(example_of, join.parts))
+    shape = list(parts[0].shape)
+    if join.stacks:
+        shape.insert(join.dim, len(parts))
+    else:
+        shape[join.dim] = sum(p.shape[join.dim] for p in parts)
+    return new.dtype == parts[0].dtype and same_shape(new.shape, shape)
 
 
 def _turned_back(graph: fx.Graph, stacked: fx.Node, turned: Turned) -> fx.Node:

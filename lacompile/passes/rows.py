@@ -10,18 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from .calls import computes_other_than, is_pointwise_call
+from .effects import Effects
 from .examples import example_of
 
 
-def width(node: fx.Node) -> int | None:
+def width(node: fx.Node, effects: Effects) -> int | None:
     """How many of the last dimensions a call works on; for each place in those before it does the same.
 
     None where that is not known. The other arguments must be the same for all places.
     """
-    if node.target in POINTWISE:
-        return 0
+    return 0 if is_pointwise_call(node, effects) else width_of_rows(node)
+
+
+def width_of_rows(node: fx.Node) -> int | None:
+    """The same of a function that is none of single entries."""
     found = WIDTHS.get(node.target)
     return None if found is None else found(node)
+
+
+def hides(node: fx.Node, effects: Effects) -> bool:
+    """Whether the analysis of sums does not look into a function of rows, or not if what it is given is one."""
+    if node.target in OPAQUE or node.target in BATCHED:
+        return True
+    return is_pointwise_call(node, effects) and computes_other_than(node, effects, ALGEBRA)
 
 
 def _argument(node: fx.Node, n: int, name: str) -> Any:
@@ -53,12 +65,6 @@ def _along(n: int, default: Any = None) -> Callable[[fx.Node], int | None]:
     return found
 
 
-def _without_dropping(node: fx.Node) -> int | None:
-    """A dropout that drops nothing."""
-    p, training, inplace = (_argument(node, n, name) for n, name in enumerate(("p", "training", "inplace"), 1))
-    return 0 if not inplace and (training is False or (p is not None and p == 0)) else None
-
-
 def _times_a_matrix(node: fx.Node) -> int | None:
     example = example_of(node.args[1]) if len(node.args) == 2 else None
     return 1 if isinstance(example, torch.Tensor) and example.dim() == 2 else None
@@ -75,29 +81,16 @@ WIDTHS: dict[Any, Callable[[fx.Node], int | None]] = {
     "softmax": _along(1),
     F.normalize: _along(2),
     F.glu: _along(1, -1),
-    F.dropout: _without_dropping,
     **dict.fromkeys((torch.mean, "mean", torch.sum, "sum"), _kept),
 }
-ACTIVATIONS = tuple(
-    getattr(F, name) for name in ("silu", "gelu", "relu", "elu", "softplus", "sigmoid", "tanh", "logsigmoid")
-)
-OPAQUE = frozenset[Any](
-    {f for f in WIDTHS if f not in (torch.sum, "sum", F.dropout)}.union(
-        ACTIVATIONS, (torch.sigmoid, "sigmoid", torch.tanh, "tanh", torch.relu, "relu")
-    )
-)
-"""Those that the analysis of sums does not look into, or not if what they are given is one."""
+OPAQUE = frozenset[Any]({f for f in WIDTHS if f not in (torch.sum, "sum")})
+"""Functions of rows that the analysis of sums does not look into, or not if what they are given is one."""
 BATCHED = frozenset[Any]({F.group_norm, torch.group_norm})
 """Functions of all dimensions behind the first one, of which there is one alone for all rows."""
-ARITHMETIC = (
-    "add", "sub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp", "sigmoid", "tanh", "relu",
+ALGEBRA = frozenset[Any](
+    getattr(torch.ops.aten, name) for name in (
+        "add", "sub", "rsub", "mul", "div", "neg", "lerp", "addcmul", "addcdiv", "where", "masked_fill",
+        "pow", "square", "sqrt", "rsqrt", "reciprocal", "exp",
+    )
 )  # fmt: skip
-CASTS = frozenset[Any]({"to", "type", "type_as", "float", "double", "half", "bfloat16"})
-"""What may change the format of its first argument, and no more."""
-POINTWISE = frozenset[Any]({
-    *ACTIVATIONS,
-    *CASTS,
-    *(getattr(torch, name) for name in ARITHMETIC),
-    *ARITHMETIC,
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.pow,
-})  # fmt: skip
+"""Pointwise operations of which the analysis knows what they make of sums; moved, they would take one apart."""

@@ -65,13 +65,23 @@ class Layer(nn.Module):
         return torch.cat(outs, 1) if self.form is chunk else torch.stack(outs, 1)
 
 
+def hstack(heads, n):
+    """Along the first dimension but one: of features, where a token has no other."""
+    return torch.hstack(heads) if heads[0].dim() == 2 else torch.concatenate(heads, axis=-1)
+
+
+def dstack(heads, n):
+    """A token's are matrices, and are given a third dimension; a chunk's have one."""
+    return torch.dstack(heads).transpose(1, 2).flatten(1) if heads[0].dim() == 2 else torch.dstack(heads)
+
+
 def tokens():
     torch.manual_seed(1)
     return torch.randn(B, N, C, requires_grad=True)
 
 
 @pytest.mark.parametrize("form", [token, chunk])
-@pytest.mark.parametrize("together", [cat, stack])
+@pytest.mark.parametrize("together", [cat, stack, hstack, dstack])
 @pytest.mark.parametrize("projected", [True, False])
 def test_is_one_attention(form, together, projected):
     f = Layer(form, together=together, projected=projected)

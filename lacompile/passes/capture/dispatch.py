@@ -47,6 +47,7 @@ class Dispatch(TorchDispatchMode):
         self.failed = None if targets else func
         out = self.standins.call(func, args, kwargs)
         self.failed = None
+        self.effects.note_operation(node, func, args, kwargs, out)
         if torch.Tag.nondeterministic_seeded in func.tags:
             self.effects.impure.add(node)
         if targets:

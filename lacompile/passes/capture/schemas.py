@@ -1,4 +1,4 @@
-"""What operator schemas say of an operation: what it writes into, and whether its result is a view."""
+"""What PyTorch says of an operation: what it writes into, whether its result is a view, whether it is pointwise."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ METADATA_QUERIES = {
 
 # Operators that write although their schemas do not say so: (positions of) the running statistics.
 UNDECLARED_WRITES = {aten.native_batch_norm: (3, 4), aten.cudnn_batch_norm: (3, 4), aten.miopen_batch_norm: (3, 4)}
+# Pointwise by their definitions, which PyTorch does not tag, or not in all their overloads.
+UNTAGGED = (aten.hardswish, aten.log_sigmoid_forward, aten.masked_fill, aten.rsub)
 # After these the tensor lives elsewhere, or is another one.
 MOVES = ("set_", "set_data", "resize_", "resize_as_", "swap_")
 
@@ -55,3 +57,11 @@ def moves(func: Any) -> bool:
 def aliases(func: Any) -> bool:
     """Whether a result may share the memory of an argument."""
     return any(a.alias_info is not None for a in func._schema.arguments)
+
+
+@cache
+def is_pointwise(func: Any) -> bool:
+    """Whether each entry of a result is one function of the entries there, after broadcasting, and of nothing else."""
+    tags = func.tags
+    tagged = torch.Tag.pointwise in tags or func.overloadpacket in UNTAGGED
+    return tagged and torch.Tag.nondeterministic_seeded not in tags and not func._schema.is_mutable

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ...capture.schemas import is_pointwise
 from ..domain.affine import Aff
 from ..domain.precision import SHORT, amplifies, numbers_of, result_precision
 from ..domain.term import Precision, Term, Val, constant, value
@@ -84,12 +85,6 @@ TELL_ZEROS_APART = (torch.ops.aten.copysign, torch.ops.aten.atan2, torch.ops.ate
 """Functions of which 0.0 and -0.0, one number here, may have two values."""
 
 
-def _is_pointwise(func: Any) -> bool:
-    if func.overloadpacket in TELL_ZEROS_APART:
-        return False
-    return torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags
-
-
 def transfer(op: Op) -> Val | list[Val]:
     """The value of an operation's result.
 
@@ -100,7 +95,7 @@ def transfer(op: Op) -> Val | list[Val]:
     found = RULES.get(packet)
     if found is not None:
         out = found(op)
-    elif _is_pointwise(op.func) and isinstance(op.out, torch.Tensor):
+    elif is_pointwise(op.func) and packet not in TELL_ZEROS_APART and isinstance(op.out, torch.Tensor):
         out = op.symbol()
     else:
         raise GiveUp(f"{packet} has no transfer rule")

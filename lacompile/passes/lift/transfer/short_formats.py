@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from ...._compat import outside_modes
+from ...capture.schemas import is_pointwise
 from ..domain.kinds import Table
 from ..domain.precision import PRODUCTS, SUMS
 from ..domain.term import Precision, Term, Val
@@ -97,7 +98,7 @@ def _by_running(op: Op) -> Val:
     """The numbers that the operation makes of the numbers that it is given."""
     given = [a for a in op.args if isinstance(a, Val)]
     exact = all(_is_known(op, v) for v in given) and not any(isinstance(x, Val) for x in op.kwargs.values())
-    here = torch.Tag.pointwise in op.func.tags and _is_on_the_cpu(op)
+    here = is_pointwise(op.func) and _is_on_the_cpu(op)
     if not exact or not (op.func.overloadpacket in ROUNDS_ONCE or here):
         raise GiveUp(f"numbers computed in {op.out.dtype}, which cannot hold them exactly")
     with outside_modes():

@@ -16,7 +16,7 @@ from torch import fx
 
 from ....capture.modes import switches_autocast
 from ....facts import Call, Expr, Value
-from ....rows import width
+from ....rows import width_of_rows
 from ...domain.affine import ONE, ZERO, Aff
 from ...domain.kinds import HERE, Opaque, Series
 from ...domain.leaves import Leaves
@@ -62,7 +62,7 @@ def _at_once(leaves: Leaves, series: Series, nodes: Sequence[fx.Node], start: in
     """One call for all places: of a function of the dimensions behind that of the places, of whose arguments none but
     the first differs, and none was written into.
     """
-    first, last_dims = nodes[0], width(nodes[0])
+    first, last_dims = nodes[0], width_of_rows(nodes[0])
     given = [n.args[0] if n.args else None for n in nodes]
     tensors = [x for x in given if isinstance(x, fx.Node)]
     if not last_dims or not callable(first.target) or not series.as_made or len(tensors) < len(nodes):

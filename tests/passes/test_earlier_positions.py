@@ -162,6 +162,16 @@ def test_loop(name, gate):
 
 
 @pytest.mark.parametrize("name", READS)
+def test_keys_and_values_of_one_tensor(name):
+    def run(q, kv, slope, bonus):
+        return tokens(READS[name])(q, *kv.split([D, E], -1), slope, bonus)
+
+    q, _, _, slope, bonus = arguments(6)
+    kv = torch.randn(B, H, 6, D + E, requires_grad=True)
+    assert_rewritten(run, q, kv, slope, bonus, count=1, compiled=False)
+
+
+@pytest.mark.parametrize("name", READS)
 def test_loop_with_states(name):
     """The first position reads what came in, and what goes out holds the last token."""
     if name == "before, and its own":

@@ -119,8 +119,8 @@ def _newest(leaves: Leaves, t: Term, other: Term, extra: Sequence[int]) -> bool:
 
     If that is read at the other's token, ``t`` has decayed by then: the loop goes backwards.
     """
-    seen = dict(other.accs)
-    places = [(x, y) for leaf, idx in t.accs if leaf in seen for x, y in zip(idx, seen[leaf], strict=True) if x != y]
+    seen = [_nearest(a, other) for a in t.accs]
+    places = [(x, y) for (_, idx), at in zip(t.accs, seen, strict=True) for x, y in zip(idx, at, strict=False) if x != y]
     theirs = {y for _, y in places if y.is_const}
     held = [
         {i for i, n in zip(idx, leaves[leaf].shape, strict=True) if n != ONE} for leaf, idx in t.accs if leaf in extra
@@ -128,6 +128,13 @@ def _newest(leaves: Leaves, t: Term, other: Term, extra: Sequence[int]) -> bool:
     if theirs and all(theirs & at for at in held):
         return False
     return bool(places) and all(_before(y, x, other) for x, y in places)
+
+
+def _nearest(access: Access, other: Term) -> tuple[Aff, ...]:
+    """Where the other term reads the same tensor: of several parts of it, as keys and values may be, the like one."""
+    mine = access[1]
+    theirs = [idx for leaf, idx in other.accs if leaf == access[0]]
+    return min(theirs, key=lambda idx: sum(x != y for x, y in zip(mine, idx, strict=True)), default=())
 
 
 def _before(y: Aff, x: Aff, term: Term) -> bool:

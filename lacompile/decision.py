@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,21 +17,19 @@ from torch import fx
 from . import _compat, ops
 from .errors import LacompileError
 from .options import Options
-from .passes.batch import batched
 from .passes.capture import fake_mode_of
-from .passes.effects import NOWHERE, Effects, overlap
+from .passes.capture.effects import NOWHERE, Effects, overlap
+from .passes.check.legality import settled
+from .passes.check.lone_steps import lone_step
+from .passes.check.row_sums import worthwhile
+from .passes.check.validate import Validation, validate
 from .passes.facts import Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
-from .passes.fission import fissioned
-from .passes.layers import one_after_the_other
-from .passes.legality import settled
+from .passes.graph.schedule import Schedule
 from .passes.lift import Analysis, analyse
-from .passes.rewrite import rewrite
-from .passes.row_sums import worthwhile
-from .passes.schedule import Schedule
-from .passes.short_convs import short_convolutions
-from .passes.stateless import computed_ahead
-from .passes.steps import lone_step
-from .passes.validate import Validation, validate
+from .passes.loops import Reading, behind_loops
+from .passes.rewrite.batch import batched
+from .passes.rewrite.short_convs import short_convolutions
+from .passes.rewrite.writer import rewrite
 from .passes.vmaps import without_vmaps
 from .report import NearMiss, Report, Rewrite
 
@@ -105,15 +103,13 @@ def no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _found(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, may_be_equal: bool
-) -> tuple[fx.GraphModule, Analysis]:
+def _found(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, may_be_equal: bool) -> Reading:
     """The graph that is looked at, and what is found in it; sizes of several inputs ``may_be_equal`` or not."""
 
     def look(at: fx.GraphModule) -> Analysis:
         return analyse(at, example_inputs, buffers=options.buffers, may_be_equal=may_be_equal)
 
-    return _behind_loops(gm, look, look(gm))
+    return behind_loops(gm, look, look(gm))
 
 
 def _decided(
@@ -129,57 +125,6 @@ def _decided(
         nodes = len(gm.graph.nodes)
         empty = Decision(None, Report(seconds=dict(found.seconds), nodes_before=nodes, nodes_after=nodes))
         return empty.without_rewrites("rewrite", f"{type(error).__name__}: {error}")
-
-
-Reading = tuple[fx.GraphModule, Analysis]
-"""A graph, and what was found in it."""
-
-
-def _behind_loops(gm: fx.GraphModule, look: Callable[[fx.GraphModule], Analysis], found: Analysis) -> Reading:
-    """The graph in which a loop's results are joined before they are projected, where more is found in that.
-
-    Where layers alternate in the loop, that is looked for in one in which they do not; and where something is left over
-    still, in one in which what a step makes of its token alone is computed ahead of the loop.
-    """
-
-    def made_by(change: Callable[[Schedule], fx.GraphModule | None], at: Analysis) -> Reading | None:
-        try:
-            other = change(at.schedule)
-            return None if other is None else (other, look(other))
-        except Exception:  # what cannot be moved stays where it is
-            log.debug("a loop could not be written in another way", exc_info=True)
-            return None
-
-    best = gm, found
-    if (apart := made_by(one_after_the_other, found)) is not None:
-        best = _better(best, _better(apart, made_by(fissioned, apart[1])))
-    best = _better(best, made_by(fissioned, found)) if best[0] is gm else best
-    if _leaves_something(best[1]) and (before := made_by(computed_ahead, apart[1] if apart else found)) is not None:
-        best = _better(best, made_by(fissioned, before[1]))
-    return best
-
-
-def _leaves_something(found: Analysis) -> bool:
-    """Whether there is a sum of which nothing was made, or of one step alone."""
-    steps = any(f.length == 1 for m in found.matches for f in m.facts)
-    return not found.matches or bool(found.refusals) or steps
-
-
-def _better(one: Reading, other: Reading | None) -> Reading:
-    """The other one, if more is found in it; the time that both took is told."""
-    if other is None:
-        return one
-    (_, before), (_, again) = one, other
-    better = bool(again.matches) and _worth(again) >= _worth(before)
-    seconds = {k: before.seconds.get(k, 0) + s for k, s in again.seconds.items()}
-    gm, found = other if better else one
-    return gm, replace(found, seconds=seconds)
-
-
-def _worth(found: Analysis) -> tuple[int, int]:
-    """The elements of the largest value that is replaced; of two alike the one in fewer pieces is better."""
-    largest = max((_compat.hint(m.target.meta["example_value"].numel()) for m in found.matches), default=0)
-    return largest, -len(found.matches) - len(found.refusals)
 
 
 def _own(

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lacompile.passes import short_convs
+from lacompile.passes.rewrite import short_convs
 from lacompile.testing import assert_rewritten, head_log_decay
 
 B, N, H, D = 2, 24, 2, 4

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ... import _compat
-from ..effects import ANYWHERE, Effects, storages
+from .effects import ANYWHERE, Effects, storages
 from .functional import functional
 from .memory import Memory, ViewStep
 from .observer import Observer

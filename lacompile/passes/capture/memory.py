@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..effects import storages
+from .effects import storages
 
 if TYPE_CHECKING:
     from .observer import Observer

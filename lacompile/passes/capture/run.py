@@ -12,9 +12,9 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map
 
 from ..._compat import changes_mode
-from ..effects import Boundary, Effects, storages
-from ..gradients import Gradients
 from .dispatch import Dispatch
+from .effects import Boundary, Effects, storages
+from .gradients import Gradients
 from .memory import Memory
 from .modes import AUTOCAST, GRAD_MODE, Autocasts, grad_modes
 from .observer import Ignorant, Observer

@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ... import _compat
-from ..effects import storages
+from .effects import storages
 from .modes import switches_autocast
 from .schemas import aliases
 

@@ -10,10 +10,10 @@ from typing import Any
 from torch import fx
 
 from ..._compat import hint
-from ..effects import Effects
+from ..capture.effects import Effects
+from ..capture.gradients import Gradients
 from ..facts import Match, Refusal
-from ..gradients import Gradients
-from ..schedule import Schedule
+from ..graph.schedule import Schedule
 from .inputs.alike import Equal, alike, argument_sizes
 from .interpret import Interpreter
 from .match import search

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from torch import fx
 
 from ..facts import DecayedAttention, Expr, Match, Refusal, attentions_of, values_of
-from ..schedule import Schedule
+from ..graph.schedule import Schedule
 from .domain.affine import Aff
 from .domain.term import value
 from .interpret import Fact, Interpreter

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from torch import fx
 
 from ..facts import Match, Refusal
-from ..schedule import Schedule
+from ..graph.schedule import Schedule
 from .domain.term import Term, Val
 from .interpret import Interpreter
 

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from ...._compat import outside_modes
 from ...capture import Capture, Record
-from ...effects import NOWHERE, overlap
-from ...lenders import numbers_read
+from ...capture.effects import NOWHERE, overlap
+from ...graph.lenders import numbers_read
 from ..domain.kinds import Opaque
 from ..domain.term import Val
 from ..engine import FEW_CASES, Engine

@@ -120,7 +120,8 @@ def _newest(leaves: Leaves, t: Term, other: Term, extra: Sequence[int]) -> bool:
     If that is read at the other's token, ``t`` has decayed by then: the loop goes backwards.
     """
     seen = [_nearest(a, other) for a in t.accs]
-    places = [(x, y) for (_, idx), at in zip(t.accs, seen, strict=True) for x, y in zip(idx, at, strict=False) if x != y]
+    pairs = [pair for (_, idx), at in zip(t.accs, seen, strict=True) for pair in zip(idx, at, strict=False)]
+    places = [(x, y) for x, y in pairs if x != y]
     theirs = {y for _, y in places if y.is_const}
     held = [
         {i for i, n in zip(idx, leaves[leaf].shape, strict=True) if n != ONE} for leaf, idx in t.accs if leaf in extra

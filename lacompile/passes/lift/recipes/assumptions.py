@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from ...facts import Assumption, Expr, values_of
+from ...graph.schedule import Schedule
 from ...names import readable_name
-from ...schedule import Schedule
 from ..domain.kinds import Opaque, Symbol
 from ..interpret import Interpreter
 from ..prove.proof import Proof, Refused

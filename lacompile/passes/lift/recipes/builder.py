@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from ...facts import Attend, Call, DecayedAttention, Expr, values_of
-from ...schedule import Schedule
+from ...graph.schedule import Schedule
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
 from ..domain.kinds import Opaque

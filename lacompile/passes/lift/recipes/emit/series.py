@@ -16,7 +16,7 @@ from torch import fx
 
 from ....capture.modes import switches_autocast
 from ....facts import Call, Expr, Value
-from ....rows import width_of_rows
+from ....graph.rows import width_of_rows
 from ...domain.affine import ONE, ZERO, Aff
 from ...domain.kinds import HERE, Opaque, Series
 from ...domain.leaves import Leaves

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .effects import NOWHERE
-from .facts import Attend, Call, DecayedAttention, Expr, Match, values_of
-from .schedule import Schedule
+from ..capture.effects import NOWHERE
+from ..facts import Attend, Call, DecayedAttention, Expr, Match, values_of
+from ..graph.schedule import Schedule
 
 
 def batched(schedule: Schedule, matches: Sequence[Match]) -> list[Match]:

@@ -12,12 +12,12 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .._compat import always_equal, hint, of_fakes
+from ..._compat import always_equal, hint, of_fakes
+from ..facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
+from ..graph.schedule import Schedule
+from ..graph.strides import decide_values, known_by_strides, same_strides
 from .dead_code import CopiedMemory, erase_dead
-from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Size, Value, children
 from .narrow import narrow
-from .schedule import Schedule
-from .strides import decide_values, known_by_strides, same_strides
 
 OpCall = Callable[..., Any]
 

@@ -11,8 +11,8 @@ from types import FunctionType
 import torch
 from torch import fx
 
-from .calls import CASTS
-from .examples import example_of
+from ..examples import example_of
+from ..graph.calls import CASTS
 
 MOVES = (
     "permute", "transpose", "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous",

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
+from ..capture.effects import Effects
+from ..examples import example_of
 from .calls import computes_other_than, is_pointwise_call
-from .effects import Effects
-from .examples import example_of
 
 
 def width(node: fx.Node, effects: Effects) -> int | None:

@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._compat import always_equal
-from .calls import is_cast_call
-from .capture.modes import switches_autocast
-from .effects import NOWHERE, overlap
-from .examples import example_of, same_shape
+from ..._compat import always_equal
+from ..capture.effects import NOWHERE, overlap
+from ..capture.modes import switches_autocast
+from ..examples import example_of, same_shape
+from ..graph.calls import is_cast_call
+from ..graph.layouts import REORDERS, SideBySide, order_of, reshapes, side_by_side
+from ..graph.rows import BATCHED, hides, width
+from ..graph.schedule import Schedule
 from .joins import Join, joins
-from .layouts import REORDERS, SideBySide, order_of, reshapes, side_by_side
 from .moves import Kept, Moved, Turned, Wider, functions, move
 from .pieces import index_of_join, piece_of
-from .rows import BATCHED, hides, width
-from .schedule import Schedule
 
 
 def fissioned(schedule: Schedule) -> fx.GraphModule | None:

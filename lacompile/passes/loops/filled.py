@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from .effects import ANYWHERE, NOWHERE, overlap
-from .examples import example_of, same_shape
-from .schedule import Schedule
+from ..capture.effects import ANYWHERE, NOWHERE, overlap
+from ..examples import example_of, same_shape
+from ..graph.schedule import Schedule
 
 FACTORIES = frozenset[Any]({
     *(getattr(torch, f + like) for f in ("empty", "zeros", "ones", "full") for like in ("", "_like")),

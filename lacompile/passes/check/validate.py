@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from .facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
+from ..facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
+from ..graph.schedule import Schedule
 from .region import Region, cuts, in_fp64_on_cpu, is_constant, plain, plain_int, region_of, rounded_weights, run
-from .schedule import Schedule
 
 Reference = Callable[[DecayedAttention, Any, Any, Any, Any, Any], tuple[Any, Any]]
 

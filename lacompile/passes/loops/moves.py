@@ -13,12 +13,12 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from .._compat import of_fakes
-from .examples import ONE_TENSOR, example_of, same_shape
+from ..._compat import of_fakes
+from ..examples import ONE_TENSOR, example_of, same_shape
+from ..graph.rows import BATCHED
+from ..graph.schedule import Schedule
+from ..graph.strides import same_strides
 from .joins import Join
-from .rows import BATCHED
-from .schedule import Schedule
-from .strides import same_strides
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._compat import always_equal
+from ..._compat import always_equal
+from ..capture.effects import Effects
+from ..examples import example_of, same_shape
 from .calls import joins_tensors
-from .effects import Effects
-from .examples import example_of, same_shape
 
 RESHAPES = frozenset[Any]({
     *("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"),

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Iterator
 
 from torch import fx
 
-from .capture.modes import switches_autocast
-from .examples import AHEAD
+from ..capture.modes import switches_autocast
+from ..examples import AHEAD
+from ..graph.schedule import Schedule
 from .layers import Cut, above, copy_nodes, depths, families, may_be_cut, read_of_whole, result
-from .schedule import Schedule
 
 
 def computed_ahead(schedule: Schedule) -> fx.GraphModule | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .examples import example_of, same_shape
+from ..examples import example_of, same_shape
 from .joins import Join
 
 SPLITS = frozenset[Any]({

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .capture.schemas import is_pointwise
-from .effects import JOINS, PLAIN, Effects
-from .examples import example_of
+from ..capture.effects import JOINS, PLAIN, Effects
+from ..capture.schemas import is_pointwise
+from ..examples import example_of
 
 aten = torch.ops.aten
 

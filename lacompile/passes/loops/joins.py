@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from .effects import NOWHERE
-from .examples import AHEAD
+from ..capture.effects import NOWHERE
+from ..examples import AHEAD
+from ..graph.layouts import side_by_side
+from ..graph.schedule import Schedule
 from .filled import Filled, fillings
-from .layouts import side_by_side
-from .schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from .capture.modes import switches_autocast
-from .effects import NOWHERE, overlap
-from .examples import ONE_TENSOR, example_of, same_shape
+from ..capture.effects import NOWHERE, overlap
+from ..capture.modes import switches_autocast
+from ..examples import ONE_TENSOR, example_of, same_shape
+from ..graph.rows import OPAQUE, width
+from ..graph.schedule import Schedule
+from ..graph.strides import same_strides
 from .joins import joins
 from .moves import made_like
-from .rows import OPAQUE, width
-from .schedule import Schedule
-from .strides import same_strides
 
 FEWEST = 3  # tokens
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .._compat import always_equal
-from .examples import example_of
-from .facts import Call, Expr, Match, Value
-from .schedule import Schedule
+from ..._compat import always_equal
+from ..examples import example_of
+from ..facts import Call, Expr, Match, Value
+from ..graph.schedule import Schedule
 
 DEVICES = ("cuda",)
 """Where Inductor's own kernels are faster."""

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from .examples import is_floating
-from .facts import DecayedAttention, Expr, Match, Refusal, values_of
-from .schedule import Schedule
+from ..examples import is_floating
+from ..facts import DecayedAttention, Expr, Match, Refusal, values_of
+from ..graph.schedule import Schedule
 
 
 def lone_step(schedule: Schedule, match: Match, parameters: Iterable[fx.Node]) -> Refusal | None:

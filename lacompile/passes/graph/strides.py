@@ -7,8 +7,8 @@ import operator
 import torch
 from torch import fx
 
-from .._compat import always_equal
-from .effects import NOWHERE, overlap
+from ..._compat import always_equal
+from ..capture.effects import NOWHERE, overlap
 from .schedule import Schedule
 
 MADE_ANEW = (torch.nn.functional.linear, torch.matmul, operator.matmul, torch.bmm)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from .effects import ANYWHERE, NOWHERE
-from .schedule import Schedule
+from ..capture.effects import ANYWHERE, NOWHERE
+from ..graph.schedule import Schedule
 
 
 class CopiedMemory:

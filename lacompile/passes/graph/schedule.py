@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import fx
 
-from .._compat import changes_mode
-from .capture.modes import AUTOCAST, grad_modes
-from .effects import ANYWHERE, NOWHERE, Effects, Storages
-from .gradients import Gradients
+from ..._compat import changes_mode
+from ..capture.effects import ANYWHERE, NOWHERE, Effects, Storages
+from ..capture.gradients import Gradients
+from ..capture.modes import AUTOCAST, grad_modes
 from .lenders import numbers_read
 
 

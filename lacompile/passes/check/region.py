@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from .capture.modes import AUTOCAST, GRAD_MODE, INFERENCE_MODE
-from .effects import NOWHERE
-from .examples import is_floating
-from .facts import Match, values_of
-from .schedule import Schedule
+from ..capture.effects import NOWHERE
+from ..capture.modes import AUTOCAST, GRAD_MODE, INFERENCE_MODE
+from ..examples import is_floating
+from ..facts import Match, values_of
+from ..graph.schedule import Schedule
 
 
 @dataclass(frozen=True)

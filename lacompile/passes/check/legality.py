@@ -6,10 +6,10 @@ from dataclasses import replace
 
 from torch import fx
 
-from .effects import NOWHERE
-from .examples import is_floating
-from .facts import Match, Refusal, values_of
-from .schedule import Schedule
+from ..capture.effects import NOWHERE
+from ..examples import is_floating
+from ..facts import Match, Refusal, values_of
+from ..graph.schedule import Schedule
 
 
 def settled(schedule: Schedule, match: Match) -> Match | Refusal:

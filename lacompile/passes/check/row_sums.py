@@ -6,10 +6,10 @@ from collections.abc import Collection, Sequence
 
 from torch import fx
 
-from .effects import overlap
-from .facts import Call, Const, Expr, Match, Size, children, values_of
-from .lenders import numbers_read
-from .schedule import Schedule
+from ..capture.effects import overlap
+from ..facts import Call, Const, Expr, Match, Size, children, values_of
+from ..graph.lenders import numbers_read
+from ..graph.schedule import Schedule
 
 
 def worthwhile(schedule: Schedule, matches: Sequence[Match]) -> list[Match]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..examples import example_of
 from .effects import NOWHERE, Effects, Storages, overlap
-from .examples import example_of
 
 
 class Gradients:

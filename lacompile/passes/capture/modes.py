@@ -17,6 +17,11 @@ def switches_autocast(graph: fx.Graph) -> bool:
     return any(graph.find_nodes(op="call_function", target=f) for f in AUTOCAST)
 
 
+def sets_grad_mode(node: fx.Node) -> bool:
+    """Whether a node says whether gradients are recorded from there on, and does nothing else."""
+    return node.op == "call_function" and node.target in GRAD_MODE and isinstance(node.args[0], bool)
+
+
 def grad_modes(gm: fx.GraphModule) -> dict[fx.Node, bool]:
     """Whether gradients are recorded when each node runs."""
     enabled = torch.is_grad_enabled()
@@ -24,8 +29,8 @@ def grad_modes(gm: fx.GraphModule) -> dict[fx.Node, bool]:
     out = {}
     for node in gm.graph.nodes:
         out[node] = enabled
-        if node.op == "call_function" and node.target in GRAD_MODE and isinstance(node.args[0], bool):
-            enabled = node.args[0]
+        if sets_grad_mode(node):
+            enabled = bool(node.args[0])
         elif node.target is INFERENCE_MODE[0] and node.args[0]:
             outside.append(enabled)
             enabled = False

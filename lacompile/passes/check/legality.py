@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from torch import fx
 
+from ..._compat import changes_mode
 from ..capture.effects import NOWHERE
+from ..capture.modes import AUTOCAST
 from ..examples import is_floating
 from ..facts import Match, Refusal, values_of
 from ..graph.schedule import Schedule
@@ -17,7 +19,7 @@ def settled(schedule: Schedule, match: Match) -> Match | Refusal:
 
     The replacement is computed right behind ``match.after or match.target`` from the values it names. So each of them
     must exist by then, and still be what it was when the target read it. Where one is written to in between, as a state
-    that is updated in place, the replacement is computed as soon as all its values exist.
+    that is updated in place, the replacement is computed as soon as all its values exist and the target's mode is on.
     """
     order, effects = schedule.order, schedule.effects
     at = order[match.after or match.target]
@@ -25,13 +27,14 @@ def settled(schedule: Schedule, match: Match) -> Match | Refusal:
     for node in read:
         if order[node] > at:
             return _refusal(match, "defined-before", f"{node.name} is computed later")
-    written = _written(schedule, read, at)
+    written = _first_written(schedule, read, at)
     if written is not None:
-        ready = max(schedule.last_input, *(order[n] for n in read))
-        if schedule.impure_between(ready, at) or _written(schedule, read, ready) is not None:
+        place = _place_before(schedule, read, written[0], at)
+        if isinstance(place, str):
             writer, node = written
-            return _refusal(match, "unchanged", f"{writer.name} writes into {node.name}, which the replacement reads")
-        match = replace(match, place=schedule.nodes[ready])
+            found = f"{writer.name} writes into {node.name}, which the replacement reads{place}"
+            return _refusal(match, "unchanged", found)
+        match = replace(match, place=place)
     sharing = list(schedule.sharing(match.target))
     lives = effects.lives.get(match.target, NOWHERE)
     shown = sum(any(user.op == "output" for user in node.users) for node in sharing)
@@ -51,13 +54,30 @@ def settled(schedule: Schedule, match: Match) -> Match | Refusal:
     return match
 
 
-def _written(schedule: Schedule, read: set[fx.Node], at: int) -> tuple[fx.Node, fx.Node] | None:
-    """A node that writes into a value that is read, between the making of that value and ``at``; and that value."""
-    for node in read:
-        lives = schedule.effects.lives.get(node, NOWHERE)
-        for writer in schedule.writers(lives, schedule.order[node], at):
-            return writer, node
-    return None
+def _first_written(schedule: Schedule, read: set[fx.Node], at: int) -> tuple[fx.Node, fx.Node] | None:
+    """The first node that writes into a value that is read, between the making of that value and ``at``; that value."""
+    order, lives = schedule.order, schedule.effects.lives
+    found = [(writer, n) for n in read for writer in schedule.writers(lives.get(n, NOWHERE), order[n], at)]
+    return min(found, key=lambda pair: (order[pair[0]], order[pair[1]]), default=None)
+
+
+def _place_before(schedule: Schedule, read: set[fx.Node], writer: fx.Node, at: int) -> fx.Node | str:
+    """The first node behind which all that is read exists, unwritten, in the mode of ``at``; or else what is missing.
+
+    A program that switches a mode itself, as where all of its body runs without gradients, has its inputs in another
+    mode than all that it computes of them: there the place is behind the switch.
+    """
+    ready = max(schedule.last_input, *(schedule.order[n] for n in read))
+    first = schedule.order[writer]
+    if first <= ready:
+        return ""
+    with_gradients = any(map(schedule.gradients.reach, read))
+    for place in (schedule.nodes[ready], *schedule.impure_nodes(ready, first - 1)):
+        if schedule.is_one_mode(schedule.order[place], at, with_gradients):
+            return place
+    behind = next(schedule.impure_nodes(first - 1, at))
+    what = "switches the mode" if changes_mode(behind.target) or behind.target in AUTOCAST else "cannot be passed"
+    return f", and {behind.name} {what} between the two"
 
 
 def _refusal(match: Match, obligation: str, found: str) -> Refusal:

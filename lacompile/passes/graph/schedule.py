@@ -15,7 +15,7 @@ from torch import fx
 from ..._compat import changes_mode
 from ..capture.effects import ANYWHERE, NOWHERE, Effects, Storages
 from ..capture.gradients import Gradients
-from ..capture.modes import AUTOCAST, grad_modes
+from ..capture.modes import AUTOCAST, grad_modes, sets_grad_mode
 from .lenders import numbers_read
 
 
@@ -92,6 +92,20 @@ class Schedule:
     def impure_between(self, start: int, end: int) -> bool:
         """Whether an impure node stands behind place ``start``, up to ``end``."""
         return bisect_right(self._impure, start) < bisect_right(self._impure, end)
+
+    def impure_nodes(self, start: int, end: int) -> Iterator[fx.Node]:
+        """The impure nodes behind place ``start``, up to ``end``, in order."""
+        for at in self._impure[bisect_right(self._impure, start) : bisect_right(self._impure, end)]:
+            yield self.nodes[at]
+
+    def is_one_mode(self, start: int, end: int, with_gradients: bool) -> bool:
+        """Whether what runs right behind place ``start`` runs in the mode of what does behind ``end``.
+
+        What autograd knows nothing of (not ``with_gradients``) is the same whether gradients are recorded or not. Any
+        other impure node may switch any mode.
+        """
+        between = list(self.impure_nodes(start, end))
+        return not between or (not with_gradients and all(map(sets_grad_mode, between)))
 
     def writers(self, storages: Storages, start: int, end: int) -> Iterator[fx.Node]:
         """The nodes behind place ``start``, up to ``end``, that may write into one of these storages."""

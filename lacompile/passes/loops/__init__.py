@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch import fx
 
 from ..._compat import hint
+from ..facts import values_of
 from ..graph.schedule import Schedule
 from ..lift import Analysis
 from .fission import fissioned
@@ -67,7 +68,18 @@ def _better(one: Reading, other: Reading | None) -> Reading:
     return gm, replace(found, seconds=seconds)
 
 
-def _worth(found: Analysis) -> tuple[int, int]:
-    """The elements of the largest value that is replaced; of two alike the one in fewer pieces is better."""
+def _worth(found: Analysis) -> tuple[int, int, int]:
+    """The elements of the largest value that is replaced; of two alike more attentions in a row, then fewer pieces."""
     largest = max((hint(m.target.meta["example_value"].numel()) for m in found.matches), default=0)
-    return largest, -len(found.matches) - len(found.refusals)
+    return largest, _in_a_row(found), -len(found.matches) - len(found.refusals)
+
+
+def _in_a_row(found: Analysis) -> int:
+    """How many attentions are computed one from the other, as those of layers are; a step alone is none."""
+    made = {m.target: m for m in found.matches if any(f.length != 1 for f in m.facts)}
+    before: dict[fx.Node, int] = {}
+    for node in found.schedule.nodes:
+        match = made.get(node)
+        given = node.all_input_nodes if match is None else [v.node for v in values_of(match.replacement)]
+        before[node] = max((before.get(n, 0) for n in given), default=0) + (match is not None)
+    return max(before.values(), default=0)

@@ -35,7 +35,7 @@ def one_after_the_other(schedule: Schedule) -> fx.GraphModule | None:
     if switches_autocast(schedule.gm.graph):
         return None
     cuts = list(_cuts(schedule))
-    if not cuts or not all(may_be_cut(schedule, c, _dimension(schedule, c)) for c in cuts):
+    if not cuts:
         return None
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -126,19 +126,34 @@ class Cut:
     before: set[fx.Node]
 
 
+Row = tuple[fx.Node, ...]
+"""One call for each token, the same one in each step but for what it is given."""
+
+
 @dataclass(frozen=True)
 class Family:
     """One function for each token: what it is called with, and its calls."""
 
-    of: tuple[fx.Node, ...]
-    calls: tuple[fx.Node, ...]
+    of: Row
+    calls: Row
 
     def grows(self, depth: dict[fx.Node, int]) -> bool:
-        """Whether each is computed from more than the one before it, as where a state is behind it."""
-        if not all(n in depth for n in self.of):
-            return False
-        found = [depth[n] for n in self.of]
-        return all(a < b for a, b in pairwise(found))
+        """Whether a state is behind what it is called with."""
+        return grows(self.of, depth)
+
+
+def grows(row: Row, depth: dict[fx.Node, int]) -> bool:
+    """Whether each is computed from more than the one before it, as where a state is behind it."""
+    return all(n in depth for n in row) and all(depth[a] < depth[b] for a, b in pairwise(row))
+
+
+def readers(row: Row, unread: set[fx.Node]) -> Iterator[Row]:
+    """The calls that read each of a row in the same way."""
+    found = [[u for u in n.users if u not in unread and u.op != "output"] for n in row]
+    for column in zip(*found, strict=False):
+        function = (column[0].op, column[0].target, len(column[0].args))
+        if all((n.op, n.target, len(n.args)) == function for n in column) and len(set(column)) == len(row):
+            yield column
 
 
 def _cuts(schedule: Schedule) -> Iterator[Cut]:
@@ -191,7 +206,7 @@ def _above(schedule: Schedule, families: Sequence[Family]) -> Iterator[Family]:
 def _last_cut(
     schedule: Schedule, families: Iterable[Family], others: Iterable[Family], inside: Collection[fx.Node]
 ) -> Cut | None:
-    """The last one that something with a state is behind, as a family shows; there are ``others`` to cut at."""
+    """The last one that something with a state is behind, which may be made; there are ``others`` to cut at."""
     depth = depths(inside)
 
     def growing_of(found: Iterable[Family]) -> list[Family]:
@@ -203,9 +218,26 @@ def _last_cut(
         if not before.isdisjoint(family.calls) or not _is_all_that_is_read(family, before, depth, schedule.unread):
             continue
         behind = depths([n for n in inside if n not in before])
-        if any(f.grows(behind) for f in growing if before.isdisjoint(f.of)):
-            return Cut(family.of, before)
+        state = any(f.grows(behind) for f in growing if before.isdisjoint(f.of))
+        if not state and not _makes_a_state(family.of, behind, schedule.unread):
+            continue
+        cut = Cut(family.of, before)
+        if may_be_cut(schedule, cut, _dimension(schedule, cut)):
+            return cut
     return None
+
+
+def _makes_a_state(of: Row, depth: dict[fx.Node, int], unread: set[fx.Node]) -> bool:
+    """Whether a state is behind what is computed from these, as what a last layer reads and returns as it is."""
+    work, seen = [of], {of}
+    while work:
+        for row in readers(work.pop(), unread):
+            if grows(row, depth):
+                return True
+            if row not in seen and all(n in depth for n in row):
+                seen.add(row)
+                work.append(row)
+    return False
 
 
 def depths(nodes: Iterable[fx.Node]) -> dict[fx.Node, int]:

@@ -15,7 +15,7 @@ from torch import fx
 from ..capture.modes import switches_autocast
 from ..examples import AHEAD
 from ..graph.schedule import Schedule
-from .layers import Cut, above, copy_nodes, depths, families, may_be_cut, read_of_whole, result
+from .layers import Cut, Row, above, copy_nodes, depths, families, may_be_cut, read_of_whole, readers, result
 
 
 def computed_ahead(schedule: Schedule) -> fx.GraphModule | None:
@@ -32,10 +32,6 @@ def computed_ahead(schedule: Schedule) -> fx.GraphModule | None:
         instead |= read
     copy_nodes(schedule, graph, mapping, instead, schedule.nodes)
     return result(schedule, graph) if cuts else None
-
-
-Row = tuple[fx.Node, ...]
-"""One call for each token, the same one in each step but for what it is given."""
 
 
 def _cuts(schedule: Schedule) -> Iterator[Cut]:
@@ -55,13 +51,8 @@ def _below(schedule: Schedule, rows: Iterable[Row], depth: dict[fx.Node, int]) -
     seen = set(work)
     while work:
         row = work.pop()
-        readers = [[u for u in n.users if u not in schedule.unread and u.op != "output"] for n in row]
         is_last = False
-        for column in zip(*readers, strict=False):
-            function = (column[0].op, column[0].target, len(column[0].args))
-            same = all((n.op, n.target, len(n.args)) == function for n in column) and len(set(column)) == len(row)
-            if not same:
-                continue
+        for column in readers(row, schedule.unread):
             if not _is_level(column, depth):
                 is_last = True
             elif column not in seen:

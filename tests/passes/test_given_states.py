@@ -253,6 +253,55 @@ def test_a_state_that_changes_its_sign_is_left_alone():
     assert_refused(less_each_token(lambda s, new: new - s), *arguments()[:4], gates)
 
 
+def one_token(queries, read=lambda q, old, new: q @ (old + new)):
+    """A step of decoding; ``read`` is what the queries make of the decayed state and of the token's own part."""
+
+    def run(q, k, v, s, g):
+        old, new = torch.sigmoid(g)[..., None, None] * s, k.mT @ v
+        return read(queries(q), old, new), old + new
+
+    return run
+
+
+ONE_TOKEN = [
+    one_token(lambda q: q * D**-0.5),
+    one_token(lambda q: q / 3),
+    one_token(lambda q: q, lambda q, old, new: 0.25 * (q @ (old + new))),
+    one_token(lambda q: 2 * q, lambda q, old, new: q @ old + q @ new),
+    one_token(lambda q: -2 * q),
+    one_token(lambda q: q, lambda q, old, new: (q @ (0.9 * old + new)) * 0.5),
+]
+
+
+def step():
+    q, k, v = qkv(B, H, 1, D, E)
+    return [q, k, v, torch.randn(B, H, D, E, requires_grad=True), torch.randn(B, H, requires_grad=True)]
+
+
+@pytest.mark.parametrize("run", ONE_TOKEN)
+def test_queries_of_one_token_are_scaled(run):
+    report = assert_rewritten(run, *step(), compiled=False)
+    assert report.rewrites[0].initial_state and report.rewrites[0].length == "1"
+
+
+OTHER_TOKEN = [
+    one_token(lambda q: q, lambda q, old, new: q @ old + 0.5 * (q @ new)),  # the state grows beside its token
+    one_token(lambda q: q, lambda q, old, new: q @ old - q @ new),
+    one_token(lambda q: q, lambda q, old, new: q @ old + (2 * q + 1) @ new),
+]
+
+
+@pytest.mark.parametrize("run", OTHER_TOKEN)
+def test_one_token_that_is_weighed_by_itself(run, monkeypatch):
+    """The numbers are right whatever is found."""
+    monkeypatch.setattr("lacompile._compat.cpu_compiler_error", lambda: "not needed for this")
+    args = step()
+    torch._dynamo.reset()
+    made = torch.compile(run, backend="lightning", options={"validate": "off"})
+    for got, want in zip(made(*args), run(*args), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def one_for_all(given, gate):
     """A learned state that all sequences begin from, which a gate of each weighs."""
 

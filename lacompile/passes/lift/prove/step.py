@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 def prove_step(engine: Engine, fact: Fact, terms: Sequence[Term]) -> Proof | None:
     """The decode step that this value is; None if it is not one.
 
-    Two terms over one feature index d: q k v without a weight, and q S with the weight of one token.
+    Two terms over one feature index d: q k v, and q S with the weight of one token beside it.
     """
     if len(terms) != 2:
         return None
@@ -31,7 +32,9 @@ def prove_step(engine: Engine, fact: Fact, terms: Sequence[Term]) -> Proof | Non
 
 
 def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
-    if new.exp or old.exp.sums or new.coef != old.coef or abs(new.coef) != 1:
+    # What both are multiplied by is the scale: of the new token alone it would be a weight.
+    scale, weight = new.exp.number, old.exp - new.exp
+    if scale is None or weight.sums or new.coef != old.coef or abs(new.coef) != 1:
         return None
     if not new.poly.is_const or not old.poly.is_const or len(new.bound(engine.space)) != 1:
         return None
@@ -40,8 +43,8 @@ def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
         return None
     ((d,), (size,)), queries, states, (keys, values, outer) = moved
     shape = fact.value.shape
-    weights = [(mono, float(f.const)) for mono, f in old.exp.lin if f.is_const]
-    if len(weights) != len(old.exp.lin):
+    weights = [(mono, float(f.const)) for mono, f in weight.lin if f.is_const]
+    if len(weights) != len(weight.lin):
         return None
     free = [n for n in range(len(shape)) if shape[n] != ONE]
     held = {v for a in (*queries, *keys) for i in a[1] for v in engine.space.vars(i)}
@@ -61,7 +64,8 @@ def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
     def renamed(accs: Sequence[Access]) -> list[Access]:
         return [sub_access(engine.space, a, rename) for a in accs]
 
-    proof = Proof(fact, roles, list(range(len(batch_like))), place, scale=new.coef, shapes=engine.leaf_shapes)
+    proof = Proof(fact, roles, list(range(len(batch_like))), place, shapes=engine.leaf_shapes)
+    proof.scale = new.coef * math.exp(scale)
     proof.q, proof.k, proof.v = renamed(queries), renamed(keys), renamed(values)
     proof.state, proof.outer = renamed(states), renamed(outer)
     proof.fixed = [(tuple(sorted(renamed(mono))), c) for mono, c in weights]

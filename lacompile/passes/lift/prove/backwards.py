@@ -30,15 +30,25 @@ def from_the_end(engine: Engine, fact: Fact, main: Term) -> tuple[Fact, bool] | 
     found = sequence_index(engine, main)
     if found is None:
         return None
-    j, n = found
+    n = found[1]
     length = fact.value.shape[n]
-    bound, row, last = Aff.var(j), Aff.var(n), length - 1
-    ends = {g for g in main.guards if j in engine.space.vars(g)}
-    for rows_too, first in ((True, row), (False, last - row)):
-        if ends in ({last - bound, bound - first}, {last - bound, bound - first - 1}):
+    sums = [t for t in fact.value.terms if sequence_index(engine, t) is not None]
+    for rows_too in (True, False):
+        # one among sums over earlier positions would only turn those into sums over later ones
+        if all(_is_over_later(engine, t, length, rows_too=rows_too) for t in sums):
             turned = [_turned(engine, t, n, length, rows_too=rows_too) for t in fact.value.terms]
             return replace(fact, value=value(fact.value.shape, turned)), rows_too
     return None
+
+
+def _is_over_later(engine: Engine, t: Term, length: Aff, *, rows_too: bool) -> bool:
+    """Whether a term sums over positions from its row on, or behind it; rows are counted from their end or not."""
+    found = sequence_index(engine, t)
+    assert found is not None
+    bound, row, last = Aff.var(found[0]), Aff.var(found[1]), length - 1
+    first = row if rows_too else last - row
+    ends = {g for g in t.guards if found[0] in engine.space.vars(g)}
+    return ends in ({last - bound, bound - first}, {last - bound, bound - first - 1})
 
 
 def _turned(engine: Engine, t: Term, n: int, length: Aff, *, rows_too: bool) -> Term:

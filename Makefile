@@ -21,7 +21,7 @@ demo: $(READY) ## run the main job: public models, eager, Inductor and lightning
 	$(BIN)/python examples/quickstart.py
 
 test: $(READY) ## run the test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 matrix: $(READY) ## run all public programs and write docs/support-matrix.md
 	$(BIN)/python -m tests.models

@@ -21,9 +21,6 @@ import pytest
 
 from .sass import overwritten, products_from_registers
 
-pytestmark = pytest.mark.xdist_group("sm90")
-"""One process compiles them all, once."""
-
 # name: (kernel, element type, Dk, Dv, per-token decay, tensor descriptors, bytes of stack per thread that are let pass)
 CASES = {
     "hopper forward bf16 64 shared": ("hopper forward 2", "bf16", 64, 64, False, True, 0),

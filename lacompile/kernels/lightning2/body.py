@@ -110,8 +110,8 @@ def attend(
             from_state = tl.exp2(sums) * scale
             to_state = tl.exp2(to_end)
 
-        # The state is advanced before the scores exist: that order needs the fewest registers. It is read as two numbers
-        # of 16 bits where row sums have to agree (decay_grad.py).
+        # The state is advanced before the scores exist: that order needs the fewest registers. It is read as two
+        # numbers of 16 bits where row sums have to agree (decay_grad.py).
         AGREES: tl.constexpr = AUDIT and not PER_TOKEN and a.dtype.primitive_bitwidth == 16
         high = state.to(a.dtype)
         y = tl.dot(a, high, input_precision=PRECISION)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .errors import BadArgument
 
@@ -37,16 +38,12 @@ def as_log_decay(log_decay: Any, q: Tensor) -> Tensor:
         numbers = torch.as_tensor(log_decay, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         raise BadArgument("log_decay", "a tensor, or numbers in a list", type(log_decay).__name__) from None
-    given = _flat(log_decay) if isinstance(log_decay, list | tuple) else numbers.flatten().tolist()
+    given = tree_leaves(log_decay) if isinstance(log_decay, list | tuple) else numbers.flatten().tolist()
     if not all(n <= 0 for n in given):  # asked of the numbers: a graph that holds a tensor of them has no answer
         raise BadArgument("log_decay", "natural logarithms of at most 0", f"{float(numbers.max())}")
     if not isinstance(q, Tensor):
         return numbers
     return numbers.to(q.device, state_dtype(q))
-
-
-def _flat(numbers: Any) -> list[Any]:
-    return [n for part in numbers for n in _flat(part)] if isinstance(numbers, list | tuple) else [numbers]
 
 
 def check(

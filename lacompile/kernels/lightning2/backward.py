@@ -211,7 +211,7 @@ def _prepare(
     dv = v.shape[3]
     own_heads = q.shape[1], k.shape[1], v.shape[1]
     per_token, has_start = log_decay.dim() == 3, initial_state is not None
-    rows = batch * heads
+    rows, span = batch * heads, launch.span(per_token, q, v)
     dq, dk_, dv_ = (launch.grad_like(x, heads) for x in (q, k, v))
     new_gradients = [launch.Memory(x) for x in (dq, dk_, dv_)]
     none = torch.empty(0, dtype=torch.float32, device=q.device)
@@ -230,7 +230,7 @@ def _prepare(
     tma = launch.use_tma(q, k, v, do, dq, dk_, dv_)
     for_v, for_k = launch.config("backward", dk, dv, q.dtype, q.device, tma, per_token, want_decay)
     chunk, precision = min(for_k.chunk, for_v.chunk), launch.precision(q.dtype, q.device, for_v.body)
-    exact, span = launch.is_exact(precision), launch.span(per_token, q, v)
+    exact = launch.is_exact(precision)
     k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
     programs = rows * (2 * k_blocks + v_blocks)
     split = launch.split(length, programs, q.device, for_v, uses=3)

@@ -166,7 +166,6 @@ def backward(
         d_states = piece_states(q, do, log_decay, scale, pieces, heads, d_state, d_initial, reverse=True)
         for_k, for_v = launch.portable(dv, dk, q.dtype), launch.portable(dk, dv, q.dtype)
         k_blocks, v_blocks = launch.blocks(dk, for_k.bv), launch.blocks(dv, for_v.bv)
-        precision = launch.precision(q.dtype, q.device)
         span = launch.span(per_token, q, v)
         spans = launch.blocks(pieces.tokens, span)
         q_rows = torch.empty((k_blocks, heads, length) if want_decay else (0,), **fp32)
@@ -175,6 +174,7 @@ def backward(
         marks = torch.empty(marks_shape, **fp32)
         d_marks = torch.empty_like(marks)
         tensors, chunk = (q, k, v, do, dq, dk_, dv_), min(for_k.chunk, for_v.chunk)
+        precision = launch.precision(q.dtype, q.device)
         unit = launch.unit(*tensors)
         packed_backward_kernel[(pieces.count * heads * (2 * k_blocks + v_blocks),)](
             *tensors, log_decay, pieces.table, pieces.firsts, q_rows, k_rows, states, d_states, marks, d_marks,

@@ -64,8 +64,8 @@ def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
     def renamed(accs: Sequence[Access]) -> list[Access]:
         return [sub_access(engine.space, a, rename) for a in accs]
 
-    proof = Proof(fact, roles, list(range(len(batch_like))), place, shapes=engine.leaf_shapes)
-    proof.scale = new.coef * math.exp(scale)
+    times = new.coef * math.exp(scale)
+    proof = Proof(fact, roles, list(range(len(batch_like))), place, scale=times, shapes=engine.leaf_shapes)
     proof.q, proof.k, proof.v = renamed(queries), renamed(keys), renamed(values)
     proof.state, proof.outer = renamed(states), renamed(outer)
     proof.fixed = [(tuple(sorted(renamed(mono))), c) for mono, c in weights]

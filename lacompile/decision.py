@@ -23,7 +23,7 @@ from .passes.check.legality import settled
 from .passes.check.lone_steps import lone_step
 from .passes.check.row_sums import worthwhile
 from .passes.check.validate import Validation, validate
-from .passes.facts import Assumption, Attend, DecayedAttention, Expr, Match, Refusal, children
+from .passes.facts import Assumption, Attend, DecayedAttention, Expr, Match, Progress, Refusal, children
 from .passes.graph.schedule import Schedule
 from .passes.lift import Analysis, analyse
 from .passes.loops import Reading, behind_loops
@@ -145,11 +145,11 @@ def _own(
             validated.append(outcome[1])
     worth = worthwhile(schedule, kept)
     # A final state rides on its attention: without the output's rewrite it would run the whole operator again.
-    primary = {id(f) for m in worth if not _is_state(m) for f in m.facts}
-    worth = [m for m in worth if not _is_state(m) or all(id(f) in primary for f in m.facts)]
+    primary = {f for m in worth if not _is_state(m) for f in m.facts}
+    worth = [m for m in worth if not _is_state(m) or all(f in primary for f in m.facts)]
     validated = [v for m, v in zip(kept, validated, strict=True) if m in worth]
     kept = batched(schedule, worth)
-    rewritten, used = None, {id(f) for m in kept for f in m.facts}
+    rewritten, used = None, {f for m in kept for f in m.facts}
     notes: tuple[str, ...] = ()
     if kept and not options.dry_run:
         convolutions = list(short_convolutions(schedule))
@@ -184,19 +184,19 @@ def _checked(
     return outcome if isinstance(outcome, Refusal) else (placed, outcome)
 
 
-def _rewrites(kept: Sequence[Match], validated: Sequence[Validation], used: set[int]) -> Iterator[Rewrite]:
-    """One for each operator that the rewritten graph runs; ``used`` are the ids of their facts."""
-    states = {id(f): m for m in kept if _is_state(m) for f in m.facts}
-    checks: dict[int, list[Validation]] = {}
-    places: dict[int, tuple[Match, DecayedAttention]] = {}
+def _rewrites(kept: Sequence[Match], validated: Sequence[Validation], used: set[DecayedAttention]) -> Iterator[Rewrite]:
+    """One for each operator that the rewritten graph runs; ``used`` are their facts."""
+    states = {f: m for m in kept if _is_state(m) for f in m.facts}
+    checks: dict[DecayedAttention, list[Validation]] = {}
+    places: dict[DecayedAttention, Match] = {}
     for m, v in zip(kept, validated, strict=True):
         for f in m.facts:
-            if not _is_state(m) and id(f) in used:
-                checks.setdefault(id(f), []).append(v)
-                places.setdefault(id(f), (m, f))
-    for key, (m, f) in places.items():
-        worst = max(checks[key], key=lambda v: (bool(v.skipped), v.forward_error))
-        yield Rewrite.of(m, f, state=states.get(key), validation=str(worst))
+            if not _is_state(m) and f in used:
+                checks.setdefault(f, []).append(v)
+                places.setdefault(f, m)
+    for f, m in places.items():
+        worst = max(checks[f], key=lambda v: (bool(v.skipped), v.forward_error))
+        yield Rewrite.of(m, f, state=states.get(f), validation=str(worst))
 
 
 # ---------------------------------------------------------------------------- graphs that an operator calls
@@ -294,7 +294,9 @@ def _unserved(match: Match) -> Refusal | None:
         dk, dv = (n if isinstance(n, int) else 1 for n in (fact.dk, fact.dv))
         why = refusal(device_type=device, dtype=fact.dtype, dk=dk, dv=dv)
         if why is not None:
-            return Refusal("select", "unsupported", match.target, "a kernel for this case", why, progress=9)
+            return Refusal(
+                "select", "unsupported", match.target, "a kernel for this case", why, progress=Progress.KERNEL
+            )
     return None
 
 
@@ -308,7 +310,12 @@ def _unmet(match: Match, inputs: Mapping[fx.Node, Any]) -> Refusal | None:
         if isinstance(real, torch.Tensor) and not _compat.is_fake(real) and assumption.holds(real.detach()):
             continue
         return Refusal(
-            "match", "decay", match.target, assumption.text, "an input of which that is not known", progress=7
+            "match",
+            "decay",
+            match.target,
+            assumption.text,
+            "an input of which that is not known",
+            progress=Progress.INPUTS,
         )
     return None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Literal
 
 import torch
@@ -197,12 +198,30 @@ class Match:
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
+class Progress(IntEnum):
+    """What an attempt had come to when it was refused; of several attempts the furthest one is told."""
+
+    NO_SUM = 0  # nothing sums over earlier positions
+    NAMED = 1  # there is a sum, and what the program does to it is named; no proof was begun
+    MERGE = 2  # several sums, which should be one
+    RANGE = 3  # the positions and features that are summed over
+    FACTORS = 4  # each factor belongs to a query, a key, a value or a decay
+    DECAY = 5  # the weights are a decay
+    ADDENDS = 6  # what is added to the sum, and the signs of what the decay is made of
+    INPUTS = 7  # what must be known of inputs
+    RECIPE = 8  # operands for the operator
+    KERNEL = 9  # an implementation that takes them
+    REGION = 10  # the place in the graph
+    NUMBERS = 11  # the comparison in fp64
+
+
 @dataclass(frozen=True, eq=False)
 class Refusal:
     """Why something that looked like a decayed attention stays as it was. A value, never an exception.
 
     ``stage``: lift, match, legality, validate, select or rewrite. ``obligation``: a short stable id such as
-    ``causal-range`` (see docs/how-matching-works.md). ``progress`` ranks near misses: the furthest one is shown first.
+    ``causal-range`` (see docs/how-matching-works.md). Near misses are told
+    by ``progress``, the furthest one first.
     """
 
     stage: str
@@ -211,4 +230,4 @@ class Refusal:
     expected: str
     found: str
     hint: str = ""
-    progress: int = 0
+    progress: Progress = Progress.NO_SUM

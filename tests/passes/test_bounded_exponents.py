@@ -151,7 +151,7 @@ def test_what_data_is_bounded_to_decides_nothing():
 
     torch._dynamo.reset()
     torch.compile(f, backend=backend)(torch.randn(2, N))
-    bounded, equal = [*interpreters[0].facts.values()][-2:]
+    bounded, equal = [*interpreters[0].known.values()][-2:]
     assert bounded.value.terms == () and bounded.value.precision is Precision.ROUNDED
     assert isinstance(interpreters[0].engine.leaves[equal.value.terms[0].accs[0][0]].kind, Opaque)
 

@@ -204,7 +204,7 @@ def test_every_value_is_what_the_program_computes(fn, inputs):
     values = Values(gm, interpreter, ordered)
     evaluator = values.evaluator
     rng, checked = np.random.default_rng(1), 0
-    structured = [f for f in interpreter.facts.values() if interpreter.engine.structured(f.value)]
+    structured = [f for f in interpreter.known.values() if interpreter.engine.structured(f.value)]
     for fact in structured[-12:]:
         actual = values.held[fact.node]
         for _ in range(4):
@@ -230,7 +230,7 @@ def test_functions_of_more_positions_than_a_table_holds(inputs, monkeypatch):
 @pytest.mark.parametrize("fn", ONE_TERM, ids=lambda f: f.__name__)
 def test_one_computation_is_one_term_however_it_is_written(fn, inputs):
     _, _, interpreter = lifted(fn, inputs)
-    fact = interpreter.facts[[*interpreter.demanded][-1]]
+    fact = interpreter.known[[*interpreter.demanded][-1]]
     assert len(fact.value.terms) == 1
     (term,) = fact.value.terms
     assert len(term.guards) == 4  # 0 <= j <= i and the feature range
@@ -239,11 +239,11 @@ def test_one_computation_is_one_term_however_it_is_written(fn, inputs):
 @pytest.mark.parametrize("fn", TWINS, ids=lambda f: f.__name__)
 def test_a_near_twin_has_another_form(fn, inputs):
     _, _, interpreter = lifted(parallel, inputs)
-    wanted = interpreter.facts[[*interpreter.demanded][-1]].value
+    wanted = interpreter.known[[*interpreter.demanded][-1]].value
     _, _, other = lifted(fn, inputs)
-    assert repr(other.facts[[*other.demanded][-1]].value.cases) != repr(wanted.cases)
+    assert repr(other.known[[*other.demanded][-1]].value.cases) != repr(wanted.cases)
 
 
 def test_the_form_of_a_chunk_loop_does_not_grow_with_the_loop(inputs):
     _, _, interpreter = lifted(chunkwise, inputs)
-    assert max(len(c.terms) for f in interpreter.facts.values() for c in f.value.cases) <= 3
+    assert max(len(c.terms) for f in interpreter.known.values() for c in f.value.cases) <= 3

@@ -10,7 +10,7 @@ from ..._compat import changes_mode
 from ..capture.effects import NOWHERE
 from ..capture.modes import AUTOCAST
 from ..examples import is_floating
-from ..facts import Match, Refusal, values_of
+from ..facts import Match, Progress, Refusal, values_of
 from ..graph.schedule import Schedule
 
 
@@ -81,4 +81,6 @@ def _place_before(schedule: Schedule, read: set[fx.Node], writer: fx.Node, at: i
 
 
 def _refusal(match: Match, obligation: str, found: str) -> Refusal:
-    return Refusal("legality", obligation, match.target, "a region that can be cut out", found, progress=10)
+    return Refusal(
+        "legality", obligation, match.target, "a region that can be cut out", found, progress=Progress.REGION
+    )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import fx
 
 from ..examples import is_floating
-from ..facts import DecayedAttention, Expr, Match, Refusal, values_of
+from ..facts import DecayedAttention, Expr, Match, Progress, Refusal, values_of
 from ..graph.schedule import Schedule
 
 
@@ -27,7 +27,7 @@ def lone_step(schedule: Schedule, match: Match, parameters: Iterable[fx.Node]) -
                 match.target,
                 "one sum over j <= i",
                 "the sum of one step of an unrolled loop, whose steps do not merge",
-                progress=8,
+                progress=Progress.RECIPE,
             )
     return None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..facts import Attend, Call, Const, DecayedAttention, Expr, Match, Refusal, Size, Value, values_of
+from ..facts import Attend, Call, Const, DecayedAttention, Expr, Match, Progress, Refusal, Size, Value, values_of
 from ..graph.schedule import Schedule
 from .region import Region, cuts, in_fp64_on_cpu, is_constant, plain, plain_int, region_of, rounded_weights, run
 
@@ -59,7 +59,7 @@ class _Disagreement:
             f"differences up to {self.tolerance:.0e}",
             f"output {self.forward:.1e}, gradients {self.gradient:.1e}; inputs saved to {saved}",
             "please report this: the proof was wrong",
-            11,
+            Progress.NUMBERS,
         )
 
 
@@ -89,7 +89,9 @@ def validate(
             if found is not None:
                 break
             why = f"the comparison itself failed: {type(error).__name__}: {error}"
-            return Refusal("validate", "comparison", match.target, "a region that runs in fp64", why, progress=11)
+            return Refusal(
+                "validate", "comparison", match.target, "a region that runs in fp64", why, progress=Progress.NUMBERS
+            )
         # values that were made up one by one may be what no program computes: then the program computes them
         if isinstance(found, Validation) or match.place is not None:
             break
@@ -303,12 +305,12 @@ class _Recipe:
 
     def __init__(self, env: dict[fx.Node, Any], reference: Reference):
         self.env, self.reference = env, reference
-        self.made: dict[int, Any] = {}
+        self.made: dict[Expr | DecayedAttention, Any] = {}
 
     def __call__(self, expr: Expr) -> Any:
-        if id(expr) not in self.made:
-            self.made[id(expr)] = self._make(expr)
-        return self.made[id(expr)]
+        if expr not in self.made:
+            self.made[expr] = self._make(expr)
+        return self.made[expr]
 
     def _make(self, expr: Expr) -> Any:
         if isinstance(expr, Value):
@@ -330,12 +332,12 @@ class _Recipe:
         return type(arg)(self._arguments(a) for a in arg) if isinstance(arg, list | tuple) else arg
 
     def _attend(self, fact: DecayedAttention) -> tuple[Any, Any]:
-        if id(fact) not in self.made:
+        if fact not in self.made:
             state = None if fact.initial_state is None else self(fact.initial_state)
-            self.made[id(fact)] = self.reference(
+            self.made[fact] = self.reference(
                 fact, self(fact.q), self(fact.k), self(fact.v), self(fact.log_decay), state
             )
-        return self.made[id(fact)]
+        return self.made[fact]
 
 
 def _save(gm: fx.GraphModule, match: Match, env: Mapping[fx.Node, Any]) -> Path:

@@ -114,7 +114,7 @@ def _other_readings(
 
 def _multiplied(interpreter: Interpreter, leaves: set[int]) -> bool:
     """Whether data is multiplied by one of these as it stands, as by a weight and never by a slope."""
-    values = (fact.value for fact in interpreter.facts.values()) if leaves else ()
+    values = (known.value for known in interpreter.known.values()) if leaves else ()
     signatures = (t.signature for v in values for c in v.cases for t in c.terms if len(t.accs) > 1)
     return any(not leaves.isdisjoint(signature) for signature in signatures)
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 
 from torch import fx
 
-from ..facts import DecayedAttention, Expr, Match, Refusal, attentions_of, values_of
+from ..facts import DecayedAttention, Expr, Match, Progress, Refusal, attentions_of, values_of
 from ..graph.schedule import Schedule
 from .domain.affine import Aff
 from .domain.term import value
-from .interpret import Fact, Interpreter
+from .interpret import Interpreter, Known
 from .prove.causes import Causes
 from .prove.fragments import HINT as CHUNKS
 from .prove.fragments import is_fragment, is_part
@@ -26,7 +26,6 @@ from .recipes.states import final_states, looks_like_state
 from .recipes.sums import prove_sum
 
 MAX_STEPS_BACK = 24
-EXPLAINED = 1  # progress of a refusal that names a tensor of the program, and not what became of the normal form
 
 
 def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple[list[Match], list[Refusal]]:
@@ -34,7 +33,7 @@ def search(schedule: Schedule, interpreter: Interpreter, held: Holders) -> tuple
     found = Search(interpreter, Builder(schedule, interpreter, held))
     for node in interpreter.demanded:
         if node not in found.done:
-            found.look_at(interpreter.facts[node])
+            found.look_at(interpreter.known[node])
     found.tell_elementwise()
     found.tell_unrolled()
     found.add_states_and_row_sums()
@@ -54,25 +53,25 @@ class Walk:
     """Whether the value is computed from an attention that was found before."""
     in_chunks: bool = False
     """Whether parts of a sum over chunks were met, each of which would be an attention by itself."""
-    refused: list[Fact] = field(default_factory=list)
-    sums: list[Fact] = field(default_factory=list)
+    refused: list[Known] = field(default_factory=list)
+    sums: list[Known] = field(default_factory=list)
     """Those refused as they are several sums."""
     best: Refusal | None = None
     """That which came nearest to an attention."""
 
-    def refuse(self, fact: Fact, r: Refused) -> bool:
+    def refuse(self, known: Known, r: Refused) -> bool:
         """Notes that this value is none; whether what it is computed from may be: of a view, a cast, a factor."""
-        self.refused.append(fact)
+        self.refused.append(known)
         if r.obligation == "single-term":
-            self.sums.append(fact)
-        refusal, size = _refusal(fact.node, r), fact.tensor.numel()
+            self.sums.append(known)
+        refusal, size = _refusal(known.node, r), known.tensor.numel()
         if self.best is None or (refusal.progress > self.best.progress and size >= self.elements):
             self.best = refusal
-        return bool(r.progress) or size == self.elements
+        return r.progress > Progress.NO_SUM or size == self.elements
 
     def reason(self) -> Refusal | None:
         """What there is to say of the value; nothing where what it is computed from is an attention."""
-        if self.best is None or self.found or (self.follows and self.best.progress > EXPLAINED):
+        if self.best is None or self.found or (self.follows and self.best.progress > Progress.NAMED):
             return None
         if not self.in_chunks:
             return self.best
@@ -91,51 +90,51 @@ class Search:
         self._causes = Causes(interpreter.engine)
         self._explained: set[int] = set()
         # what can be judged only when all attentions are known:
-        self._states: list[Fact] = []
-        self._elementwise: list[Fact] = []
-        self._row_sums: list[Fact] = []
+        self._states: list[Known] = []
+        self._elementwise: list[Known] = []
+        self._row_sums: list[Known] = []
 
-    def look_at(self, fact: Fact) -> None:
+    def look_at(self, known: Known) -> None:
         """One value that something opaque consumes, and those behind it."""
-        if not self.engine.contracts(fact.value):
-            data = any(t.accs for c in fact.value.cases for t in c.terms)
-            (self._elementwise if data else self._row_sums).append(fact)
-        elif not looks_like_state(self.engine, fact):
-            self._walk_back(fact, [fact.node])
-        elif steps := _steps_behind(self.interpreter, fact.node):
-            self._walk_back(fact, steps)
+        if not self.engine.contracts(known.value):
+            data = any(t.accs for c in known.value.cases for t in c.terms)
+            (self._elementwise if data else self._row_sums).append(known)
+        elif not looks_like_state(self.engine, known):
+            self._walk_back(known, [known.node])
+        elif steps := _steps_behind(self.interpreter, known.node):
+            self._walk_back(known, steps)
         else:
-            self._look_at_state(fact)
+            self._look_at_state(known)
 
-    def _look_at_state(self, fact: Fact) -> None:
-        self._states.append(fact)
-        if all(len(t.accs) < 2 for c in fact.value.cases for t in c.terms):
-            self._elementwise.append(fact)
+    def _look_at_state(self, known: Known) -> None:
+        self._states.append(known)
+        if all(len(t.accs) < 2 for c in known.value.cases for t in c.terms):
+            self._elementwise.append(known)
             return
         try:
-            explain_missing(self.engine, fact.value.terms, self._explained)
+            explain_missing(self.engine, known.value.terms, self._explained)
         except Refused as r:
-            self._tell(fact, _refusal(fact.node, r))
+            self._tell(known, _refusal(known.node, r))
         else:
-            self._tell(fact, None)
+            self._tell(known, None)
 
-    def _walk_back(self, fact: Fact, begin: list[fx.Node]) -> None:
+    def _walk_back(self, known: Known, begin: list[fx.Node]) -> None:
         """Takes the attentions behind a value, from these nodes on, or tells why there are none."""
-        walk = self._attentions_behind(fact, begin)
+        walk = self._attentions_behind(known, begin)
         if not walk.found:
             walk.found = self._take_several_sums(walk)
         if (reason := walk.reason()) is not None:
-            self._tell(fact, reason)
+            self._tell(known, reason)
 
-    def _attentions_behind(self, fact: Fact, begin: list[fx.Node]) -> Walk:
-        walk, frontier, seen = Walk(fact.tensor.numel()), list(begin), set[fx.Node]()
+    def _attentions_behind(self, known: Known, begin: list[fx.Node]) -> Walk:
+        walk, frontier, seen = Walk(known.tensor.numel()), list(begin), set[fx.Node]()
         while frontier and len(walk.refused) < MAX_STEPS_BACK:
             at = frontier.pop(0)
             walk.follows |= at in self.done
             if at in seen or at in self.done:
                 continue
             seen.add(at)
-            behind = self.interpreter.facts.get(at)
+            behind = self.interpreter.known.get(at)
             if behind is None or not self.engine.contracts(behind.value):
                 continue
             try:
@@ -152,33 +151,33 @@ class Search:
                     frontier += self.interpreter.sources(at)
                 continue
             proof, attention, replacement = _closest(self.interpreter, self.builder, proof, attention, replacement)
-            if proof.fact.node in self.done:
+            if proof.known.node in self.done:
                 walk.follows = True
                 continue
-            self._take(proof.fact, replacement, [(proof, attention)])
+            self._take(proof.known, replacement, [(proof, attention)])
             walk.found = True  # and on to what is joined with it: one attention for each head
         return walk
 
     def _is_part_of_refused(self, walk: Walk, proof: Proof) -> bool:
         """Whether an attention is a chunk of a value that was refused on the way to it."""
-        if walk.best is not None and walk.best.progress >= 2 and is_part(self.engine.space, proof):
+        if walk.best is not None and walk.best.progress > Progress.NAMED and is_part(self.engine.space, proof):
             return True
         return is_fragment(self.engine, walk.refused, proof)
 
     def _take_several_sums(self, walk: Walk) -> bool:
         """Takes a value of several sums, if these are attentions that are added up, or that lie side by side."""
-        for fact in walk.sums:
-            found = prove_sum(self.builder, fact) or (None if walk.follows else prove_segments(self.builder, fact))
+        for known in walk.sums:
+            found = prove_sum(self.builder, known) or (None if walk.follows else prove_segments(self.builder, known))
             if found is not None:
                 proofs, replacement = found
-                self._take(fact, replacement, proofs)
+                self._take(known, replacement, proofs)
                 return True
         return False
 
-    def _take(self, fact: Fact, replacement: Expr, proofs: list[Proved]) -> None:
-        self.matches.append(Match(fact.node, replacement, attentions_of(replacement), fact.after))
+    def _take(self, known: Known, replacement: Expr, proofs: list[Proved]) -> None:
+        self.matches.append(Match(known.node, replacement, attentions_of(replacement), known.after))
         self._proofs += proofs
-        self.done.add(fact.node)
+        self.done.add(known.node)
 
     # ------------------------------------------------------------------------------- when all attentions are known
 
@@ -186,16 +185,16 @@ class Search:
         """Recurrences without a product; the normaliser's state of an attention that was found is none of its own."""
         data = self.engine.leaves.data
         rewritten = data(leaf for proof, _ in self._proofs for leaf in proof.leaves)
-        for fact in self._elementwise:
-            if not rewritten & data(leaf for c in fact.value.cases for t in c.terms for leaf in t.signature):
-                self._tell(fact, None)
+        for known in self._elementwise:
+            if not rewritten & data(leaf for c in known.value.cases for t in c.terms for leaf in t.signature):
+                self._tell(known, None)
 
     def tell_unrolled(self) -> None:
         """Where nothing was found or told of any value: whether all of them together are a loop, or one is its end."""
         if self.matches or self.refusals:
             return
         told = next(((s, r) for s in self._states if (r := self._causes.of_state(s.value.terms)) is not None), None)
-        demanded = [self.interpreter.facts[n] for n in self.interpreter.demanded]
+        demanded = [self.interpreter.known[n] for n in self.interpreter.demanded]
         told = told or unrolled(self.engine, demanded) or weighed_apart(self.engine, demanded)
         told = told or next(((s, state_alone()) for s in self._states if self.engine.accumulates(s.value)), None)
         if told is not None:
@@ -204,40 +203,40 @@ class Search:
     def add_states_and_row_sums(self) -> None:
         """The last states of attentions that were found, and the row sums beside them."""
         self.matches += final_states(self.builder, self._states, self._proofs)
-        for fact in self._row_sums if self.matches else ():
-            if (found := _row_sum(self.interpreter, self.builder, fact)) is not None:
+        for known in self._row_sums if self.matches else ():
+            if (found := _row_sum(self.interpreter, self.builder, known)) is not None:
                 self.matches.append(found)
 
-    def _tell(self, fact: Fact, best: Refusal | None) -> None:
+    def _tell(self, known: Known, best: Refusal | None) -> None:
         """Why this value, which is no attention, is none: its cause, told once for all values with its factors, or
         else the obligation that was found to fail.
         """
-        near = best is not None and best.progress > 0
-        for case in fact.value.cases:
+        near = best is not None and best.progress > Progress.NO_SUM
+        for case in known.value.cases:
             if (cause := self._causes.of(case.terms, near)) is not None:
-                self.refusals += [] if self._causes.told(case.terms) else [_refusal(fact.node, cause)]
+                self.refusals += [] if self._causes.told(case.terms) else [_refusal(known.node, cause)]
                 return
         if best is not None and near:
             self.refusals.append(best)
 
 
-def _row_sum(interpreter: Interpreter, builder: Builder, fact: Fact) -> Match | None:
+def _row_sum(interpreter: Interpreter, builder: Builder, known: Known) -> Match | None:
     """The row sums of a decay's square, by which it is normalised: an attention of ones, that needs no square.
 
     No factor says where its index counts from: the normal form may count positions, or distances.
     """
-    t = fact.value.one
+    t = known.value.one
     if t is None or (found := sequence_index(interpreter.engine, t)) is None:
         return None
     j, i = found
     for counted in (t, t.sub(interpreter.engine.space, {j: Aff.var(i) - Aff.var(j)})):
         try:
-            proof = prove(interpreter.engine, replace(fact, value=value(fact.value.shape, [counted])))
+            proof = prove(interpreter.engine, replace(known, value=value(known.value.shape, [counted])))
             attention, replacement = builder.build(proof)
         except Refused:
             continue
         if attention.formulation == "parallel":
-            return Match(fact.node, replacement, attentions_of(replacement), fact.after)
+            return Match(known.node, replacement, attentions_of(replacement), known.after)
     return None
 
 
@@ -268,11 +267,11 @@ def _steps_behind(interpreter: Interpreter, node: fx.Node) -> list[fx.Node]:
     work, seen, steps = [node], set(), []
     while work and len(seen) < MAX_STEPS_BACK:
         at = work.pop(0)
-        fact = interpreter.facts.get(at)
-        if at in seen or fact is None or not interpreter.engine.contracts(fact.value) or not fact.value.single:
+        known = interpreter.known.get(at)
+        if at in seen or known is None or not interpreter.engine.contracts(known.value) or not known.value.single:
             continue
         seen.add(at)
-        if prove_step(interpreter.engine, fact, fact.value.terms) is not None:
+        if prove_step(interpreter.engine, known, known.value.terms) is not None:
             steps.append(at)
         else:
             work += interpreter.sources(at)
@@ -287,19 +286,19 @@ def _closest(
     What it reads of a state that it starts from is none of these. Of several parts that are read of one, as the sums
     beside which a column of ones counts, it is the whole.
     """
-    work = _tensors_behind(interpreter, proof.fact.node)
+    work = _tensors_behind(interpreter, proof.known.node)
     seen: set[fx.Node] = set()
     while work and len(seen) < MAX_STEPS_BACK:
         at = work.pop(0)
-        fact = interpreter.facts.get(at)
-        if at in seen or fact is None or not interpreter.engine.contracts(fact.value):
+        known = interpreter.known.get(at)
+        if at in seen or known is None or not interpreter.engine.contracts(known.value):
             continue
         seen.add(at)
         try:
-            earlier = prove(interpreter.engine, fact)
+            earlier = prove(interpreter.engine, known)
             of_one = earlier.size == proof.size and earlier.leaves <= proof.leaves
             same = of_one and (earlier.state is None) == (proof.state is None)
-            if not same and not (_in_parts(interpreter, at) and builder.schedule.effects.alias(at, proof.fact.node)):
+            if not same and not (_in_parts(interpreter, at) and builder.schedule.effects.alias(at, proof.known.node)):
                 continue
             found, expr = builder.build(earlier)
         except Refused:
@@ -311,9 +310,9 @@ def _closest(
 
 def _tensors_behind(interpreter: Interpreter, node: fx.Node) -> list[fx.Node]:
     """What a node is computed from; of one result of several, what they are parts of."""
-    return [n for x in node.all_input_nodes for n in ([x] if x in interpreter.facts else x.all_input_nodes)]
+    return [n for x in node.all_input_nodes for n in ([x] if x in interpreter.known else x.all_input_nodes)]
 
 
 def _in_parts(interpreter: Interpreter, node: fx.Node) -> bool:
     """Whether several nodes read it, or several of its parts."""
-    return any(len(n.users) > 1 for n in (node, *(u for u in node.users if u not in interpreter.facts)))
+    return any(len(n.users) > 1 for n in (node, *(u for u in node.users if u not in interpreter.known)))

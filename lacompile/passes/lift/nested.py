@@ -57,8 +57,8 @@ def with_nested(
 def _nested(interpreter: Interpreter) -> Iterable[fx.Node]:
     """Values that something opaque consumes and that are a sum over positions of sums over positions."""
     for node in interpreter.demanded:
-        fact = interpreter.facts.get(node)
-        if fact is not None and _sums_twice(interpreter, fact.value):
+        known = interpreter.known.get(node)
+        if known is not None and _sums_twice(interpreter, known.value):
             yield node
 
 

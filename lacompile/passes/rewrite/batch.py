@@ -21,10 +21,10 @@ from ..graph.schedule import Schedule
 def batched(schedule: Schedule, matches: Sequence[Match]) -> list[Match]:
     """The matches, those that can be joined reading their head of one operator; their order is kept."""
     order = schedule.order
-    heads: dict[int, _Head] = {}
+    heads: dict[DecayedAttention, _Head] = {}
     for m in sorted(matches, key=lambda m: order[m.behind]):
         for f in m.facts:
-            heads.setdefault(id(f), _Head(f, [])).matches.append(m)
+            heads.setdefault(f, _Head(f, [])).matches.append(m)
     layers = _layers(schedule, {m.target for m in matches})
     groups: dict[Any, list[_Group]] = {}
     for head in heads.values():
@@ -41,10 +41,10 @@ def batched(schedule: Schedule, matches: Sequence[Match]) -> list[Match]:
                 break
         else:
             mine.append(_Group(schedule, [head], []))
-    made = {id(m): m for m in matches}
+    made = {m: m for m in matches}
     for group in (g for found in groups.values() for g in found if len(g.heads) > 1):
         group.join(made)
-    return [made[id(m)] for m in matches]
+    return [made[m] for m in matches]
 
 
 def _layers(schedule: Schedule, targets: set[fx.Node]) -> dict[fx.Node, int]:
@@ -116,7 +116,7 @@ class _Group:
             for _ in schedule.writers(effects.lives.get(n, NOWHERE), start, order[node] - 1)
         )
 
-    def join(self, made: dict[int, Match]) -> None:
+    def join(self, made: dict[Match, Match]) -> None:
         """Puts in the place of each match one that reads its heads of the joined operator."""
         facts = [head.fact for head in self.heads]
         first = facts[0]
@@ -139,12 +139,12 @@ class _Group:
         )
         for n, head in enumerate(self.heads):
             for match in head.matches:
-                old = made[id(match)]
+                old = made[match]
                 own = _reading(old.replacement, head.fact, fact, n)
                 others = tuple(f for f in old.facts if f is not head.fact and f is not fact)
                 first_of_all = n == 0 and match is head.matches[0]
                 hoisted = (*old.hoisted, *self.moved) if first_of_all else old.hoisted
-                made[id(match)] = replace(old, replacement=own, facts=(fact, *others), hoisted=hoisted)
+                made[match] = replace(old, replacement=own, facts=(fact, *others), hoisted=hoisted)
 
 
 def _reading(expr: Expr, fact: DecayedAttention, joined: DecayedAttention, head: int) -> Expr:

@@ -30,12 +30,12 @@ class CannotRewrite(Exception):
 class Rewritten:
     """A copy of a graph in which every match's target is its replacement.
 
-    ``facts``: the ids of those that it computes. A match of which another's replacement leaves nothing, as one head of
+    ``facts``: those that it computes. A match of which another's replacement leaves nothing, as one head of
     a tensor that is replaced whole, is not used. ``gone``: the nodes of the graph that it has no copy of.
     """
 
     gm: fx.GraphModule
-    facts: set[int]
+    facts: set[DecayedAttention]
     gone: set[fx.Node]
 
 
@@ -61,7 +61,7 @@ def rewrite(schedule: Schedule, matches: Sequence[Match], operator_call: OpCall)
     # A module attribute that the copy does not name would be lost: constants and submodules are shared.
     copied = fx.GraphModule(gm, graph)
     copied.meta = gm.meta
-    finals = {id(f) for m in matches for f in _facts_with_final_state(m.replacement)}
+    finals = {f for m in matches for f in _facts_with_final_state(m.replacement)}
     writer = _Writer(copied, mapping, operator_call, finals, schedule)
     for match in sorted(matches, key=lambda m: schedule.order[m.behind]):
         writer.replace(match)
@@ -84,17 +84,16 @@ class _Writer:
         gm: fx.GraphModule,
         mapping: dict[fx.Node, fx.Node],
         operator_call: OpCall,
-        finals: set[int],
+        finals: set[DecayedAttention],
         schedule: Schedule,
     ):
         self.gm, self.mapping, self.operator_call, self.finals = gm, mapping, operator_call, finals
         self.order = schedule.order
         self.known_by_strides, self.deciding = known_by_strides(schedule), decide_values(schedule)
         self.place = {new: schedule.order[old] for old, new in mapping.items()}  # of the nodes that were copied
-        self.made: dict[int, fx.Node] = {}
+        self.made: dict[Expr, fx.Node] = {}
         self.stand_ins: dict[fx.Node, tuple[fx.Node, int]] = {}  # by target: its new value, and from where on
-        self.calls: dict[int, fx.Node] = {}  # by the id of the fact: a call of the operator
-        self.kept: list[Any] = []  # recipes stay alive while their ids are keys
+        self.calls: dict[DecayedAttention, fx.Node] = {}  # of the operator
         self.origin: fx.Node | None = None
         self.at = 0  # the place that is written
         self.ends: dict[fx.Node, fx.Node] = {}  # what was written last behind a node: what comes next may read it
@@ -151,10 +150,9 @@ class _Writer:
     def _emit(self, expr: Expr) -> fx.Node:
         if isinstance(expr, Value):
             return self._sent(self._held(expr))
-        found = self.made.get(id(expr))
+        found = self.made.get(expr)
         if found is None:
-            self.kept.append(expr)
-            found = self.made[id(expr)] = self._make(expr)
+            found = self.made[expr] = self._make(expr)
         return found
 
     def _held(self, value: Value) -> fx.Node:
@@ -190,9 +188,8 @@ class _Writer:
         return arg
 
     def _attention(self, fact: DecayedAttention) -> fx.Node:
-        found = self.made.get(id(fact))
+        found = self.calls.get(fact)
         if found is None:
-            self.kept.append(fact)
             state = None if fact.initial_state is None else self._emit(fact.initial_state)
             operands = {name: self._with_whole_rows(self._emit(getattr(fact, name))) for name in "qkv"}
             args = (
@@ -200,10 +197,10 @@ class _Writer:
                 self._emit(fact.log_decay),
                 fact.scale,
                 state,
-                id(fact) in self.finals,
+                fact in self.finals,
                 narrow(operands, lambda node: node not in self.place),
             )
-            found = self.made[id(fact)] = self.calls[id(fact)] = self._call(self.operator_call, args, {})
+            found = self.calls[fact] = self._call(self.operator_call, args, {})
         return found
 
     def _call(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:

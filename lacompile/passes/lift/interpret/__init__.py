@@ -1,7 +1,7 @@
 """The abstract interpreter: what each tensor of a Dynamo graph is, as a normal form.
 
 interpreter  shown every operation of the graph, it keeps what each node's result is
-fact         what is known of one value
+known        what is known of one value
 constants    what is computed from numbers alone, run as it stands
 numbers      constants of the graph, and tables that are read
 writes       tensors that are written into through a view
@@ -13,7 +13,7 @@ own          the value of the graph that holds a result
 
 from __future__ import annotations
 
-from .fact import Fact
 from .interpreter import Interpreter
+from .known import Known
 
-__all__ = ["Fact", "Interpreter"]
+__all__ = ["Known", "Interpreter"]

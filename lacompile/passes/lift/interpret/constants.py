@@ -24,7 +24,7 @@ from ..domain.kinds import Opaque
 from ..domain.term import Val
 from ..engine import FEW_CASES, Engine
 from ..inputs.fitted import fitted_constant
-from .fact import Fact
+from .known import Known
 from .own import leaves_of
 
 MAX_NUMBERS = 2**26
@@ -38,7 +38,7 @@ class Constants:
         fitted: those that are known by their numbers.
     """
 
-    def __init__(self, engine: Engine, capture: Capture, results: Mapping[fx.Node, Fact]) -> None:
+    def __init__(self, engine: Engine, capture: Capture, results: Mapping[fx.Node, Known]) -> None:
         self.engine, self.capture, self.results = engine, capture, results
         self.fitted: dict[fx.Node, None] = {}
         self._looked_at: set[tuple[Record, int]] = set()  # and how often they had been written into

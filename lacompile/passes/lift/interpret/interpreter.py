@@ -23,7 +23,7 @@ from ..inputs.alike import Equal
 from ..inputs.statics import Statics
 from ..transfer import TELL_ZEROS_APART, Op, transfer
 from .constants import Constants
-from .fact import Fact, given_to
+from .known import Known, given_to
 from .loops import LoopResults
 from .numbers import MAX_BAKED, Numbers
 from .own import leaves_of, own_leaf, readable, rooted, unsplit, whole_if_inside
@@ -38,7 +38,7 @@ class Interpreter:
     """Implements :class:`lacompile.passes.capture.Observer` over the normal form."""
 
     engine: Engine = field(default_factory=Engine)
-    facts: dict[fx.Node, Fact] = field(default_factory=dict)
+    known: dict[fx.Node, Known] = field(default_factory=dict)
     demanded: dict[fx.Node, None] = field(default_factory=dict)  # in the order of their first demand
     give_ups: dict[fx.Node, str] = field(default_factory=dict)
     statics: Statics | None = None
@@ -70,8 +70,8 @@ class Interpreter:
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)
-        self._constants = Constants(self.engine, self.capture, self.facts)
-        self._pieces = LoopResults(self.engine, self.capture, self.facts, self._demand)
+        self._constants = Constants(self.engine, self.capture, self.known)
+        self._pieces = LoopResults(self.engine, self.capture, self.known, self._demand)
         self.engine.patience += len(gm.graph.nodes)
         for node in gm.graph.nodes:
             example = node.meta.get("example_value")
@@ -190,7 +190,7 @@ class Interpreter:
             self._demand(node for node, _ in self.without_gradients)
             for node, tensor in self.without_gradients:
                 before = self._memory.read(self._memory.record(tensor))
-                own, made = (node if node in self.facts else None), self.engine.written(before)
+                own, made = (node if node in self.known else None), self.engine.written(before)
                 kind = Opaque(own, WITHOUT_GRADIENTS, leaves_of([before]), numbers=made)
                 self._memory.forget(tensor, self.engine.leaf(tensor, kind))
             self.without_gradients.clear()
@@ -228,7 +228,7 @@ class Interpreter:
                 val = self.engine.leaf(tensor, Opaque(node, node.name))
             val = rooted(self.engine, node, val, tensor) if single else val
             val = whole_if_inside(self.engine, node, val, tensor, self._born_since()) if single else val
-            val = unsplit(self.engine, node, val, given_to(node, self.facts)) if single else val
+            val = unsplit(self.engine, node, val, given_to(node, self.known)) if single else val
             val = self._pieces.beside_others(node, val, tensor, repeatable) if single else val
             val = self._written_anew(node, val, tensor) if single and val.alt is not None else val
             if single and (self.engine.moves_along_a_feature(val) or self.engine.sums(val)):
@@ -238,7 +238,7 @@ class Interpreter:
             if not self.capture.records_gradients_at(node) and not self.engine.index_only(val):
                 self.without_gradients.append((node, tensor))
             if single:
-                self.facts[node] = Fact(node, val, tensor, compute)
+                self.known[node] = Known(node, val, tensor, compute)
             if single and ONE_TENSOR in node.meta:
                 self._demand([node])
                 out[-1] = own_leaf(self.engine, node, val, tensor)
@@ -248,10 +248,10 @@ class Interpreter:
 
     def _demand(self, nodes: Iterable[fx.Node], by: fx.Node | None = None) -> None:
         for node in nodes:
-            fact = self._current(node, by)
-            if fact is None or node in self.demanded:
+            known = self._current(node, by)
+            if known is None or node in self.demanded:
                 continue
-            if self.engine.contracts(fact.value) or self.engine.accumulates(fact.value):
+            if self.engine.contracts(known.value) or self.engine.accumulates(known.value):
                 self.demanded[node] = None
 
     @property
@@ -263,20 +263,20 @@ class Interpreter:
         assert self.capture is not None
         return self.capture.memory
 
-    def _current(self, node: fx.Node, by: fx.Node | None = None) -> Fact | None:
+    def _current(self, node: fx.Node, by: fx.Node | None = None) -> Known | None:
         """What is known of a node's tensor now, or before what ``by`` writes, which reads it, or before all that was
         written over a sum of products by what holds none.
         """
-        fact = self.facts.get(node)
-        if fact is None:
+        known = self.known.get(node)
+        if known is None:
             return None
-        record = self._memory.record(fact.tensor)
+        record = self._memory.record(known.tensor)
         writers = record.root.writers
-        if not writers or writers == [by] or (value := self._memory.read(record)) is fact.value:
-            return fact
-        if self.engine.contracts(value) or not self.engine.contracts(fact.value):
-            fact = self.facts[node] = Fact(node, value, fact.tensor, fact.compute, writers[-1])
-        return fact
+        if not writers or writers == [by] or (value := self._memory.read(record)) is known.value:
+            return known
+        if self.engine.contracts(value) or not self.engine.contracts(known.value):
+            known = self.known[node] = Known(node, value, known.tensor, known.compute, writers[-1])
+        return known
 
     @property
     def fitted(self) -> Iterable[fx.Node]:
@@ -290,12 +290,12 @@ class Interpreter:
         """
         out = list(node.all_input_nodes)
         for given in out:
-            known = self.facts.get(given)
+            known = self.known.get(given)
             if known is not None and all(w < node for w in self._memory.record(known.tensor).root.writers):
                 self._current(given)
-        fact = self.facts.get(node)
-        if fact is not None and fact.after is not None:
-            for writer in self._memory.record(fact.tensor).root.writers:
+        known = self.known.get(node)
+        if known is not None and known.after is not None:
+            for writer in self._memory.record(known.tensor).root.writers:
                 out += [n for n in writer.all_input_nodes if n is not node and n not in out]
         return out
 
@@ -314,9 +314,9 @@ class Interpreter:
         """The widest float format on the way from plain data to this value."""
         out = tensor.dtype
         for arg in node.all_input_nodes:
-            fact = self.facts.get(arg)
-            if fact is None or fact.compute is out or not fact.compute.is_floating_point:
+            known = self.known.get(arg)
+            if known is None or known.compute is out or not known.compute.is_floating_point:
                 continue
-            if self.engine.contracts(fact.value):
-                out = torch.promote_types(out, fact.compute) if out.is_floating_point else fact.compute
+            if self.engine.contracts(known.value):
+                out = torch.promote_types(out, known.compute) if out.is_floating_point else known.compute
         return out

@@ -12,7 +12,7 @@ from ...capture import Capture
 from ..domain.kinds import Opaque
 from ..domain.term import Precision, Term, Val, value
 from ..engine import Engine, GiveUp
-from .fact import Fact, given_to
+from .known import Known, given_to
 from .own import leaves_of, own_leaf
 from .series import Circumstances, SeriesTable
 from .windows import window
@@ -26,22 +26,22 @@ class LoopResults:
     Args:
         engine: the analysis.
         capture: which runs the graph.
-        facts: what is known of its nodes by now.
+        known: what is known of its nodes by now.
         demand: takes the values that are read as they are.
 
     Attributes:
-        given: the tensors of inputs and constants, which are no facts.
+        given: the tensors of inputs and constants, of which nothing is known.
     """
 
     def __init__(
         self,
         engine: Engine,
         capture: Capture,
-        facts: Mapping[fx.Node, Fact],
+        known: Mapping[fx.Node, Known],
         demand: Callable[[Iterable[fx.Node]], None],
     ) -> None:
         self.given: dict[fx.Node, torch.Tensor] = {}
-        self._engine, self._capture, self._memory, self._facts = engine, capture, capture.memory, facts
+        self._engine, self._capture, self._memory, self._known = engine, capture, capture.memory, known
         self._demand = demand
         self._series = SeriesTable(engine.leaves, self._weighs_features)
         self._wholes: dict[fx.Node, Val] = {}  # of which parts are called with, as leaves
@@ -55,7 +55,7 @@ class LoopResults:
         kind = leaf.kind
         if not isinstance(kind, Opaque) or kind.node is not node or kind.unmerged or kind.series is not None:
             return val
-        if window(self._engine, val, given_to(node, self._facts)) is not None:
+        if window(self._engine, val, given_to(node, self._known)) is not None:
             return val  # a part of the features, which has a place of its own among them, is no place of the window
         call = self._circumstances(node, tensor, repeatable)
         found = self._series.piece(
@@ -71,7 +71,7 @@ class LoopResults:
         root = self._memory.record(tensor).root
         if node.op not in CALLS or root.node is not node or node in root.writers or self._is_piece(val):
             return val
-        found = window(self._engine, val, given_to(node, self._facts))
+        found = window(self._engine, val, given_to(node, self._known))
         if found is None:
             return val
         kind = Opaque(None, node.name, leaves_of([val]))
@@ -126,15 +126,15 @@ class LoopResults:
             return None
         record = self._memory.record(tensor)
         root = record.root
-        fact = self._facts.get(root.node) if root.node is not None else None
-        if record is root or fact is None or fact.tensor is not root.tensor or root.writers:
+        known = self._known.get(root.node) if root.node is not None else None
+        if record is root or known is None or known.tensor is not root.tensor or root.writers:
             return self._memory.read(record)
-        if self._reads_places(fact.value):
+        if self._reads_places(known.value):
             return self._memory.read(record)
-        if fact.node not in self._wholes:
-            self._wholes[fact.node] = own_leaf(self._engine, fact.node, fact.value, fact.tensor)
-            self._demand([fact.node])
-        return self._memory.made_from(record, self._wholes[fact.node])
+        if known.node not in self._wholes:
+            self._wholes[known.node] = own_leaf(self._engine, known.node, known.value, known.tensor)
+            self._demand([known.node])
+        return self._memory.made_from(record, self._wholes[known.node])
 
     def _reads_places(self, v: Val) -> bool:
         """Whether each factor is read at one place where the value is, or at one token."""
@@ -145,4 +145,4 @@ class LoopResults:
         return all(len(idx) <= len(v.shape) for idx in of_token)
 
     def _tensor_of(self, node: fx.Node) -> torch.Tensor | None:
-        return self._facts[node].tensor if node in self._facts else self.given.get(node)
+        return self._known[node].tensor if node in self._known else self.given.get(node)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ...facts import Progress
 from ..domain.affine import Aff
 from ..domain.exponent import Access, Exponent, sub_access
 from ..domain.leaves import NINE_DIGITS
@@ -30,7 +31,12 @@ class Addends(Decay):
         if plain and (summed := self._over_features(t)) is not None:
             self.proof.residual.append(summed)
             return
-        raise Refused("single-term", "one sum over j <= i (and an initial state)", f"also {self._spoken_term(t)}", 6)
+        raise Refused(
+            "single-term",
+            "one sum over j <= i (and an initial state)",
+            f"also {self._spoken_term(t)}",
+            Progress.ADDENDS,
+        )
 
     def _over_features(self, t: Term) -> Term | None:
         """A plain term, summed indices among the key features.

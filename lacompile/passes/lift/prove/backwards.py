@@ -14,11 +14,11 @@ from ..domain.prefix import Sum, by_rate
 from ..domain.space import Space
 from ..domain.term import Term, value
 from ..engine import Engine
-from ..interpret import Fact
+from ..interpret import Known
 from .roles import sequence_index
 
 
-def from_the_end(engine: Engine, fact: Fact, main: Term) -> tuple[Fact, bool] | None:
+def from_the_end(engine: Engine, known: Known, main: Term) -> tuple[Known, bool] | None:
     """The same sum over earlier positions, of factors that are read from their end; None if it is none.
 
     Args:
@@ -31,13 +31,13 @@ def from_the_end(engine: Engine, fact: Fact, main: Term) -> tuple[Fact, bool] | 
     if found is None:
         return None
     n = found[1]
-    length = fact.value.shape[n]
-    sums = [t for t in fact.value.terms if sequence_index(engine, t) is not None]
+    length = known.value.shape[n]
+    sums = [t for t in known.value.terms if sequence_index(engine, t) is not None]
     for rows_too in (True, False):
         # one among sums over earlier positions would only turn those into sums over later ones
         if all(_is_over_later(engine, t, length, rows_too=rows_too) for t in sums):
-            turned = [_turned(engine, t, n, length, rows_too=rows_too) for t in fact.value.terms]
-            return replace(fact, value=value(fact.value.shape, turned)), rows_too
+            turned = [_turned(engine, t, n, length, rows_too=rows_too) for t in known.value.terms]
+            return replace(known, value=value(known.value.shape, turned)), rows_too
     return None
 
 

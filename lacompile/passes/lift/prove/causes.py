@@ -13,6 +13,7 @@ from itertools import permutations
 
 import torch
 
+from ...facts import Progress
 from ..domain.affine import Aff
 from ..domain.exponent import Access, Mono
 from ..domain.kinds import Opaque, Symbol
@@ -48,7 +49,7 @@ class Causes:
                 "recurrence",
                 "keys and values that are not computed from the state",
                 "a state that is read back into its own update (a delta rule)",
-                6,
+                Progress.ADDENDS,
                 "what is added to it is a contraction of what was added before",
             )
         if any(self._maxima[leaf] > 1 for t in terms for mono, _ in _moving(t) for leaf, _ in mono):
@@ -56,7 +57,7 @@ class Causes:
                 "bounded-weights",
                 "a weight of the keys that is finite by itself",
                 "an exponential gate that a running maximum keeps finite",
-                5,
+                Progress.DECAY,
                 "apart, the exponential of the gate may overflow where the stabilised one does not",
             )
         if refused and any(self._solved[leaf] for t in terms for leaf, _ in t.accs):
@@ -64,7 +65,7 @@ class Causes:
                 "recurrence",
                 "keys and values that are not computed from the state",
                 "a factor made by a triangular solve, or token by token (as in a delta rule)",
-                5,
+                Progress.DECAY,
             )
         if refused and any(self._by_channel(t) for t in terms):
             return _of_channels()
@@ -73,19 +74,21 @@ class Causes:
                 "single-term",
                 "one sum over j <= i",
                 "sums that are each divided by a maximum of their own, as those of chunks are",
-                5,
+                Progress.DECAY,
                 "the maximum is one of the scores and states inside each chunk, which the operator never holds",
             )
         tied = {found[1] for t in terms if (found := sequence_index(self.engine, t)) is not None}
         sums = [t for t in terms if t.bound(self.space)]  # beside terms of single positions
         if sums and all(self._elementwise(t, tied) for t in sums):
-            return Refused("separable", "queries and keys", "an elementwise recurrence, without queries and keys", 1)
+            return Refused(
+                "separable", "queries and keys", "an elementwise recurrence, without queries and keys", Progress.NAMED
+            )
         if (count := self._unrolled(sums)) and not refused:
             return Refused(
                 "single-term",
                 "one sum over j <= i",
                 f"{count} sums of the same factors that do not merge",
-                2,
+                Progress.MERGE,
                 "an unrolled loop is one sum if its weights are products of one positive decay for each token",
             )
         return None
@@ -232,7 +235,7 @@ class Causes:
 
 
 def _of_channels() -> Refused:
-    return Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+    return Refused("decay", "one decay per head", "a decay that differs by feature channel", Progress.DECAY)
 
 
 def _apart(a: Access, b: Access) -> bool:

@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from ...facts import Progress
 from ..domain.affine import TAU, Aff
 from ..domain.exponent import Access, Exponent, Mono, sub_mono
 from ..domain.intervals import BOUNDS, product
@@ -42,11 +43,13 @@ class Decay(Roles):
                 self._constant_weight(f)
             elif i not in holders and j not in holders:
                 if not f.is_const:
-                    raise Refused("decay", "a weight of i - j", _times(f), 5)
+                    raise Refused("decay", "a weight of i - j", _times(f), Progress.DECAY)
                 self.proof.k_weights.append((self._renamed_mono(mono), float(f.const)))
             elif f.is_const:
                 if i in holders and j in holders:
-                    raise Refused("separable", "weights exp(G_i - G_j)", "an exponent holding both positions", 4)
+                    raise Refused(
+                        "separable", "weights exp(G_i - G_j)", "an exponent holding both positions", Progress.FACTORS
+                    )
                 into = self.proof.outer_weights if i in holders else self.proof.k_weights
                 into.append((self._renamed_mono(mono), float(f.const)))
             else:
@@ -96,7 +99,7 @@ class Decay(Roles):
         """
         if not self.proof.outer_weights:
             return
-        half = self.fact.compute is torch.float16
+        half = self.known.compute is torch.float16
         largest = LARGEST_IN_HALF if half else LARGEST_EXPONENT
         for mono, c in self.proof.k_weights:
             low, high = -math.inf, math.inf
@@ -122,39 +125,45 @@ class Decay(Roles):
                 known &= isinstance(self.engine.leaves[leaf].kind, Table)
             low, high = low + ends[0], high + ends[1]
         if high > GROWTH and (known or low >= 0):
-            raise Refused("decay", "a decay, which is at most 1", "a factor that grows from token to token", 5)
+            raise Refused(
+                "decay", "a decay, which is at most 1", "a factor that grows from token to token", Progress.DECAY
+            )
 
     def _feature_weight(self, mono: Mono, f: Aff, holders: set[int] | frozenset[int]) -> None:
         """exp of plain data (a feature map) is a factor of its side; a decay that differs by feature is refused."""
         if not f.is_const or (self.n in holders and self.j in holders):
-            raise Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+            raise Refused("decay", "one decay per head", "a decay that differs by feature channel", Progress.DECAY)
         with_e = self.e is not None and self.e in holders
         if self.j in holders and not with_e:
             self.proof.k_weights.append((self._renamed_mono(mono), float(f.const)))
         elif self.n in holders and not with_e:
             self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
         else:
-            raise Refused("decay", "one decay per head", "an exponential of a value feature", 5)
+            raise Refused("decay", "one decay per head", "an exponential of a value feature", Progress.DECAY)
 
     def _constant_weight(self, f: Aff) -> None:
         step = f.coef(self.n)
         if f != Aff.var(self.n) * step - Aff.var(self.j) * step + f.const:
-            raise Refused("decay", "a weight of i - j", f"exp({f})", 5)
+            raise Refused("decay", "a weight of i - j", f"exp({f})", Progress.DECAY)
         if step:
             self.proof.fixed.append(((), float(step)))
         if abs(f.const) > LARGEST_EXPONENT:
-            raise Refused("bounded-weights", "weights that are finite", f"exp({f.const:g}) times each of them", 5)
+            raise Refused(
+                "bounded-weights", "weights that are finite", f"exp({f.const:g}) times each of them", Progress.DECAY
+            )
         self.proof.scale *= math.exp(f.const)
 
     def _fixed_decay(self, mono: Mono, f: Aff) -> None:
         step = f.coef(self.n)
         shape = Aff.var(self.n) * step - Aff.var(self.j) * step
         if f.without(self.n).without(self.j).terms or f - f.const != shape or not step:
-            raise Refused("decay", "a weight of i - j", _times(f), 5)
+            raise Refused("decay", "a weight of i - j", _times(f), Progress.DECAY)
         if any(self.space.vars(x) & {self.n, self.j} for _, idx in mono for x in idx):
-            raise Refused("decay", "one decay per head", "a slope that differs by position", 5)
+            raise Refused("decay", "one decay per head", "a slope that differs by position", Progress.DECAY)
         if abs(f.const) > MOST_STEPS * abs(step):
-            raise Refused("bounded-weights", "weights that are finite", f"{f.const / step:g} steps at once", 5)
+            raise Refused(
+                "bounded-weights", "weights that are finite", f"{f.const / step:g} steps at once", Progress.DECAY
+            )
         if f.const:  # so many steps at once, as where a row decays before it reads
             self.proof.q_weights.append((self._renamed_mono(mono), float(f.const)))
         self.proof.fixed.append((self._renamed_mono(mono), float(step)))
@@ -168,7 +177,7 @@ class Decay(Roles):
             up, down = Aff.var(self.n) + ahead, Aff.var(self.j) + ahead
             holders = set().union(*(self.space.vars(x) for _, idx in mono for x in idx), set())
             if holders & set(self.features) or (self.e is not None and self.e in holders):
-                raise Refused("decay", "one decay per head", "a decay that differs by feature channel", 5)
+                raise Refused("decay", "one decay per head", "a decay that differs by feature channel", Progress.DECAY)
             own = self.later and set(ends) == {up + 1, down}  # the row that reads has decayed by then
             if own:
                 ends[up] = ends.pop(up + 1)
@@ -180,11 +189,11 @@ class Decay(Roles):
                 if set(ends) == {up}:
                     self._refuse_bounded_keys()
                 shown = ", ".join(f"{c:+g} P({p})" for p, c in ends.items())
-                raise Refused("unit-diagonal", "prefix sums P(i+1) - P(j+1)", shown, 5)
+                raise Refused("unit-diagonal", "prefix sums P(i+1) - P(j+1)", shown, Progress.DECAY)
             if holders & {self.n, self.j}:
-                raise Refused("decay", "one decay per token", "a decay that depends on both positions", 5)
+                raise Refused("decay", "one decay per token", "a decay that depends on both positions", Progress.DECAY)
             if self.proof.delayed and self.proof.fixed:
-                raise Refused("decay", "one decay", "a decay before a row reads, and one after it", 5)
+                raise Refused("decay", "one decay", "a decay before a row reads, and one after it", Progress.DECAY)
             self.proof.tokens.append((self._renamed_mono(at_position(mono)), float(ends[up])))
 
     def _refuse_bounded_keys(self) -> None:
@@ -196,6 +205,6 @@ class Decay(Roles):
                     "decay",
                     "a weight exp(G_i - G_j)",
                     f"exp(G_i) times keys with a factor that is bounded ({kind.label})",
-                    5,
+                    Progress.DECAY,
                     "where a product of decays is at its bound, the weight of a key is no decay any more",
                 )

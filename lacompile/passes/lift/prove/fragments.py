@@ -12,16 +12,16 @@ from ..domain.affine import Aff
 from ..domain.space import Space
 from ..domain.term import Term
 from ..engine import Engine
-from ..interpret import Fact
+from ..interpret import Known
 from .proof import Proof
 from .roles import sequence_index
 
 HINT = "its chunks are attentions by themselves, each of which costs more as an operator than it saves"
 
 
-def is_fragment(engine: Engine, refused: Iterable[Fact], p: Proof) -> bool:
+def is_fragment(engine: Engine, refused: Iterable[Known], p: Proof) -> bool:
     """Whether what is proved is a chunk of one of the values that were refused on the way to it."""
-    return any(_reads_an_earlier_chunk(engine, c.terms, p) for fact in refused for c in fact.value.cases)
+    return any(_reads_an_earlier_chunk(engine, c.terms, p) for known in refused for c in known.value.cases)
 
 
 def is_part(space: Space, p: Proof) -> bool:

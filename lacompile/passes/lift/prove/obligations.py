@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import torch
 
+from ...facts import Progress
 from ...names import readable_name
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
@@ -29,7 +30,7 @@ from ..domain.kinds import WITHOUT_GRADIENTS, Opaque, Symbol, Table
 from ..domain.prefix import counted_from
 from ..domain.term import Term
 from ..engine import Engine, GiveUp
-from ..interpret import Fact
+from ..interpret import Known
 from .addends import Addends
 from .backwards import from_the_end
 from .chunked import joined
@@ -40,32 +41,32 @@ from .roles import sequence_index
 from .step import prove_step
 
 
-def prove(engine: Engine, fact: Fact, explained: set[int] | None = None, *, queries: bool = True) -> Proof:
+def prove(engine: Engine, known: Known, explained: set[int] | None = None, *, queries: bool = True) -> Proof:
     """The decayed attention that this value is; without ``queries`` also a decayed sum, whose queries and keys are 1.
 
     Raises:
         Refused: an obligation does not hold.
     """
-    if not fact.value.single:
-        raise Refused("one-case", "one sum", f"{len(fact.value.cases)} disjoint regions", 0)
-    terms = [_sizes_as_numbers(engine, _from_their_starts(engine, t)) for t in fact.value.terms]
-    if not any(sequence_index(engine, t) for t in terms) and (step := prove_step(engine, fact, terms)) is not None:
+    if not known.value.single:
+        raise Refused("one-case", "one sum", f"{len(known.value.cases)} disjoint regions", Progress.NO_SUM)
+    terms = [_sizes_as_numbers(engine, _from_their_starts(engine, t)) for t in known.value.terms]
+    if not any(sequence_index(engine, t) for t in terms) and (step := prove_step(engine, known, terms)) is not None:
         return step
     main = _main_term(engine, terms, set() if explained is None else explained)
     positions = sequence_index(engine, main)
     assert positions is not None
-    split = [factors_apart(engine, t, fact.value.shape, positions) for t in terms]
+    split = [factors_apart(engine, t, known.value.shape, positions) for t in terms]
     terms, main = split, split[terms.index(main)]
-    if (rows := joined(engine, fact, main)) is not None:
+    if (rows := joined(engine, known, main)) is not None:
         inner = prove(engine, rows[0], explained, queries=queries)
         return replace(inner, chunked=(*inner.chunked, rows[1]))
-    if (turned := from_the_end(engine, fact, main)) is not None:
+    if (turned := from_the_end(engine, known, main)) is not None:
         inner = prove(engine, turned[0], explained, queries=queries)
         return replace(inner, backwards=turned[1])
-    proving = Addends(engine, fact, main)
+    proving = Addends(engine, known, main)
     proving.check_ranges()
     proving.assign_roles()
-    if proving.e is None and (split := apart(engine, fact, main, proving.n)) is not None:
+    if proving.e is None and (split := apart(engine, known, main, proving.n)) is not None:
         inner = prove(engine, split[0], explained, queries=queries)
         return replace(inner, flattened=(*inner.flattened, split[1]))
     proving.sort_factors()
@@ -122,7 +123,7 @@ def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Te
             "single-term",
             "one sum over j <= i",
             f"{len(found)} sums, of which some are detached from what others are made of",
-            2,
+            Progress.MERGE,
             "no gradient flows through a detached state, and one does through the tokens added since",
         )
     if found:
@@ -131,13 +132,13 @@ def _main_term(engine: Engine, terms: Sequence[Term], explained: set[int]) -> Te
             "single-term",
             "one sum over j <= i",
             f"{len(found)} sums that do not merge",
-            2,
+            Progress.MERGE,
             "pieces of a loop merge only if their weights agree exactly at the borders"
             if alike
             else "no two of them have the same factors, as where a query, a key or a value is a sum itself",
         )
     explain_missing(engine, terms, explained)
-    raise Refused("causal-range", "a sum over j <= i", "no sum whose range ends at a position", 0)
+    raise Refused("causal-range", "a sum over j <= i", "no sum whose range ends at a position", Progress.NO_SUM)
 
 
 def _detached_apart(engine: Engine, terms: Sequence[Term]) -> bool:
@@ -186,7 +187,7 @@ def explain_missing(engine: Engine, terms: Sequence[Term], explained: set[int]) 
                     "separable",
                     "weights exp(G_i - G_j) that are visible in the graph",
                     f"a tensor that holds both positions ({label})",
-                    1,
+                    Progress.NAMED,
                     next((h for part, h in hints.items() if part in label), "of what computes it no more is known"),
                 )
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from ...facts import Progress
 from ..domain.affine import TAU, ZERO, Aff
 from ..domain.exponent import Access, Mono
 from ..domain.space import Space
 from ..domain.term import Term
-from ..interpret import Fact
+from ..interpret import Known
 
 N_ROLE, D_ROLE, E_ROLE = 90, 91, 95  # positions, key features (91..94), value features; below 90: batch and heads
 
@@ -19,7 +20,7 @@ N_ROLE, D_ROLE, E_ROLE = 90, 91, 95  # positions, key features (91..94), value f
 class Refused(Exception):
     """An obligation that does not hold; caught by the search and turned into a Refusal."""
 
-    def __init__(self, obligation: str, expected: str, found: str, progress: int, hint: str = ""):
+    def __init__(self, obligation: str, expected: str, found: str, progress: Progress, hint: str = ""):
         super().__init__(found)
         self.obligation, self.expected, self.found = obligation, expected, found
         self.progress, self.hint = progress, hint
@@ -29,7 +30,7 @@ class Refused(Exception):
 class Proof:
     """A decayed attention read off one value, its accesses over role variables."""
 
-    fact: Fact
+    known: Known
     roles: dict[int, Aff]  # batch-like roles first, then N_ROLE, the key features, E_ROLE
     batch_like: list[int]
     place: dict[int, int]  # role -> dimension of the target (features of keys have none)
@@ -71,7 +72,7 @@ class Proof:
     @property
     def size(self) -> tuple[Aff, int]:
         """The length, and the number of elements of the value as far as they are numbers."""
-        sizes = [int(n.const) for n in self.fact.value.shape if n.is_const]
+        sizes = [int(n.const) for n in self.known.value.shape if n.is_const]
         return self.roles[N_ROLE], math.prod(sizes)
 
     @property
@@ -118,6 +119,6 @@ def unbounded() -> Refused:
         "bounded-weights",
         "a weight of the keys that is finite by itself",
         "an exponential gate that a factor of the row, such as a running maximum, may keep finite",
-        5,
+        Progress.DECAY,
         "apart, the exponential of the gate may overflow where the stabilised one does not",
     )

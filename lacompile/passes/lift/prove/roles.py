@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ...facts import Progress
 from ..domain.affine import MAX_DIMS, ONE, ZERO, Aff
 from ..domain.exponent import Access, Mono, sub_access
 from ..domain.kinds import Opaque
 from ..domain.prefix import counted_from
 from ..domain.term import Term
 from ..engine import Engine
-from ..interpret import Fact
+from ..interpret import Known
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
 from .spoken import spoken
 
@@ -31,9 +32,9 @@ def sequence_index(engine: Engine, t: Term) -> tuple[int, int] | None:
 class Roles:
     """The sum that is proved, ``main``, over its position j, its row n, and its features."""
 
-    def __init__(self, engine: Engine, fact: Fact, main: Term):
-        self.engine, self.space, self.fact = engine, engine.space, fact
-        self.shape = fact.value.shape
+    def __init__(self, engine: Engine, known: Known, main: Term):
+        self.engine, self.space, self.known = engine, engine.space, known
+        self.shape = known.value.shape
         found = sequence_index(engine, main)
         assert found is not None
         self.j, self.n = found
@@ -54,12 +55,17 @@ class Roles:
             about_j = {j, i - j}
         if about_j != {j, i - j}:
             found = ", ".join(self._spoken(g) for g in sorted(about_j))
-            raise Refused("causal-range", "0 <= j <= i or 0 <= j < i", found, 3)
+            raise Refused("causal-range", "0 <= j <= i or 0 <= j < i", found, Progress.RANGE)
         self.features: dict[int, tuple[int, Aff]] = {}
         for d in sorted(bound - {self.j}, reverse=True):
             ends = self.engine.bounds(d, self.main.guards).ends
             if ends is None or not ends[0].is_const or not self.space.is_size(ends[1]):
-                raise Refused("whole-features", "feature sums over constant ranges", "an index over a part of them", 3)
+                raise Refused(
+                    "whole-features",
+                    "feature sums over constant ranges",
+                    "an index over a part of them",
+                    Progress.RANGE,
+                )
             self.features[d] = (int(ends[0].const), ends[1] - ends[0] + 1)
         loose = {g for g in self.main.guards - about_j if not any(g.coef(d) for d in self.features)}
         if loose:
@@ -67,10 +73,10 @@ class Roles:
                 "causal-range",
                 "one sum that all rows read",
                 "one that is read where " + " and ".join(self._spoken(g) for g in sorted(loose)) + " alone",
-                3,
+                Progress.RANGE,
             )
         if len(self.features) > 4:
-            raise Refused("whole-features", "at most four feature indices", f"{len(self.features)}", 3)
+            raise Refused("whole-features", "at most four feature indices", f"{len(self.features)}", Progress.RANGE)
 
     def _one_later(self, t: Term) -> Term:
         """The term at the position after i."""
@@ -92,14 +98,21 @@ class Roles:
     def assign_roles(self) -> None:
         if not (poly := self.main.poly).is_const:
             if self.space.vars(poly) not in ({self.n}, {self.j}):  # of both it is a distance
-                raise Refused("separable", "factors that are tensors", f"a factor {self._named(poly)} of positions", 4)
+                raise Refused(
+                    "separable",
+                    "factors that are tensors",
+                    f"a factor {self._named(poly)} of positions",
+                    Progress.FACTORS,
+                )
             self.main = self.engine.counted(self.main)
         accs = self.main.accs
         for a in accs:
             if self._holds(a, self.j) and self._holds(a, self.n):
                 kind = self.engine.leaves[a[0]].kind
                 label = kind.label if isinstance(kind, Opaque) else "a function of both positions"
-                raise Refused("separable", "weights exp(G_i - G_j)", f"a factor holding both positions: {label}", 4)
+                raise Refused(
+                    "separable", "weights exp(G_i - G_j)", f"a factor holding both positions: {label}", Progress.FACTORS
+                )
         with_j = [a for a in accs if self._holds(a, self.j)]
         with_d = [a for a in accs if any(self._holds(a, d) for d in self.features)]
         weights = [a for mono in self._monos() for a in mono]
@@ -133,7 +146,7 @@ class Roles:
             if self.e is not None:
                 self.rename[self.e] = Aff.var(E_ROLE)
         self.proof = Proof(
-            self.fact,
+            self.known,
             roles,
             list(range(len(batch_like))),
             place,
@@ -158,7 +171,12 @@ class Roles:
             with_d = any(self._holds(a, d) for d in self.features)
             with_e = self.e is not None and self._holds(a, self.e)
             if with_d and with_e:
-                raise Refused("separable", "keys and values in separate tensors", "one factor with both features", 4)
+                raise Refused(
+                    "separable",
+                    "keys and values in separate tensors",
+                    "one factor with both features",
+                    Progress.FACTORS,
+                )
             of_token = p.v if with_e or self._of_values(a, with_d) else p.k
             into = of_token if self._holds(a, self.j) else p.q if with_d else p.outer
             into.append(self._renamed(a))
@@ -189,7 +207,7 @@ class Roles:
     def check_operands(self) -> None:
         p = self.proof
         if self.main.accs and (not (p.q or p.q_weights) or not (p.k or p.k_weights or p.v)):
-            raise Refused("separable", "queries and keys", "a plain decayed sum without queries", 1)
+            raise Refused("separable", "queries and keys", "a plain decayed sum without queries", Progress.NAMED)
 
     def _has_role(self, a: Access, role: int) -> bool:
         return any(role in self.space.vars(i) for i in a[1])

@@ -11,27 +11,27 @@ from ..domain.exponent import Access, sub_access
 from ..domain.kinds import Opaque
 from ..domain.term import Term
 from ..engine import Engine
-from ..interpret import Fact
+from ..interpret import Known
 from ..normal.weights import as_update
 from .proof import D_ROLE, E_ROLE, N_ROLE, Proof
 
 
-def prove_step(engine: Engine, fact: Fact, terms: Sequence[Term]) -> Proof | None:
+def prove_step(engine: Engine, known: Known, terms: Sequence[Term]) -> Proof | None:
     """The decode step that this value is; None if it is not one.
 
     Two terms over one feature index d: q k v, and q S with the weight of one token beside it.
     """
     if len(terms) != 2:
         return None
-    terms = as_update(engine.space, engine.leaves, fact.value.shape, terms)
+    terms = as_update(engine.space, engine.leaves, known.value.shape, terms)
     for new, old in (terms, tuple(reversed(terms))):
-        found = _step(engine, fact, new, old)
+        found = _step(engine, known, new, old)
         if found is not None:
             return found
     return None
 
 
-def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
+def _step(engine: Engine, known: Known, new: Term, old: Term) -> Proof | None:
     # What both are multiplied by is the scale: of the new token alone it would be a weight.
     scale, weight = new.exp.number, old.exp - new.exp
     if scale is None or weight.sums or new.coef != old.coef or abs(new.coef) != 1:
@@ -42,7 +42,7 @@ def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
     if moved is None:
         return None
     ((d,), (size,)), queries, states, (keys, values, outer) = moved
-    shape = fact.value.shape
+    shape = known.value.shape
     weights = [(mono, float(f.const)) for mono, f in weight.lin if f.is_const]
     if len(weights) != len(weight.lin):
         return None
@@ -65,7 +65,7 @@ def _step(engine: Engine, fact: Fact, new: Term, old: Term) -> Proof | None:
         return [sub_access(engine.space, a, rename) for a in accs]
 
     times = new.coef * math.exp(scale)
-    proof = Proof(fact, roles, list(range(len(batch_like))), place, scale=times, shapes=engine.leaf_shapes)
+    proof = Proof(known, roles, list(range(len(batch_like))), place, scale=times, shapes=engine.leaf_shapes)
     proof.q, proof.k, proof.v = renamed(queries), renamed(keys), renamed(values)
     proof.state, proof.outer = renamed(states), renamed(outer)
     proof.fixed = [(tuple(sorted(renamed(mono))), c) for mono, c in weights]

@@ -14,47 +14,48 @@ from functools import reduce
 from itertools import accumulate
 from operator import and_
 
+from ...facts import Progress
 from ..domain.affine import ZERO, Aff
 from ..domain.term import Term
 from ..engine import Engine
-from ..interpret import Fact
+from ..interpret import Known
 from .proof import Refused
 
 FEWEST = 4  # steps, below which sums of one product more than the one before are nothing out of the ordinary
 
 
-def unrolled(engine: Engine, facts: Iterable[Fact]) -> tuple[Fact, Refused] | None:
+def unrolled(engine: Engine, values: Iterable[Known]) -> tuple[Known, Refused] | None:
     """The value that shows the loop, or the last of those that do, and what it is; None if there is no such loop."""
-    steps: dict[object, dict[int, Fact]] = {}
-    for fact in facts:
-        read = [(t, n) for c in fact.value.cases for t in c.terms if (n := _products(engine, t))]
-        if (found := _in_a_row(_by_place(engine, fact, read))) >= FEWEST:
-            return fact, _refused(found)
+    steps: dict[object, dict[int, Known]] = {}
+    for known in values:
+        read = [(t, n) for c in known.value.cases for t in c.terms if (n := _products(engine, t))]
+        if (found := _in_a_row(_by_place(engine, known, read))) >= FEWEST:
+            return known, _refused(found)
         for counted in ([(t, 1) for t, _ in read], read) if read else ():
-            key = counted is read, fact.node.op, fact.node.target, fact.value.shape
-            steps.setdefault(key, {}).setdefault(sum(n for _, n in counted), fact)
+            key = counted is read, known.node.op, known.node.target, known.value.shape
+            steps.setdefault(key, {}).setdefault(sum(n for _, n in counted), known)
     for alike in steps.values():
         if (found := _in_a_row(alike)) >= FEWEST:
             return alike[max(alike)], _refused(found)
     return None
 
 
-def weighed_apart(engine: Engine, facts: Iterable[Fact]) -> tuple[Fact, Refused] | None:
+def weighed_apart(engine: Engine, values: Iterable[Known]) -> tuple[Known, Refused] | None:
     """A value whose rows are one sum but for a factor that each row has of its own, as where a running scale divides a
     state in each step; None if there is none.
     """
-    for fact in facts:
-        for v, size in enumerate(fact.value.shape):
-            terms = [t for c in fact.value.cases for t in c.terms if t.bound(engine.space)]
+    for known in values:
+        for v, size in enumerate(known.value.shape):
+            terms = [t for c in known.value.cases for t in c.terms if t.bound(engine.space)]
             rows = [Counter(t.signature) for t in terms if len(set(_rows(engine, t, v, size))) == 1]
             shared = reduce(and_, rows) if rows else Counter[int]()
             own = {tuple((row - shared).elements()) for row in rows}
             if shared.total() > 2 and len(rows) == len(own) >= FEWEST:
-                return fact, Refused(
+                return known, Refused(
                     "single-term",
                     "one sum over j <= i",
                     f"{len(rows)} rows of one sum, each times a factor of its own",
-                    1,
+                    Progress.NAMED,
                     "a factor that is computed step by step, as a running scale, is no part of one tensor",
                 )
     return None
@@ -66,7 +67,7 @@ def state_alone() -> Refused:
         "causal-range",
         "rows that each read the sum up to them",
         "the state behind the last token, and no row that reads one before",
-        1,
+        Progress.NAMED,
         "one product of all keys and values, weighted, is what remains to be done; the operator would do more",
     )
 
@@ -76,7 +77,7 @@ def _refused(steps: int) -> Refused:
         "single-term",
         "one sum over j <= i",
         f"an unrolled loop: at least {steps} sums, each of one product more than the one before",
-        1,
+        Progress.NAMED,
         "what each step is computed from is no part of one tensor, or its result is put into what is not looked into",
     )
 
@@ -92,10 +93,10 @@ def _products(engine: Engine, t: Term) -> int:
     return math.prod(int(n.const) for n in lengths) if all(n.is_const for n in lengths) else 0
 
 
-def _by_place(engine: Engine, fact: Fact, read: Sequence[tuple[Term, int]]) -> set[int]:
+def _by_place(engine: Engine, known: Known, read: Sequence[tuple[Term, int]]) -> set[int]:
     """How many sums that did not merge there are at a place, for the dimension along which that differs most."""
     found: list[set[int]] = [set()]
-    for v, size in enumerate(fact.value.shape):
+    for v, size in enumerate(known.value.shape):
         changes: Counter[int] = Counter()
         for low, high in (_rows(engine, t, v, size) for t, _ in read):
             changes[low] += 1

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from ...facts import Assumption, Expr, values_of
+from ...facts import Assumption, Expr, Progress, values_of
 from ...graph.schedule import Schedule
 from ...names import readable_name
 from ..domain.kinds import Opaque, Symbol
@@ -48,8 +48,8 @@ class Assumptions:
 
     def _same_form(self, copy: fx.Node, original: fx.Node) -> bool:
         """Whether a proof that went through the copy rests on nothing but what one through the original does."""
-        facts = self.interpreter.facts
-        return copy in facts and original in facts and facts[copy].value == facts[original].value
+        known = self.interpreter.known
+        return copy in known and original in known and known[copy].value == known[original].value
 
     def _by_value(self, read: set[fx.Node], region: set[fx.Node], looked_at: set[fx.Node]) -> Iterable[Assumption]:
         """Inputs that the normal form of this region, or the proof about it, knows the numbers of."""
@@ -66,7 +66,7 @@ class Assumptions:
                     "emission",
                     "a value of the traced graph",
                     "a factor that the program holds elsewhere, but rounded on its way",
-                    8,
+                    Progress.RECIPE,
                 )
             yield one | other
 
@@ -112,7 +112,9 @@ class Assumptions:
         if isinstance(kind, Symbol) and kind.op is aten._to_copy.default:
             return self._share(kind.args[0].leaf)
         if not isinstance(kind, Opaque) or kind.node is None or kind.node.op != "placeholder":
-            raise Refused("decay", "a positive base of the decay", "a mixture by shares that are not known", 6)
+            raise Refused(
+                "decay", "a positive base of the decay", "a mixture by shares that are not known", Progress.ADDENDS
+            )
         return Assumption(kind.node, "share", f"0 <= {readable_name(kind.node)} <= 1 (it mixes decays)", _all_shares)
 
     def _is_reset(self, leaf: int) -> bool:
@@ -127,7 +129,7 @@ def _positive_base(kind: object) -> Assumption:
             "decay",
             "a positive base of the decay",
             "a computed base whose sign is not known",
-            6,
+            Progress.ADDENDS,
             "write the decay as exp of a log-decay, or bound it with sigmoid",
         )
     return Assumption(

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from ...facts import Attend, Call, DecayedAttention, Expr, values_of
+from ...facts import Attend, Call, DecayedAttention, Expr, Progress, values_of
 from ...graph.schedule import Schedule
 from ..domain.affine import ONE, Aff
 from ..domain.exponent import Access
 from ..domain.kinds import Opaque
 from ..domain.term import Term
-from ..interpret import Fact, Interpreter
+from ..interpret import Interpreter, Known
 from ..prove.obligations import prove
 from ..prove.proof import E_ROLE, N_ROLE, Proof, Refused, unbounded
 from .assumptions import Assumptions
@@ -28,7 +28,7 @@ from .positions import Positions, no_row, rows
 MOST_PRODUCTS = 256
 
 Proved = tuple[Proof, DecayedAttention]
-"""What was proved of a value, and the fact that a recipe holds of it."""
+"""What was proved of a value, and the attention that a recipe computes of it."""
 
 
 class Builder:
@@ -40,7 +40,7 @@ class Builder:
         self.sums: dict[tuple[int, fx.Node], Expr] = {}
 
     def build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
-        """The fact and the replacement.
+        """The attention and the replacement.
 
         Raises:
             Refused: a factor cannot be read off the graph.
@@ -48,25 +48,25 @@ class Builder:
         try:
             return self._build(p)
         except CannotEmit as e:
-            raise Refused("emission", e.expected, e.found, 8) from None
+            raise Refused("emission", e.expected, e.found, Progress.RECIPE) from None
 
     def _build(self, p: Proof) -> tuple[DecayedAttention, Expr]:
         everything = [*p.q, *p.k, *p.v, *p.outer, *(p.state or ())]
         for mono, _ in (*p.q_weights, *p.k_weights, *p.outer_weights, *p.fixed, *p.tokens):
             everything += mono
-        target_of = {d: Aff.var(r) for r, d in p.place.items() if p.fact.value.shape[d] != ONE}
+        target_of = {d: Aff.var(r) for r, d in p.place.items() if p.known.value.shape[d] != ONE}
         residual = [t.sub(self.engine.space, target_of) for t in p.residual]
         for t in residual:
             everything += t.accs
             everything += [a for mono, _ in t.exp.lin for a in mono]
-        held = self.held.readable(self.schedule.records_gradients[p.fact.node])
+        held = self.held.readable(self.schedule.records_gradients[p.known.node])
         rates = [a for m, _ in (*p.q_weights, *p.fixed, *p.tokens) for a in m]
         like = self._some_node([*p.q, *rates, *p.k, *p.v], held)
-        dtype = p.fact.compute
+        dtype = p.known.compute
 
         def emitter(roles: Mapping[int, Aff]) -> Emitter:
             formats = dtype, _exact(dtype)
-            return Emitter(self.engine, roles, everything, held, like, *formats, lambda leaf: self._sum(leaf, p.fact))
+            return Emitter(self.engine, roles, everything, held, like, *formats, lambda leaf: self._sum(leaf, p.known))
 
         self.emitter, positions = emitter(p.roles), Positions(self.engine.space, p, emitter)
         heads, batch = p.head_roles(self.engine.space)
@@ -76,7 +76,7 @@ class Builder:
                 "separable",
                 f"at most {MOST_PRODUCTS} products of features",
                 f"{dk} of them",
-                4,
+                Progress.FACTORS,
                 "a power of scores, or a product of sums, has a feature for each product of theirs: a tensor larger "
                 "than what it would replace",
             )
@@ -99,14 +99,16 @@ class Builder:
         row_factor, added = self._around(p, residual)
         recipes = [e for e in (q, k, v, log_decay, state, row_factor, *added) if isinstance(e, Expr)]
         read = {v.node for e in recipes for v in values_of(e)}
-        region = self.assumptions.region(p.fact.node, read)
+        region = self.assumptions.region(p.known.node, read)
         if any(self.engine.exponentials[x].isdisjoint(region | read) for x in p.overflowing):
             raise unbounded()
         written = formulation(p, region)
         if written != "parallel" and not p.key_features and dv == 1:
             # a prefix sum or a loop of each channel by itself, which an operator of as many heads only slows down
-            raise Refused("separable", "queries and keys", "an elementwise recurrence, without queries and keys", 1)
-        fact = DecayedAttention(
+            raise Refused(
+                "separable", "queries and keys", "an elementwise recurrence, without queries and keys", Progress.NAMED
+            )
+        attention = DecayedAttention(
             q=Call(torch.cat, ([rows(q, 1, None), no_row(q)], 2)) if p.later else q,
             k=k,
             v=v,
@@ -124,27 +126,27 @@ class Builder:
             decay_source=self._decay_source(p),
             assumptions=self.assumptions.of(p, read, region),
         )
-        out: Expr = self._one_later(p, fact, q) if p.later else Attend(fact, 0)
-        return fact, self._replacement(p, out, batch, heads, e_group, row_factor, added)
+        out: Expr = self._one_later(p, attention, q) if p.later else Attend(attention, 0)
+        return attention, self._replacement(p, out, batch, heads, e_group, row_factor, added)
 
-    def _one_later(self, p: Proof, fact: DecayedAttention, q: Expr) -> Expr:
+    def _one_later(self, p: Proof, attention: DecayedAttention, q: Expr) -> Expr:
         """What each position reads of the sum up to the one before it: the first nothing, or what came in."""
-        out = rows(Attend(fact, 0), 0, -1)
-        if fact.initial_state is None:
-            return Call(torch.cat, ([no_row(Attend(fact, 0)), out], 2))
-        first = Call(torch.Tensor.to, (rows(q, 0, 1), _exact(fact.dtype)))
-        read = Call(torch.mul, (Call(torch.matmul, (first, fact.initial_state)), p.scale))
-        return Call(torch.cat, ([Call(torch.Tensor.to, (read, fact.dtype)), out], 2))
+        out = rows(Attend(attention, 0), 0, -1)
+        if attention.initial_state is None:
+            return Call(torch.cat, ([no_row(Attend(attention, 0)), out], 2))
+        first = Call(torch.Tensor.to, (rows(q, 0, 1), _exact(attention.dtype)))
+        read = Call(torch.mul, (Call(torch.matmul, (first, attention.initial_state)), p.scale))
+        return Call(torch.cat, ([Call(torch.Tensor.to, (read, attention.dtype)), out], 2))
 
-    def _sum(self, leaf: int, inside: Fact) -> Expr:
+    def _sum(self, leaf: int, inside: Known) -> Expr:
         """A sum that no node holds, as the attention that it is."""
         if (leaf, inside.node) not in self.sums:
             found = self.engine.leaves[leaf]
             assert isinstance(found.kind, Opaque) and found.kind.reading is not None and found.kind.compute is not None
-            fact = replace(inside, value=found.kind.reading, compute=found.kind.compute)
-            proof = prove(self.engine, fact)
+            known = replace(inside, value=found.kind.reading, compute=found.kind.compute)
+            proof = prove(self.engine, known)
             _, expr = Builder(self.schedule, self.interpreter, self.held).build(proof)
-            if found.dtype != fact.compute or proof.residual or proof.outer or proof.outer_weights:
+            if found.dtype != known.compute or proof.residual or proof.outer or proof.outer_weights:
                 expr = Call(torch.Tensor.to, (expr, found.dtype))
             self.sums[leaf, inside.node] = expr
         return self.sums[leaf, inside.node]
@@ -218,7 +220,7 @@ class Builder:
             expr = Call(torch.flip, (expr, [p.place[N_ROLE]]))
         for d in p.flattened:
             expr = Call(torch.flatten, (expr, d, d + 1))
-        rank = len(p.fact.value.shape) - len(p.flattened)
+        rank = len(p.known.value.shape) - len(p.flattened)
         for n, dims in enumerate(p.chunked):
             expr = _in_chunks(expr, rank + n, *dims)
         return expr
@@ -262,7 +264,7 @@ class Builder:
 
 def _log_decay(emitter: Emitter, p: Proof, batch: list[int], heads: list[int]) -> Expr:
     """The decay of each head, or of each token."""
-    exact = _exact(p.fact.compute)
+    exact = _exact(p.known.compute)
     total: Piece | None = None
     for mono, c in (*p.fixed, *p.tokens):
         piece = emitter.product(mono, rate=True)

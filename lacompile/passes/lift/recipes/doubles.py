@@ -21,7 +21,7 @@ class Doubles:
     """Of the values of one graph."""
 
     def __init__(self, interpreter: Interpreter):
-        self.facts, self.leaves = interpreter.facts, interpreter.engine.leaves
+        self.known, self.leaves = interpreter.known, interpreter.engine.leaves
         self.data: dict[fx.Node, frozenset[int]] = {}
 
     def among(self, read: Iterable[fx.Node], region: Collection[fx.Node]) -> Iterable[tuple[set[fx.Node], ...]]:
@@ -52,14 +52,14 @@ class Doubles:
         """The leaves that a value is made of."""
         found = self.data.get(node)
         if found is None:
-            leaves = self.leaves.data(_leaves(self.facts[node].value)) if node in self.facts else ()
+            leaves = self.leaves.data(_leaves(self.known[node].value)) if node in self.known else ()
             found = self.data[node] = frozenset(leaves)
         return found
 
     def _given(self, node: fx.Node) -> frozenset[int]:
         """The leaves of what it is computed from; a tuple has those of what that is computed from."""
         given = node.all_input_nodes
-        values = [n for g in given for n in ((g,) if g in self.facts else g.all_input_nodes)]
+        values = [n for g in given for n in ((g,) if g in self.known else g.all_input_nodes)]
         return frozenset().union(*map(self._all_in, values))
 
     def _made_of(self, node: fx.Node) -> set[fx.Node]:
@@ -80,12 +80,12 @@ class Doubles:
 
     def _leaf(self, node: fx.Node) -> int | None:
         """The only leaf that a value is a product of, if it is of one."""
-        fact = self.facts.get(node)
-        t = None if fact is None else fact.value.taken
+        known = self.known.get(node)
+        t = None if known is None else known.value.taken
         return None if t is None or len(t.accs) != 1 else t.accs[0][0]
 
     def _formats(self, nodes: Iterable[fx.Node]) -> set[torch.dtype]:
-        found = {self.facts[n].tensor.dtype for n in nodes if n in self.facts}
+        found = {self.known[n].tensor.dtype for n in nodes if n in self.known}
         return {dtype for dtype in found if dtype.is_floating_point}
 
 

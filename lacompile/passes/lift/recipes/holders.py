@@ -10,7 +10,7 @@ from torch import fx
 from ..domain.affine import MAX_DIMS, ONE, Aff
 from ..domain.kinds import Symbol
 from ..engine import Engine
-from ..interpret import Fact, Interpreter
+from ..interpret import Interpreter, Known
 
 Place = tuple[fx.Node, tuple[Aff, ...]]
 """A node, and the index of the leaf over the node's dimensions."""
@@ -35,12 +35,12 @@ def holders(interpreter: Interpreter) -> Holders:
     capture = interpreter.capture
     assert capture is not None
     found, parts = Holders(), Holders()
-    for node, fact in interpreter.facts.items():
-        held = _held(interpreter.engine, fact)
-        if held is None or fact.after not in (None, node):  # what was written into it later is held by the writer
+    for node, known in interpreter.known.items():
+        held = _held(interpreter.engine, known)
+        if held is None or known.after not in (None, node):  # what was written into it later is held by the writer
             continue
         leaf, idx = held
-        of_leaf = parts if is_part(fact.value.shape, idx, interpreter.engine.leaf_shapes[leaf]) else found
+        of_leaf = parts if is_part(known.value.shape, idx, interpreter.engine.leaf_shapes[leaf]) else found
         of_leaf.all.setdefault(leaf, (node, idx))
         if capture.records_gradients_at(node):
             of_leaf.with_gradients.setdefault(leaf, (node, idx))
@@ -53,12 +53,12 @@ def is_part(shape: tuple[Aff, ...], pattern: tuple[Aff, ...], sizes: tuple[Aff, 
     return any(d is not None and shape[d] != size for d, size in at)
 
 
-def _held(engine: Engine, fact: Fact) -> tuple[int, tuple[Aff, ...]] | None:
+def _held(engine: Engine, known: Known) -> tuple[int, tuple[Aff, ...]] | None:
     """The symbol that a value is, and its index; None if it is something else.
 
     Some entry of the index says where along each dimension of the value it is; the others follow from those.
     """
-    t = fact.value.one
+    t = known.value.one
     if t is None or t.coef != 1 or len(t.accs) != 1 or t.exp or t.guards or not t.poly.is_const:
         return None
     leaf, idx = t.accs[0]

@@ -16,7 +16,7 @@ from ...facts import Call, Expr
 from ..domain.affine import Aff
 from ..domain.term import Term
 from ..engine import Engine
-from ..interpret import Fact
+from ..interpret import Known
 from ..prove.obligations import prove
 from ..prove.proof import Refused
 from ..prove.roles import sequence_index
@@ -31,36 +31,36 @@ Rows = tuple[int, int]
 Found = tuple[list[Proved], Expr]
 
 
-def prove_segments(builder: Builder, fact: Fact) -> Found | None:
+def prove_segments(builder: Builder, known: Known) -> Found | None:
     """The attentions that lie side by side in this value, and the recipe that joins them; None if there are none."""
-    if not fact.value.single or not all(n.is_const for n in fact.value.shape):
+    if not known.value.single or not all(n.is_const for n in known.value.shape):
         return None
-    dims = {found[1] for t in fact.value.terms if (found := sequence_index(builder.engine, t)) is not None}
+    dims = {found[1] for t in known.value.terms if (found := sequence_index(builder.engine, t)) is not None}
     if len(dims) != 1:
         return None
     (rows,) = dims
-    for n in (rows, *(d for d in range(len(fact.value.shape)) if d != rows)):
-        if (found := _side_by_side_along(builder, fact, n)) is not None:
+    for n in (rows, *(d for d in range(len(known.value.shape)) if d != rows)):
+        if (found := _side_by_side_along(builder, known, n)) is not None:
             return found
     return None
 
 
-def _side_by_side_along(builder: Builder, fact: Fact, n: int) -> Found | None:
+def _side_by_side_along(builder: Builder, known: Known, n: int) -> Found | None:
     """The same for those that lie side by side along dimension ``n``: that of rows, or of heads or features."""
-    by_rows = _by_rows(builder.engine, fact.value.terms, n, int(fact.value.shape[n].const))
+    by_rows = _by_rows(builder.engine, known.value.terms, n, int(known.value.shape[n].const))
     if by_rows is None or not 2 <= len(by_rows) <= MOST:
         return None
     proved: list[Proved] = []
     parts: list[tuple[Rows, Expr]] = []
     try:
         for rows in sorted(by_rows):
-            proof = prove(builder.engine, _of_rows(builder, fact, n, rows, by_rows[rows]))
+            proof = prove(builder.engine, _of_rows(builder, known, n, rows, by_rows[rows]))
             attention, recipe = builder.build(proof)
             proved.append((proof, attention))
             parts.append((rows, recipe))
     except Refused:
         return None
-    joined = _side_by_side(parts, n, [int(size.const) for size in fact.value.shape])
+    joined = _side_by_side(parts, n, [int(size.const) for size in known.value.shape])
     return None if joined is None else (proved, joined)
 
 
@@ -95,12 +95,12 @@ def _rows(engine: Engine, t: Term, n: int, length: int) -> Rows:
     return low, high
 
 
-def _of_rows(builder: Builder, fact: Fact, n: int, rows: Rows, terms: Sequence[Term]) -> Fact:
+def _of_rows(builder: Builder, known: Known, n: int, rows: Rows, terms: Sequence[Term]) -> Known:
     """The value on these rows, counted from the first of them."""
     engine, (low, high) = builder.engine, rows
-    shape = (*fact.value.shape[:n], Aff.lit(high - low + 1), *fact.value.shape[n + 1 :])
+    shape = (*known.value.shape[:n], Aff.lit(high - low + 1), *known.value.shape[n + 1 :])
     at = Aff.lit(low) if low == high else Aff.var(n) + low
-    return replace(fact, value=engine.sum_of(shape, (t.sub(engine.space, {n: at}) for t in terms)))
+    return replace(known, value=engine.sum_of(shape, (t.sub(engine.space, {n: at}) for t in terms)))
 
 
 def _side_by_side(parts: Sequence[tuple[Rows, Expr]], n: int, shape: Sequence[int]) -> Expr | None:

@@ -16,7 +16,7 @@ from ..domain.leaves import NINE_DIGITS
 from ..domain.prefix import between, counted_from
 from ..domain.term import Term
 from ..engine import Engine
-from ..interpret import Fact
+from ..interpret import Known
 from ..normal.weights import as_update
 from ..prove.proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
 from ..prove.roles import sequence_index
@@ -25,18 +25,18 @@ from .builder import Builder, Proved
 from .emit import CannotEmit, permuted, size_of
 
 
-def looks_like_state(engine: Engine, fact: Fact) -> bool:
+def looks_like_state(engine: Engine, known: Known) -> bool:
     """A weighted sum of outer products over all positions, or a state and one update: no position is left."""
-    if not fact.value.single or prove_step(engine, fact, fact.value.terms) is not None:
+    if not known.value.single or prove_step(engine, known, known.value.terms) is not None:
         return False
-    if len(fact.value.terms) == 2 and not any(t.bound(engine.space) for t in fact.value.terms):
+    if len(known.value.terms) == 2 and not any(t.bound(engine.space) for t in known.value.terms):
         return True
-    return any(t.bound(engine.space) and sequence_index(engine, t) is None for t in fact.value.terms) and not any(
-        sequence_index(engine, t) is not None for t in fact.value.terms
+    return any(t.bound(engine.space) and sequence_index(engine, t) is None for t in known.value.terms) and not any(
+        sequence_index(engine, t) is not None for t in known.value.terms
     )
 
 
-def final_states(builder: Builder, states: Sequence[Fact], proofs: Sequence[Proved]) -> list[Match]:
+def final_states(builder: Builder, states: Sequence[Known], proofs: Sequence[Proved]) -> list[Match]:
     """Those of these values that are the last state of an attention that was proved."""
     out: list[Match] = []
     by_leaf: dict[int | None, list[Proved]] = {}
@@ -44,14 +44,14 @@ def final_states(builder: Builder, states: Sequence[Fact], proofs: Sequence[Prov
         # the keys and values of an attention are factors of its state, whatever else is one
         leaf = next((leaf for leaf, _ in (*proof.v, *proof.k)), None)
         by_leaf.setdefault(leaf, []).append((proof, attention))
-    for fact in states:
-        held = dict.fromkeys(leaf for c in fact.value.cases for t in c.terms for leaf, _ in t.accs)
+    for known in states:
+        held = dict.fromkeys(leaf for c in known.value.cases for t in c.terms for leaf, _ in t.accs)
         for proof, attention in (found for leaf in (*held, None) for found in by_leaf.get(leaf, ())):
-            there = _in_the_mode_of(builder, fact, proof.fact.node)
+            there = _in_the_mode_of(builder, known, proof.known.node)
             expr = None if there is None else final_state(builder.engine, there, proof, attention)
             if there is not None and expr is not None:
                 with suppress(Refused):  # the loop's own last state is as right
-                    if _requires_grad(proof.fact.node) and not _requires_grad(there.node):
+                    if _requires_grad(proof.known.node) and not _requires_grad(there.node):
                         expr = Call(torch.Tensor.detach, (expr,))
                     assumed = builder.assumptions.of_state(there.node, expr, proof)
                     out.append(Match(there.node, expr, attentions_of(expr), there.after, assumptions=assumed))
@@ -64,14 +64,14 @@ def _requires_grad(node: fx.Node) -> bool:
     return isinstance(example, torch.Tensor) and example.requires_grad
 
 
-def _in_the_mode_of(builder: Builder, state: Fact, attention: fx.Node) -> Fact | None:
+def _in_the_mode_of(builder: Builder, state: Known, attention: fx.Node) -> Known | None:
     """The state where gradients are recorded if and only if they are for the attention: one call computes both.
 
     What a cache keeps is often copied without gradients; then it is what was copied.
     """
-    facts, recorded = builder.interpreter.facts, builder.schedule.records_gradients
+    known, recorded = builder.interpreter.known, builder.schedule.records_gradients
     while recorded[state.node] != recorded[attention]:
-        before = (facts.get(n) for n in builder.interpreter.sources(state.node))
+        before = (known.get(n) for n in builder.interpreter.sources(state.node))
         same = next((f for f in before if f is not None and f.value.cases == state.value.cases), None)
         if same is None:
             return None
@@ -79,13 +79,13 @@ def _in_the_mode_of(builder: Builder, state: Fact, attention: fx.Node) -> Fact |
     return state
 
 
-def final_state(engine: Engine, fact: Fact, p: Proof, attention: DecayedAttention) -> Expr | None:
-    """``fact`` as the state after the last position of a proved attention; None if it is not that state."""
-    shape = fact.value.shape
+def final_state(engine: Engine, known: Known, p: Proof, attention: DecayedAttention) -> Expr | None:
+    """``known`` as the state after the last position of a proved attention; None if it is not that state."""
+    shape = known.value.shape
     real = [d for d in range(len(shape)) if shape[d] != ONE]
     features = len(p.key_features)
     has_e = E_ROLE in p.roles and p.roles[E_ROLE] != ONE
-    if features > 1 or not fact.value.single:
+    if features > 1 or not known.value.single:
         return None
     last = p.roles[N_ROLE] - 1
     for d in real if features and p.roles[D_ROLE] != ONE else [None]:
@@ -104,7 +104,7 @@ def final_state(engine: Engine, fact: Fact, p: Proof, attention: DecayedAttentio
                 if shape[e] != p.roles[E_ROLE]:
                     continue
                 rename[e] = Aff.var(E_ROLE)
-            times = _multiple_of_state(engine, fact, p, rename, last)
+            times = _multiple_of_state(engine, known, p, rename, last)
             if times is not None:
                 heads, rest = p.head_roles(engine.space)
                 place = dict(zip(want, have, strict=True))
@@ -114,8 +114,8 @@ def final_state(engine: Engine, fact: Fact, p: Proof, attention: DecayedAttentio
     return None
 
 
-def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, Aff], last: Aff) -> float | None:
-    """The number times the operator's final state that ``fact`` is; None if it is none."""
+def _multiple_of_state(engine: Engine, known: Known, p: Proof, rename: dict[int, Aff], last: Aff) -> float | None:
+    """The number times the operator's final state that ``known`` is; None if it is none."""
     space = engine.space
     sums: list[float] = []  # what the sum over positions is multiplied by; at most one
     starts: list[float] = []  # what the initial state is multiplied by
@@ -124,9 +124,9 @@ def _multiple_of_state(engine: Engine, fact: Fact, p: Proof, rename: dict[int, A
         apart = (t.exp.sub(space, mapping) - weight).number
         return None if apart is None else t.coef * math.exp(apart)
 
-    terms = fact.value.terms
+    terms = known.value.terms
     end = last if p.delayed else last + 1
-    for t in as_update(space, engine.leaves, fact.value.shape, terms) if p.roles[N_ROLE] == ONE else terms:
+    for t in as_update(space, engine.leaves, known.value.shape, terms) if p.roles[N_ROLE] == ONE else terms:
         bound = t.bound(space)
         if not t.poly.is_const:
             return None

@@ -12,7 +12,7 @@ from ...facts import Call, DecayedAttention, Expr
 from ..domain.affine import Aff
 from ..domain.exponent import Access
 from ..domain.term import Term, value
-from ..interpret import Fact
+from ..interpret import Known
 from ..prove.fragments import is_part
 from ..prove.obligations import prove
 from ..prove.proof import D_ROLE, E_ROLE, N_ROLE, Proof, Refused
@@ -24,24 +24,24 @@ MOST = 4
 """Attentions in one sum: of a loop whose pieces do not merge there are as many as pieces."""
 
 
-def prove_sum(builder: Builder, fact: Fact) -> tuple[list[Proved], Expr] | None:
+def prove_sum(builder: Builder, known: Known) -> tuple[list[Proved], Expr] | None:
     """The attentions that this value is the sum of, and the recipe of the sum; None if it is none.
 
     What is no sum over positions, a state that came in or a plain term, goes each to the first attention that takes it.
     """
-    if not fact.value.single:
+    if not known.value.single:
         return None
     sums, rest = [], []
-    for t in from_the_first_row(builder.engine, fact.value.shape, fact.value.terms):
+    for t in from_the_first_row(builder.engine, known.value.shape, known.value.terms):
         (sums if sequence_index(builder.engine, t) is not None else rest).append(t)
     if not 2 <= len(sums) <= MOST:
         return None
     proved: list[Proved] = []
     recipes: list[Expr] = []
     for t in sums:
-        found, taken = _alone(builder, fact, [t]), [t]
+        found, taken = _alone(builder, known, [t]), [t]
         for other in rest:
-            if (more := _alone(builder, fact, [*taken, other])) is not None:
+            if (more := _alone(builder, known, [*taken, other])) is not None:
                 found, taken = more, [*taken, other]
         if found is None:
             return None
@@ -86,8 +86,8 @@ def _place(a: Access) -> Access:
     return a[0], tuple(Aff(tuple(t for t in i.terms if not D_ROLE <= t[0] < E_ROLE), i.const) for i in a[1])
 
 
-def _alone(builder: Builder, fact: Fact, terms: list[Term]) -> tuple[Proof, DecayedAttention, Expr] | None:
-    part = replace(fact, value=value(fact.value.shape, terms))
+def _alone(builder: Builder, known: Known, terms: list[Term]) -> tuple[Proof, DecayedAttention, Expr] | None:
+    part = replace(known, value=value(known.value.shape, terms))
     try:
         proof = prove(builder.engine, part, queries=False)
         return None if is_part(builder.engine.space, proof) else (proof, *builder.build(proof))

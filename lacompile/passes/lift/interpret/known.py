@@ -12,7 +12,7 @@ from ..domain.term import Val
 
 
 @dataclass
-class Fact:
+class Known:
     """What is known of one Dynamo value."""
 
     node: fx.Node
@@ -24,6 +24,6 @@ class Fact:
     """The node that last wrote into it, if it was written after it was made."""
 
 
-def given_to(node: fx.Node, facts: Mapping[fx.Node, Fact]) -> list[Val]:
+def given_to(node: fx.Node, known: Mapping[fx.Node, Known]) -> list[Val]:
     """The values that a call is given, of those that are known."""
-    return [facts[n].value for n in node.all_input_nodes if n in facts]
+    return [known[n].value for n in node.all_input_nodes if n in known]

@@ -1,5 +1,6 @@
 """What a normal form is made of (docs/how-matching-works.md, section 2), and what is known of its numbers.
 
+choices      how a graph is read where there is more than one way
 affine       integer-affine indices
 divisions    floor divisions, and the bounds of affine forms over a box
 space        products of sizes, and mixed radix with symbolic ones

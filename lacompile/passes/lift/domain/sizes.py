@@ -6,6 +6,7 @@ A guard holds in every run of the compiled program, so it may be used as a fact.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -22,10 +23,9 @@ UNBOUNDED = 2**40
 class Sizes:
     """The sizes of one analysis: PyTorch's expressions to forms over its variables."""
 
-    def __init__(self, space: Space) -> None:
+    def __init__(self, space: Space, taken_for: Mapping[Any, Any]) -> None:
         self.space = space
-        self.taken_for: dict[Any, Any] = {}
-        """Symbols, and the symbol or the number that each is taken for."""
+        self._taken_for = taken_for  # symbols, and the symbol or the number that each is taken for
         self._known: dict[Any, Aff] = {}
         self._equal: dict[Any, Any] | None = None  # an expression -> a simpler one of the same value
         self._divisor: dict[Any, int] = {}  # a size -> a number that divides it
@@ -37,7 +37,7 @@ class Sizes:
         found = self._known.get(expr)
         if found is None:
             if self._equal is None:
-                self._equal = {a: sympy.sympify(b) for a, b in self.taken_for.items()}
+                self._equal = {a: sympy.sympify(b) for a, b in self._taken_for.items()}
                 self._learn(getattr(env, "guards", ()))
             found = self._known[expr] = self._made(expr, env)
         return found
@@ -110,7 +110,7 @@ class Sizes:
         assert self._equal is not None
         whole: list[tuple[Any, Any]] = []
         for guard in guards:
-            expr = guard.expr.xreplace(self._equal) if self.taken_for else guard.expr
+            expr = guard.expr.xreplace(self._equal) if self._taken_for else guard.expr
             if not isinstance(expr, sympy.Eq):
                 continue
             for left, right in (expr.args, reversed(expr.args)):

@@ -12,6 +12,7 @@ import torch
 
 from ...._compat import hint
 from ..domain.affine import INF, ONE, Aff
+from ..domain.choices import Choices
 from ..domain.exponent import Access
 from ..domain.intervals import ANY, POSITIVE, Interval, product
 from ..domain.kinds import Opaque, Scalar
@@ -22,16 +23,18 @@ from ..domain.term import Precision, Term, Val, value
 from ..normal.algebra import Algebra
 from .limits import GiveUp
 
+DEFAULTS = Choices()
 LARGEST_LOGARITHM = 700.0  # exp of it is a number in fp64
 
 
 class Program(Algebra):
     """The algebra of one analysis together with its leaves and the symbolic sizes of the traced program."""
 
-    def __init__(self) -> None:
+    def __init__(self, choices: Choices = DEFAULTS) -> None:
         super().__init__()
+        self.choices = choices
         self.leaves = Leaves(self.leaf_shapes)
-        self.sizes = Sizes(self.space)
+        self.sizes = Sizes(self.space, dict(choices.equal))
         self.endless = Aff.var(self.space.symbol(1, INF))  # as many positions as are asked for
         self.symints: dict[Aff, torch.SymInt] = {}
         self._seen: dict[Aff, Aff] = {}
@@ -42,12 +45,9 @@ class Program(Algebra):
         self.view_maps: dict[tuple[tuple[Aff, ...], tuple[Aff, ...]], dict[int, Aff]] = {}  # from old and new sizes
         self.narrowed: set[frozenset[int]] = set()  # of products cast to a narrower format
         self.turned = False  # whether the program turned tensors of data from their end to their beginning
-        self.turned_whole = False  # whether these are taken as they are
         self.weighed = False  # whether the features of a token or chunk were multiplied by known numbers
-        self.weighed_whole = False  # whether these products are taken as they are
         self.parts: set[tuple[int, ...]] = set()  # leaves of sums over parts of a dimension, as a head's features are
         self.parts_weighed = False  # whether such a sum was met in an exponent
-        self.parts_whole = False  # whether these sums are taken as they are
         self.exponentials: dict[tuple[int, float], set[Any]] = {}  # exp(c * leaf) -> who computes all of it
         self.of_short_data = False  # whether all fractions that the program is given are in sixteen bits
         self.running: Any = None  # the Dynamo node that is being lifted

@@ -18,10 +18,8 @@ import torch
 from torch import fx
 
 from ...._compat import hint, must_stay_symbolic
+from ..domain.choices import Equal
 from .statics import belongs_to_module
-
-Equal = tuple[Any, Any]
-"""A symbol of the traced program, and the symbol or the number that it may be taken for."""
 
 Places = dict[Any, set[tuple[fx.Node, int]]]
 """A symbol, and the inputs and dimensions that have it as their size."""

@@ -54,16 +54,12 @@ class Statics:
         engine: the analysis they become part of.
         placeholders: the graph's inputs.
         example_inputs: the real tensors behind them.
-        reading: which one to take where rounding leaves two readings of a buffer, 0 or 1.
     """
 
-    def __init__(
-        self, engine: Engine, placeholders: Sequence[fx.Node], example_inputs: Sequence[Any], reading: int = 0
-    ):
+    def __init__(self, engine: Engine, placeholders: Sequence[fx.Node], example_inputs: Sequence[Any]):
         self.engine = engine
         self.ambiguous = 0
         self.lines: set[int] = set()  # leaves of vectors that are slopes of heads, or weights of positions
-        self._reading = reading
         self.real: dict[fx.Node, torch.Tensor] = {}
         self._passed: dict[fx.Node, Fit | None] = {}  # arguments, and what a mask was fitted to
         self._values: dict[fx.Node, Val] = {}
@@ -96,7 +92,7 @@ class Statics:
                 fits[n] = found
         self._read_passed(passed, nodes, fits, vectors)
         groups = families(fits, vectors)
-        joined, left = lines(groups, vectors, alone=bool(reading))
+        joined, left = lines(groups, vectors, alone=bool(engine.choices.fit))
         self.lines = {self._leaf(nodes[n]) for n in left}
         fits |= joined
         fits |= block_decays(groups, vectors)
@@ -144,7 +140,7 @@ class Statics:
             return None
         if node in self._values:  # of one sign
             self.ambiguous += 1
-            if not self._reading:
+            if not self.engine.choices.fit:
                 return None
         self._used.add(node)
         return replace(line, precision=Precision.EXACT)
@@ -216,7 +212,7 @@ class Statics:
             distance = found.distances[0]
             if len(found.distances) > 1:
                 # The pair of a chunk's decays, from its start and to its end: in one order, or in the other.
-                distance = found.distances[(unclear + self._reading) % len(found.distances)]
+                distance = found.distances[(unclear + self.engine.choices.fit) % len(found.distances)]
                 unclear += 1
             if source is not None:
                 slope = self._read_slope(nodes[source[0]], source[1], found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_leaves
 from ...._compat import AnotherInEachCall, no_number_for_a_symbol
 from ...capture import Capture, Memory, ViewStep, aliases, fake_mode_of
 from ...examples import ONE_TENSOR, example_of, is_floating
+from ..domain.choices import Choices
 from ..domain.intervals import interval_of
 from ..domain.kinds import WITHOUT_GRADIENTS, Opaque
 from ..domain.precision import SHORT
 from ..domain.term import Val
 from ..engine import Engine, GiveUp, Unmerged
-from ..inputs.alike import Equal
 from ..inputs.statics import Statics
 from ..transfer import TELL_ZEROS_APART, Op, transfer
 from .constants import Constants
@@ -37,7 +37,7 @@ aten = torch.ops.aten
 class Interpreter:
     """Implements :class:`lacompile.passes.capture.Observer` over the normal form."""
 
-    engine: Engine = field(default_factory=Engine)
+    engine: Engine = field(init=False)
     known: dict[fx.Node, Known] = field(default_factory=dict)
     demanded: dict[fx.Node, None] = field(default_factory=dict)  # in the order of their first demand
     give_ups: dict[fx.Node, str] = field(default_factory=dict)
@@ -45,13 +45,9 @@ class Interpreter:
     capture: Capture | None = None
     without_gradients: list[tuple[fx.Node, torch.Tensor]] = field(default_factory=list)
     read_buffers: bool = True
-    reading: int = 0
-    equal: Sequence[Equal] = ()
+    choices: Choices = field(default_factory=Choices)
     cuts: frozenset[fx.Node] = frozenset()
     """Values that are taken as the tensors that they are."""
-    turned_whole: bool = False
-    weighed_whole: bool = False
-    parts_whole: bool = False
     numbers: Numbers = field(init=False)
     _mode: Any = None  # that Dynamo traced in
     _gave_up: str | None = None
@@ -63,10 +59,8 @@ class Interpreter:
     _leaves: int = 0  # how many there were when the last node had been run
 
     def __post_init__(self) -> None:
+        self.engine = Engine(self.choices)
         self.numbers = Numbers(self.engine)
-        self.engine.sizes.taken_for.update(self.equal)
-        self.engine.turned_whole, self.engine.weighed_whole = self.turned_whole, self.weighed_whole
-        self.engine.parts_whole = self.parts_whole
 
     def run(self, gm: fx.GraphModule, example_inputs: Any) -> None:
         self.capture, self._mode = Capture(gm, self), fake_mode_of(gm)
@@ -82,7 +76,7 @@ class Interpreter:
         inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
         self.engine.of_short_data = all(example_of(n).dtype in SHORT for n in inputs if is_floating(n))
         if self.read_buffers:
-            self.statics = Statics(self.engine, inputs, example_inputs, self.reading)
+            self.statics = Statics(self.engine, inputs, example_inputs)
         self.capture.run(example_inputs)
 
     # ------------------------------------------------------------------------------------------------------ observer

@@ -87,7 +87,7 @@ class LoopResults:
         engine, t = self._engine, v.taken
         kinds = [engine.leaves[leaf].kind for leaf, _ in (() if t is None else t.accs)]
         given = bool(kinds) and all(isinstance(k, Opaque) and k.node in self.given for k in kinds)
-        return engine.weighed_whole and engine.of_features(v, w) and not (given and not engine.in_part(v))
+        return engine.choices.weighed_whole and engine.of_features(v, w) and not (given and not engine.in_part(v))
 
     def _is_piece(self, val: Val) -> bool:
         """Whether it is beside others of its kind already."""

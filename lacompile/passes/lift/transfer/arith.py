@@ -68,9 +68,9 @@ def neg(op: Op) -> Val:
 def mul(op: Op) -> Val:
     if any(d is torch.bool for d in op.dtypes if d) and op.out.dtype is torch.bool:
         return both(op)
-    if (op.engine.weighed_whole or not op.engine.weighed) and _weighs_features(op):
+    if (op.engine.choices.weighed_whole or not op.engine.weighed) and _weighs_features(op):
         op.engine.weighed = True
-        if op.engine.weighed_whole:
+        if op.engine.choices.weighed_whole:
             raise GiveUp("features times known numbers, which are taken as they are")
     number = op.args[1]
     if isinstance(number, torch.SymInt | torch.SymFloat):

@@ -284,7 +284,7 @@ def summed(op: Op, v: Val, dims: Sequence[int], keepdim: bool, scale: float = 1.
         return out
     if engine.structured(out) and all(len(set(t.accs)) == 1 for t in flat.terms):
         # Of a part of a dimension: of a chunk's tokens, which a decay is summed over, or of the features of a head.
-        if engine.parts_whole:
+        if engine.choices.parts_whole:
             return value(op.shape, [alt])
         engine.parts |= {t.signature for t in out.terms}
     return replace(out, alt=alt)

@@ -152,7 +152,7 @@ def unbind(op: Op) -> list[Val]:
 def flip(op: Op) -> Val:
     if len(op.shape) > 1 and not op.engine.index_only(op.args[0]):  # a vector is no sequence
         op.engine.turned = True
-        if op.engine.turned_whole:
+        if op.engine.choices.turned_whole:
             raise GiveUp("a turned tensor, which is taken as it is")
     v = op.args[0]
     dims = [op.dim(d, len(v.shape)) for d in op.args[1]]

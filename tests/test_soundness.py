@@ -1,4 +1,4 @@
-"""Programs on which a rewrite would be wrong, each with the step of docs/how-matching-works.md that it attacks.
+"""Programs on which a rewrite would be wrong, each attacking a step of docs/matching/soundness.md.
 
 Where the attack is on the proof, validation is off: it looks at short sequences only, and the proof must stand without
 it. A hole that is known and open is an ``xfail``, strictly: when it is closed the mark goes and the test stays.

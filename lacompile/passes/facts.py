@@ -202,7 +202,7 @@ class Refusal:
     """Why something that looked like a decayed attention stays as it was. A value, never an exception.
 
     ``stage``: lift, match, legality, validate, select or rewrite. ``obligation``: a short stable id such as
-    ``causal-range`` (see docs/how-matching-works.md). ``progress`` ranks near misses: the furthest one is shown first.
+    ``causal-range`` (see docs/matching/proof.md). ``progress`` ranks near misses: the furthest one is shown first.
     """
 
     stage: str

@@ -642,7 +642,7 @@ def _aliased(k, flat, q, v):
 
 
 def keys_that_were_data_before(q, k, v):
-    """Section 7: the first value that holds the keys was computed without gradients; the keys are computed again."""
+    """The first value that holds the keys was computed without gradients; the keys are computed again."""
     with torch.no_grad():
         shown = k.cos().sum()
     return attention(q, k.cos(), v, causal()), shown

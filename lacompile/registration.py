@@ -1,7 +1,7 @@
 """Operators of PyTorch's dispatcher with little Python between a call and its implementation.
 
 ``torch.library.custom_op`` compares the storage of every result with that of every argument and makes a context for
-each call. Beside a short kernel that counts (docs/kernel-notes.md, section 8), so this registers with what lies below.
+each call. Beside a short kernel that counts (docs/kernel-notes/host.md), so this registers with what lies below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Programs on which a rewrite would be wrong, each with the step of docs/how-matching-works.md that it attacks.
+"""Programs on which a rewrite would be wrong, each attacking a step of docs/matching/soundness.md.
 
 Where the attack is on the proof, validation is off: it looks at short sequences only, and the proof must stand without
 it. A hole that is known and open is an ``xfail``, strictly: when it is closed the mark goes and the test stays.
@@ -642,7 +642,7 @@ def _aliased(k, flat, q, v):
 
 
 def keys_that_were_data_before(q, k, v):
-    """Section 7: the first value that holds the keys was computed without gradients; the keys are computed again."""
+    """The first value that holds the keys was computed without gradients; the keys are computed again."""
     with torch.no_grad():
         shown = k.cos().sum()
     return attention(q, k.cos(), v, causal()), shown

@@ -220,8 +220,7 @@ class Refusal:
     """Why something that looked like a decayed attention stays as it was. A value, never an exception.
 
     ``stage``: lift, match, legality, validate, select or rewrite. ``obligation``: a short stable id such as
-    ``causal-range`` (see docs/how-matching-works.md). Near misses are told
-    by ``progress``, the furthest one first.
+    ``causal-range`` (see docs/matching/proof.md). Near misses are told by ``progress``, the furthest one first.
     """
 
     stage: str

@@ -1,7 +1,8 @@
 """What a compiled kernel's instructions say of products whose first operand is in registers.
 
 The tensor cores read it while the program goes on, up to the next wait. Kernels with such products have come out of a
-compiler wrong (docs/kernel-notes.md, section 6); a register that is used for something else too soon would be one way.
+compiler wrong (docs/kernel-notes/tuning-and-hazards.md); a register that is used for something else too soon would be
+one way.
 """
 
 from __future__ import annotations

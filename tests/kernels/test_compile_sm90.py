@@ -51,7 +51,7 @@ CASES = {
     "hopper backward fp32 128 of bf16": ("hopper backward 0 qkv", "fp32", 128, 128, False, True, 0),
     "hopper backward fp32 128x64 per token with decay of bf16": ("hopper decays 0 qk", "fp32", 128, 64, True, True, 0),
     # With one decay for all tokens the portable backward kernel spills; marks at every chunk were up to a tenth faster,
-    # and took more than twice the memory (docs/kernel-notes.md, section 21).
+    # and took more than twice the memory (docs/kernel-notes/decay-gradient.md).
     "forward bf16 64": ("forward", "bf16", 64, 64, False, True, 0),
     "backward bf16 64 two stages": ("backward 1", "bf16", 64, 64, True, True, 0),
     "backward bf16 256 one stage": ("backward 1", "bf16", 256, 256, False, True, 392),
@@ -59,7 +59,7 @@ CASES = {
     "forward bf16 128x64 per token": ("forward", "bf16", 128, 64, True, True, 48),
     "forward bf16 256": ("forward", "bf16", 256, 256, False, True, 0),
     "forward fp16 80 by pointer": ("forward", "fp16", 80, 80, True, False, 96),
-    # Tiles of fp32 that spill little or nothing are slower (docs/kernel-notes.md, sections 17 and 18).
+    # Tiles of fp32 that spill little or nothing are slower (docs/kernel-notes/fp32.md).
     "forward fp32 64": ("forward", "fp32", 64, 64, False, False, 320),
     "forward fp32 128": ("forward", "fp32", 128, 128, False, False, 608),
     "backward fp32 64": ("backward", "fp32", 64, 64, True, False, 640),

@@ -437,7 +437,7 @@ class TestPlan:
         ],
     )
     def test_plans_of_an_h200(self, heads, length, size, uses, count):
-        """Those that docs/kernel-notes.md gives times of, so that no change of the model goes unnoticed."""
+        """Those that docs/kernel-notes gives times of, so that no change of the model goes unnoticed."""
         launch = lightning2.launch
         tiles = space.hopper(size, size, torch.bfloat16)[0]
         programs = heads * uses * launch.blocks(size, tiles.bv)

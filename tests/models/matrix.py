@@ -23,11 +23,11 @@ HEAD = """# Support matrix
 
 What the test run finds of public programs, each as its package ships it. `make matrix` writes this page, and the tests
 fail where they find something else than it says. Outputs and all gradients of every program are compared with a run in
-fp64, whether it is rewritten or left alone.
+fp64, whether it is rewritten or left alone. Which forms are found, by subject, is in [forms.md](forms.md).
 
 - *rewrites*: how many decayed attentions became the operator; 0 is right for a program that is none.
-- *left alone because*: the [obligation](how-matching-works.md#5-what-a-match-must-prove) that failed, and what was
-  found instead. Beside a rewrite, the reason is of another part of the program.
+- *left alone because*: the [obligation](matching/proof.md#obligations) that failed, and what was found instead. Beside
+  a rewrite, the reason is of another part of the program.
 - *any length*: what becomes of it where the length is not a number, as after a call with another one. "yes": the same
   rewrites for all lengths. "a number": Dynamo compiles anew for each length, as it does for loops, with the same
   rewrites. Empty: not asked.

@@ -1,7 +1,7 @@
 """Launches through CUDA's own driver, of parameters that were packed once for the addresses that they hold.
 
 Triton's launch makes each argument anew in each call: it encodes descriptors and asks the driver about addresses. That
-takes longer than a short sequence does on the GPU (docs/kernel-notes.md, section 8).
+takes longer than a short sequence does on the GPU (docs/kernel-notes/host.md).
 
 What a kernel is handed, and in which order, is Triton's to choose. So a kernel is launched this way only if the driver
 says that it takes as many parameters as are packed here, each of the same size; and before it is trusted it is asked

@@ -186,7 +186,7 @@ def plan(length: int, programs: int, hardware: Hardware, tiles: Config, uses: in
 
     Segments are multiples of GRANULE tokens. The model is of the multiprocessor that gets the most programs, no faster
     than memory is for all of them, and of a pre-pass, which for the backward pass goes both ways at once. It is fitted
-    to times on an H200 (docs/kernel-notes.md, sections 13 and 14).
+    to times on an H200 (docs/kernel-notes/few-heads-and-tokens.md).
     """
     processors, passes = hardware.processors, min(uses, 2)
     memory = tiles.pace * programs * length / (processors * tiles.saturating * hardware.bandwidth)

@@ -105,7 +105,7 @@ def portable(dk: int, dv: int, dtype: torch.dtype) -> Config:
     bv = max(16, min(64, next_power_of_2(dv)))
     if dtype == torch.float32:
         # Six products for one leave few registers: short chunks, or narrow blocks, some of which then spill and are
-        # faster all the same (docs/kernel-notes.md, section 17).
+        # faster all the same (docs/kernel-notes/fp32.md).
         if max(bk, next_power_of_2(dv)) == 64:
             return Config("portable", bk, min(bv, 32), CHUNK, 4, 1, pace=65.0)
         if max(bk, next_power_of_2(dv)) == 128:

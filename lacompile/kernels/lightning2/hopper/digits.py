@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 @gluon.jit
 def rounded(x, dtype: gl.constexpr):
-    """x in 16 bits, two numbers at a time: the instruction that converts one is slow (kernel-notes.md, section 19)."""
+    """x in 16 bits, two numbers at a time: the instruction that converts one is slow (kernel-notes/fp32.md)."""
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=gl.bfloat16, is_pure=True, pack=2

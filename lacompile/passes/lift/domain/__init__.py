@@ -1,4 +1,4 @@
-"""What a normal form is made of (docs/how-matching-works.md, section 2), and what is known of its numbers.
+"""What a normal form is made of (docs/matching/domain.md), and what is known of its numbers.
 
 choices      how a graph is read where there is more than one way
 affine       integer-affine indices

@@ -1,4 +1,4 @@
-"""Rules that keep the value: equal sums become equal terms (docs/how-matching-works.md, section 3).
+"""Rules that keep the value: equal sums become equal terms (docs/matching/rules.md).
 
 One term:
 

@@ -1,7 +1,7 @@
 """Normalisation of one term: guards, ranges and bound indices, until nothing changes.
 
 The rules are sound on their own: each returns a term with the same value at every index. Their ids (R1, R2, ...) are
-the ones used in docs/how-matching-works.md.
+the ones used in docs/matching/rules.md.
 """
 
 from __future__ import annotations

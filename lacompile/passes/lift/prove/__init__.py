@@ -1,4 +1,4 @@
-"""Which values are decayed attentions (docs/how-matching-works.md, section 5).
+"""Which values are decayed attentions (docs/matching/proof.md).
 
 proof        what was proved
 obligations  what has to be, one by one

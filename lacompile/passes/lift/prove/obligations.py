@@ -1,4 +1,4 @@
-"""Which values are decayed attentions: the obligations of design section 1, checked one by one on the normal form.
+"""Which values are decayed attentions: the obligations of docs/matching/proof.md, checked on the normal form.
 
 Every obligation that fails is a :class:`~lacompile.passes.facts.Refusal` naming it. Their ids, in the order checked:
 

@@ -1,4 +1,4 @@
-"""From proofs to recipes over values of the graph (docs/how-matching-works.md, section 6).
+"""From proofs to recipes over values of the graph (docs/matching/emission.md).
 
 builder      the recipe of one attention
 segments     of several side by side

@@ -72,6 +72,18 @@ def test_lengths(n):
     assert_rewritten(tokens(lambda x, z, t: x / (z + 1e-6)), *heads(n), count=2, compiled=False)
 
 
+def of_one_projection(x, w, b):
+    """Two heads, whose features are parts of one tensor that each step reads a token of."""
+    q, k, v = (y.unflatten(-1, (2, D)).transpose(1, 2) for y in torch.nn.functional.linear(x, w, b).chunk(3, -1))
+    return tokens(lambda x, z, t: x / z, features=lambda y: torch.nn.functional.elu(y) + 1)(q, k, v)
+
+
+def test_heads_of_one_projection():
+    shapes = (1, N, 8), (6 * D, 8), (6 * D,)
+    args = [torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for shape in shapes]
+    assert_rewritten(of_one_projection, *args, count=2, compiled=False)
+
+
 def test_inductor_compiles_them():
     assert_rewritten(tokens(lambda x, z, t: x / (z + 1e-6)), *heads(), count=2)
 

@@ -45,6 +45,27 @@ def test_scores_divided_by_their_row_sums(features, how):
     assert not report.near_misses
 
 
+SPLITS = {
+    "parts": lambda y: (z.unflatten(-1, (H, D)).transpose(1, 2) for z in y.chunk(3, -1)),
+    "before heads": lambda y: y.unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4),
+    "inside heads": lambda y: y.unflatten(-1, (H, 3 * D)).transpose(1, 2).split(D, -1),
+}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_of_one_projection(split):
+    """q is the tensor that k is, at another place: what is divided by is a sum of both all the same."""
+
+    def run(x, w, b):
+        q, k, v = SPLITS[split](F.linear(x, w, b))
+        a = (FEATURES["elu"](q) @ FEATURES["elu"](k).mT).tril()
+        return ((a / a.sum(-1, keepdim=True)) @ v).transpose(1, 2).flatten(2)
+
+    shapes = (B, N, 8), (3 * H * D, 8), (3 * H * D,)
+    args = [torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for shape in shapes]
+    assert_rewritten(run, *args, count=2, compiled=False)
+
+
 def test_decayed_scores_divided_by_their_row_sums():
     def run(q, k, v):
         i = torch.arange(N)
@@ -284,6 +305,16 @@ def test_a_quotient_of_sums_of_what_may_be_next_to_nothing(name):
 
     w = torch.logspace(0, -44, N).expand(B, H, N).clone().requires_grad_()
     assert_refused(run, *qkv(B, H, N, D), w)
+
+
+def test_a_quotient_of_a_part_of_the_tensor_that_the_keys_are():
+    def run(q, kc, v):
+        k, c = kc[..., :D], kc[..., D]
+        return ((q @ k.mT).tril() * c[..., :, None] / c[..., None, :]) @ v
+
+    q, k, v = qkv(B, H, N, D)
+    c = torch.logspace(0, -44, N).expand(B, H, N)[..., None]
+    assert_refused(run, q, torch.cat([k.detach(), c], -1).requires_grad_(), v)
 
 
 def test_a_sum_of_both_positions_is_no_row_factor():

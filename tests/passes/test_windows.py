@@ -58,7 +58,26 @@ def in_place(held, x_t, w, b, t):
     return held, F.silu((held * w).sum(-1) + b)
 
 
+def taking(write):
+    """A window that is rolled, and takes its token in the place of the one that came around."""
+
+    def run(held, x_t, w, b, t):
+        held = write(held, x_t)
+        return held, F.silu((held * w).sum(-1) + b)
+
+    return run
+
+
+def a_part(held, x_t):
+    held = held.roll(-1, -1)
+    held[..., -1:] = x_t[..., None]
+    return held
+
+
 CONVOLUTIONS = {
+    "in place": in_place,
+    "a part in place": taking(a_part),
+    "scattered": taking(lambda held, x_t: held.roll(-1, 2).select_scatter(x_t, -1, K - 1)),
     "activation": conv(lambda held, w, b: F.silu((held * w).sum(-1))),
     "none": conv(lambda held, w, b: (held * w).sum(-1)),
     "bias": conv(lambda held, w, b: (held * w).sum(-1) + b),
@@ -154,7 +173,35 @@ def longer(held, x_t, w, b, t):
     return held, F.silu((held * w[:, -1:]).sum(-1))
 
 
-@pytest.mark.parametrize("conv", [another_weight, skipped, without_gradients, written_over, cleared, longer, in_place])
+def kept(held, x_t):
+    """What came around is kept, and another token is lost."""
+    held = held.roll(-1, -1)
+    held[..., -2] = x_t
+    return held
+
+
+def of_two(held, x_t):
+    held = held.roll(-2, -1)
+    held[..., -2:] = torch.stack([x_t, x_t.sin()], -1)
+    return held
+
+
+def forgotten(held, x_t):
+    with torch.no_grad():
+        held = held.roll(-1, -1)
+    held[..., -1] = x_t
+    return held
+
+
+@pytest.mark.parametrize("write", [kept, of_two, forgotten])
+def test_other_windows_are_no_lone_steps(write):
+    """A step whose window is written in place is one of a loop, and no operator is put in its place alone."""
+    layer = Layer(taking(write))
+    assert_refused(layer, *inputs(), options={"validate": "off"})
+    compared(layer.double(), *inputs())
+
+
+@pytest.mark.parametrize("conv", [another_weight, skipped, without_gradients, written_over, cleared, longer])
 def test_is_right_whatever_is_found(conv):
     compared(Layer(conv).double(), *inputs())
 

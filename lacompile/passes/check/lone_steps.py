@@ -6,8 +6,10 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from ..capture.effects import NOWHERE
 from ..examples import is_floating
 from ..facts import DecayedAttention, Expr, Match, Progress, Refusal, values_of
+from ..graph.lenders import numbers_read
 from ..graph.schedule import Schedule
 
 
@@ -41,4 +43,13 @@ def _is_step(schedule: Schedule, fact: DecayedAttention, trained: set[fx.Node]) 
 
 
 def _above(schedule: Schedule, expr: Expr) -> set[fx.Node]:
-    return set().union(*(schedule.ancestors(v.node, ()) for v in values_of(expr)))
+    """What a recipe's numbers are computed from, by way of values and of memory, as a window is that takes tokens."""
+    seen: set[fx.Node] = set()
+    work = [v.node for v in values_of(expr)]
+    while work:
+        at = work.pop()
+        if at not in seen:
+            seen.add(at)
+            work += numbers_read(at)
+            work += schedule.writers(schedule.effects.lives.get(at, NOWHERE), -1, schedule.order[at] - 1)
+    return seen

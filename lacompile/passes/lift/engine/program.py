@@ -49,6 +49,7 @@ class Program(Algebra):
         self.parts: set[tuple[int, ...]] = set()  # leaves of sums over parts of a dimension, as a head's features are
         self.parts_weighed = False  # whether such a sum was met in an exponent
         self.exponentials: dict[tuple[int, float], set[Any]] = {}  # exp(c * leaf) -> who computes all of it
+        self.rolled: dict[Access, Val] = {}  # a tensor whose end was put before its beginning -> both as they were
         self.of_short_data = False  # whether all fractions that the program is given are in sixteen bits
         self.running: Any = None  # the Dynamo node that is being lifted
         self.relied: dict[Any, set[Any]] = {}  # Dynamo node -> inputs whose values decided how it was lifted

@@ -63,6 +63,8 @@ class LoopResults:
         )
         if found is None:
             return val
+        if (rolled := self._engine.rolled.get(t.accs[0])) is not None:
+            self._engine.rolled[found] = rolled
         piece = value(val.shape, [Term(accs=(found,))], precision=Precision.EXACT)
         return piece if val.alt is None else replace(val, alt=piece.one)
 

@@ -127,6 +127,7 @@ from . import (  # noqa: E402, F401  (they register their rules)
     lookups,
     piecewise,
     reshaping,
+    rolls,
     scatter,
     selections,
     views,

@@ -118,15 +118,25 @@ def _at_two_places(op: Op, a: Val, b: Val) -> bool:
     if x is None or y is None:
         return False
     space, wide = op.engine.space, op.out.dtype is not torch.float16
-    later = {v for g in y.guards for v, c in g.terms if v < 0 < c and len(space.vars(g)) > 1}
+    later = {
+        v for g in y.guards for v, c in g.terms if v < 0 < c and len(space.vars(g)) > 1 and not _ends_with(y, g, v)
+    }
 
     def elsewhere(idx: Sequence[Aff], at: Sequence[Aff]) -> bool:
         other = (i for i, j in zip(idx, at, strict=True) if i != j)
         return not all(wide and any(v < 0 and v not in later for v, _ in i.terms) for i in other)
 
-    apart = {leaf for leaf, idx in y.accs if any(leaf == other and elsewhere(idx, at) for other, at in x.accs)}
+    read: dict[int, list[Sequence[Aff]]] = {}
+    for leaf, at in x.accs:
+        read.setdefault(leaf, []).append(at)
+    apart = {leaf for leaf, idx in y.accs if leaf in read and all(elsewhere(idx, at) for at in read[leaf])}
     found = [op.engine.leaves[leaf] for leaf in apart]
     return any(not isinstance(f.kind, Table) and f.interval[0] < SMALLEST for f in found)
+
+
+def _ends_with(t: Term, begin: Aff, v: int) -> bool:
+    """Whether the range of a bound index is as long everywhere, as that of a head's features among those of all."""
+    return any(g.coef(v) == -begin.coef(v) and (g + begin).is_const for g in t.guards)
 
 
 @rule(aten.addcmul)

@@ -11,6 +11,7 @@ from ..domain.term import Case, Val
 from ..engine import Engine, GiveUp
 from . import Op, filled, rule
 from .functions import one_function
+from .rolls import apart
 from .selections import choose
 from .views import slice_bounds
 
@@ -61,7 +62,7 @@ def written_at(engine: Engine, base: Val, src: Val, d: int, at: Aff) -> Val:
 
 def written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff) -> Val:
     """``base`` with ``[start, start + length)`` of dimension ``d`` replaced by ``src``."""
-    shape = base.shape
+    shape, base = base.shape, apart(engine, base)
     if start == ZERO and length == shape[d]:
         return src
     if (table := filled.replaced(engine, base, src, d, start, length)) is not None:

@@ -98,21 +98,29 @@ def test_inductor_compiles_it():
     assert_rewritten(Layer(CONVOLUTIONS["bias and activation"]), *inputs())
 
 
+TAKEN = {
+    "joined": lambda held, x_t: torch.cat([held[:, :, 1 - K :], x_t[:, :, None]], -1),
+    "written": a_part,
+    "rolled and joined": lambda held, x_t: torch.cat([held.roll(-1, -1)[..., :-1], x_t[..., None]], -1),
+}
+
+
 class Projected(nn.Module):
     """A step that projects its token itself; the window holds a part of the features, and gates are another."""
 
-    def __init__(self, bias, stays=1.0):
+    def __init__(self, bias, stays=1.0, taken="joined"):
         super().__init__()
         torch.manual_seed(1)
-        self.stays = stays
+        self.stays, self.taken = stays, taken
         self.project = nn.Linear(5, C + 4, bias=bias)
         self.weight = nn.Parameter(torch.randn(C, K))
 
     def forward(self, x):
-        held, state, outs = x.new_zeros(B, C, K - 1), x.new_zeros(B, D, D), []
+        short = self.taken == "joined"
+        held, state, outs = x.new_zeros(B, C, K - short), x.new_zeros(B, D, D), []
         for t in range(N):
             gate, _, rest = self.project(x[:, t]).split([1, 3, C], -1)
-            held = torch.cat([held[:, :, 1 - K :], rest[:, :, None]], -1)
+            held = TAKEN[self.taken](held, rest)
             q, k, v = F.silu((held * self.weight).sum(-1)).split(D, -1)
             state = state * torch.exp(-F.softplus(gate))[..., None] + k[:, :, None] * v[:, None, :]
             state = state * self.stays if t == 4 else state
@@ -120,10 +128,13 @@ class Projected(nn.Module):
         return torch.stack(outs, 1)
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_window_of_a_part_of_what_each_step_projects(bias):
+@pytest.mark.parametrize(
+    ("bias", "taken"),
+    [(False, "joined"), (True, "joined"), (False, "written"), (True, "written"), (False, "rolled and joined")],
+)
+def test_a_window_of_a_part_of_what_each_step_projects(bias, taken):
     x = torch.randn(B, N, 5, generator=torch.Generator().manual_seed(0))
-    report = assert_rewritten(Projected(bias), x, compiled=False)
+    report = assert_rewritten(Projected(bias, taken=taken), x, compiled=False)
     assert f"N={N}" in str(report)
 
 

@@ -50,6 +50,7 @@ def _above(schedule: Schedule, expr: Expr) -> set[fx.Node]:
         at = work.pop()
         if at not in seen:
             seen.add(at)
-            work += numbers_read(at)
-            work += schedule.writers(schedule.effects.lives.get(at, NOWHERE), -1, schedule.order[at] - 1)
+            for given in numbers_read(at):
+                held = schedule.effects.lives.get(given, NOWHERE)
+                work += [given, *schedule.writers(held, -1, schedule.order[at] - 1)]
     return seen

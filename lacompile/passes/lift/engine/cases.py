@@ -21,6 +21,8 @@ class Cases(Structure):
 
     def index(self, v: Val, mapping: Mapping[int, Aff], shape: tuple[Aff, ...]) -> Val:
         """The tensor of this shape whose element is ``v`` at the mapped index."""
+        if (was := self.before_roll(v)) is not None and (part := self.index(was, mapping, shape)).one is not None:
+            return replace(part, precision=v.precision)  # what came around is not in it
         cases: list[Case] = []
         for c in v.cases:
             guards = self.prune((self.space.sub(g, mapping) for g in c.guards), shape) if c.guards else NO_GUARDS

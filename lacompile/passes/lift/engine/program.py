@@ -68,6 +68,14 @@ class Program(Algebra):
             return found
         raise GiveUp(f"index of type {type(size).__name__}")
 
+    def before_roll(self, v: Val) -> Val | None:
+        """What a rolled tensor was made of; None if it is none."""
+        t = v.one if self.rolled else None
+        if t is None or t.coef != 1 or t.poly != ONE or t.exp or t.guards or len(t.accs) != 1:
+            return None
+        found = self.rolled.get(t.accs[0])
+        return None if found is None or found.shape != v.shape else found
+
     def scalar(self, number: torch.SymInt | torch.SymFloat, inverse: bool = False) -> Access:
         """A number of the traced program, or one over it, as a factor of data.
 

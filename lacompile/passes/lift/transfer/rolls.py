@@ -1,6 +1,6 @@
-"""A dimension whose end comes before its beginning: one tensor, until a write covers what came around.
+"""A dimension whose end comes before its beginning: one tensor, until what came around is left out or written over.
 
-So a window takes its next token in place: ``window = window.roll(-1, -1); window[..., -1] = x_t``.
+So a window takes its next token: ``window = window.roll(-1, -1); window[..., -1] = x_t``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ aten = torch.ops.aten
 
 @rule(aten.roll)
 def roll(op: Op) -> Val:
-    """As it is where it is one form, as where the rest is zeros; else a leaf that a write may take apart."""
+    """As it is where it is one form, as beside zeros; else a leaf, which ``Engine.before_roll`` takes apart."""
     engine, v, shape, dims = op.engine, op.args[0], op.shape, op.arg(2, "dims", ())
     if len(dims) != 1 or not v.single:
         raise GiveUp("a roll of several dimensions, or of cases")
@@ -51,12 +51,3 @@ def _around(engine: Engine, v: Val, d: int, first: int) -> Iterable[Term]:
         for t in slice_at(engine, v, d, start, 1, high - low).terms if low != high else ():
             moved = t.sub(engine.space, {} if high - low == ONE else {d: x - low})
             yield moved.but(guards=moved.guards | inside)
-
-
-def apart(engine: Engine, v: Val) -> Val:
-    """A rolled tensor as what it was made of; anything else as it is."""
-    t = v.one
-    if t is None or t.coef != 1 or t.poly != ONE or t.exp or t.guards or len(t.accs) != 1:
-        return v
-    found = engine.rolled.get(t.accs[0])
-    return v if found is None or found.shape != v.shape else found

@@ -11,7 +11,6 @@ from ..domain.term import Case, Val
 from ..engine import Engine, GiveUp
 from . import Op, filled, rule
 from .functions import one_function
-from .rolls import apart
 from .selections import choose
 from .views import slice_bounds
 
@@ -62,7 +61,7 @@ def written_at(engine: Engine, base: Val, src: Val, d: int, at: Aff) -> Val:
 
 def written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff) -> Val:
     """``base`` with ``[start, start + length)`` of dimension ``d`` replaced by ``src``."""
-    shape, base = base.shape, apart(engine, base)
+    shape, base = base.shape, engine.before_roll(base) or base
     if start == ZERO and length == shape[d]:
         return src
     if (table := filled.replaced(engine, base, src, d, start, length)) is not None:
@@ -77,7 +76,7 @@ def _written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Af
     if not base.single or not src.single or any(math.isinf(t.coef) for v in (base, src) for t in v.terms):
         return _written_cases(engine, base, src, inside, mapping)
     new, old = [], []
-    for t in engine.pick(src).terms if not engine.contracts(src) else src.terms:
+    for t in engine.pick(src).terms if not engine.contracts(src) or engine.projects(src) else src.terms:
         moved = t.sub(engine.space, mapping)
         new.append(moved.but(guards=moved.guards | inside))
     for t in base.terms:

@@ -71,7 +71,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_forms(name):
+def test_forms(name, without_inductor):
     form, mask = FORMS[name]
     report = assert_rewritten(form, *operands(), mask())
     assert [a.endswith(", which is passed in") for a in report.rewrites[0].assumptions] == [True]
@@ -196,7 +196,7 @@ class TestOtherValues:
             args = [*operands(), mask]
             torch.testing.assert_close(run(*args), weighted(*args))
 
-    def test_it_is_analysed_a_few_times_only(self, monkeypatch):
+    def test_it_is_analysed_a_few_times_only(self, monkeypatch, without_inductor):
         analyses = []
         monkeypatch.setattr("lacompile.backend.decide", count(lacompile.backend.decide, analyses))
         run = torch.compile(weighted, backend="lightning", dynamic=False)
@@ -209,13 +209,13 @@ class TestOtherValues:
         analyses = []
         monkeypatch.setattr("lacompile.backend.decide", count(lacompile.backend.decide, analyses))
         run = torch.compile(weighted, backend="lightning", dynamic=True)
-        for n in (N, N + 5, N - 3):
+        for n in (N, N + 5):
             for mask in (causal(n).float(), causal(n).float().triu(-2)):
                 args = [*operands(n), mask]
                 torch.testing.assert_close(run(*args), weighted(*args))
         assert len(analyses) <= guards.MAX_PASSED
 
-    def test_of_other_numbers(self):
+    def test_of_other_numbers(self, without_inductor):
         """The same band by one other number, and another band by the same."""
 
         def hidden(q, k, v, mask):

@@ -10,7 +10,7 @@ from torch import nn
 from lacompile import explain
 from lacompile.testing import assert_refused, assert_rewritten
 
-B, N, H, D = 2, 5, 2, 4
+B, N, H, D = 2, 6, 2, 4
 C, HALF = H * D, D // 2
 ANGLES = torch.tensor([1.0, 0.1])
 UNSEEN = {"validate": "off"}

@@ -390,14 +390,12 @@ def test_a_layer_whose_tokens_are_written_into():
 
 JOINS = {
     "axis": lambda y: torch.stack([torch.relu(y[:, t]) for t in range(N)], axis=1),
-    "numbers of two types": lambda y: torch.stack(
-        [F.linear(y[:, t] * (1.0 if t else 1), y[0, :8]) for t in range(N)], 1
-    ),
+    "numbers of two types": lambda y: torch.stack([F.linear(y[:, t] * (1.0 if t else 1), y[0]) for t in range(N)], 1),
     "formats": lambda y: torch.stack(
         [(y[:, t].double() if t % 2 else y[:, t].half()).softmax(-1) for t in range(N)], 1
     ),
     "a join of joins": lambda y: torch.stack(
-        [F.linear(torch.stack([F.linear(y[b, t], y[0, :8]).relu() for t in range(N)], 0), y[0, :8]) for b in range(B)],
+        [F.linear(torch.stack([F.linear(y[b, t], y[0]).relu() for t in range(N)], 0), y[0].T) for b in range(B)],
         0,
     ),
     "written into": lambda y: torch.stack([torch.softmax(y[:, t], -1) for t in range(N)], 1).mul_(2),

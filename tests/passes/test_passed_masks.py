@@ -106,7 +106,7 @@ def test_factors_of_chunks():
     assert_rewritten(Chunks(*factors()), *operands())
 
 
-def test_a_slope_beside_its_masks():
+def test_a_slope_beside_its_masks(without_inductor):
     def run(q, k, v, slope, mask, from_start, to_end):
         return chunks(q, k, v, mask, from_start, to_end, torch.exp(-slope * C))
 
@@ -134,7 +134,7 @@ def test_a_mask_of_what_comes_later():
 
 
 @pytest.mark.parametrize("n", [2, N])
-def test_heads_that_attend_to_themselves_alone(n):
+def test_heads_that_attend_to_themselves_alone(n, without_inductor):
     """A mask is one for all heads; a head without a past is a decay of nothing."""
     mask = torch.stack([causal(n), torch.eye(n) > 0, causal(n)]).float()
     assert_rewritten(weighted, *operands(n), mask)
@@ -172,7 +172,7 @@ def test_heads_with_windows_of_their_own():
     assert_refused(weighted, *operands(), torch.stack([causal(), causal().triu(-2), causal().triu(-3)]).float())
 
 
-def test_a_slope_of_a_coarser_format_than_the_mask_that_shows_it():
+def test_a_slope_of_a_coarser_format_than_the_mask_that_shows_it(without_inductor):
     """What the program computes with it elsewhere it computes with its own digits."""
 
     def run(q, k, v, mask, slope):
@@ -187,7 +187,7 @@ class TestOtherValues:
     """A mask may be another one in every call."""
 
     @pytest.fixture(autouse=True)
-    def no_graph_of_another_test(self):
+    def no_graph_of_another_test(self, without_inductor):
         torch._dynamo.reset()
 
     def test_the_original_graph_serves_what_is_no_mask(self):
@@ -196,7 +196,7 @@ class TestOtherValues:
             args = [*operands(), mask]
             torch.testing.assert_close(run(*args), weighted(*args))
 
-    def test_it_is_analysed_a_few_times_only(self, monkeypatch, without_inductor):
+    def test_it_is_analysed_a_few_times_only(self, monkeypatch):
         analyses = []
         monkeypatch.setattr("lacompile.backend.decide", count(lacompile.backend.decide, analyses))
         run = torch.compile(weighted, backend="lightning", dynamic=False)
@@ -215,7 +215,7 @@ class TestOtherValues:
                 torch.testing.assert_close(run(*args), weighted(*args))
         assert len(analyses) <= guards.MAX_PASSED
 
-    def test_of_other_numbers(self, without_inductor):
+    def test_of_other_numbers(self):
         """The same band by one other number, and another band by the same."""
 
         def hidden(q, k, v, mask):

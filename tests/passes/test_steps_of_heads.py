@@ -79,10 +79,10 @@ class Layer(nn.Module):
         return torch.cat(outs, 1)
 
 
-def model(form, *args, batch=2, **options):
+def model(form, *args, batch=2, length=None, **options):
     torch.manual_seed(0)
     layer = Layer(form, *args, **options)
-    return layer, torch.randn(batch, LENGTHS[form], D * len(layer.heads), requires_grad=True)
+    return layer, torch.randn(batch, length or LENGTHS[form], D * len(layer.heads), requires_grad=True)
 
 
 def of_all(report, form, heads=H):
@@ -148,3 +148,9 @@ def test_steps_of_another_kind(step, form):
     """Rewritten or not, they are what they are; another recurrence is no attention of all tokens and heads."""
     report = assert_rewritten(*model(form, step=step), count=None, compiled=False)
     assert step not in RECURRENCES or not of_all(report, form)
+
+
+@pytest.mark.parametrize("step", [one_head_decays_by_another_ones_rate, one_head_is_of_another_part])
+def test_steps_of_another_kind_among_many(step):
+    """Of twelve tokens there are more cases, and more summands, than are looked into."""
+    assert_rewritten(*model("token", step=step, length=12), count=None, compiled=False)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -15,6 +17,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import cases  # noqa: E402
 import harness  # noqa: E402
 import peers  # noqa: E402
+import processes  # noqa: E402
 
 
 @pytest.mark.parametrize(("name", "rows"), [("kernels", 7), ("paper", 8)])
@@ -60,24 +63,30 @@ def test_quantiles_are_of_the_calls():
     assert harness.quantiles([float(n) for n in range(11)]) == harness.Times(2.0, 5.0, 8.0, 11)
 
 
-def test_the_analysis_is_timed_stage_by_stage(tmp_path):
-    out = tmp_path / "time.csv"
-    command = [sys.executable, str(BENCHMARKS / "analysis_time.py"), "--families", "token loop", "--sizes", "60"]
-    done = subprocess.run([*command, "--out", str(out)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (row,) = harness.read_csv(out)[1]
+@pytest.fixture
+def rows_of(monkeypatch, tmp_path):
+    """Runs a benchmark here, and its rows too, which have processes of their own elsewhere."""
+
+    def run(name, *arguments):
+        benchmark, out = importlib.import_module(name), tmp_path / f"{name}.csv"
+        monkeypatch.setattr(processes, "rows", lambda script, runs, *_: ((run, benchmark.measure(run)) for run in runs))
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, "--out", str(out)])
+        benchmark.main()
+        return harness.read_csv(out)[1]
+
+    return run
+
+
+def test_the_analysis_is_timed_stage_by_stage(rows_of):
+    (row,) = rows_of("analysis_time", "--families", "token loop", "--sizes", "60")
     assert int(row["rewrites"]) == 1 and 50 < int(row["nodes"]) < 80
     assert float(row["capture_s"]) > 0 and float(row["total_s"]) > float(row["match_s"]) > 0
 
 
-def test_a_first_call_is_split_into_its_parts(tmp_path):
-    out = tmp_path / "compile.csv"
-    command = [sys.executable, str(BENCHMARKS / "compile_time.py"), "--lengths", "512", "--backends", "lightning"]
-    done = subprocess.run(
-        [*command, "--hidden", "32", "--heads", "2", "--out", str(out)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    (row,) = harness.read_csv(out)[1]
+def test_a_first_call_is_split_into_its_parts(rows_of):
+    torch._dynamo.reset()
+    shape = ["--hidden", "32", "--heads", "2"]
+    (row,) = rows_of("compile_time", "--lengths", "512", "--backends", "lightning", *shape)
     assert int(row["rewrites"]) == 1 and int(row["nodes_handed_over"]) < int(row["nodes"])
     parts = [float(row[f"{part}_s"]) for part in ("dynamo", "analysis", "inductor", "run")]
     assert all(part > 0 for part in parts)

@@ -320,9 +320,8 @@ def loaded(model):
 @pytest.mark.parametrize(
     "change", [scaled_in_place, scaled_through_data, scaled_through_numpy, replaced, faster, loaded]
 )
-def test_a_compiled_model_follows_its_buffer(change, monkeypatch):
+def test_a_compiled_model_follows_its_buffer(change, without_inductor):
     """What the rewritten graph took for granted is gone: what comes out is what eager says, before and after."""
-    monkeypatch.setattr("lacompile._compat.cpu_compiler_error", lambda: "not needed for this")
     torch._dynamo.reset()
     model = Masked()
     q, k, v = torch.randn(3, 1, 2, 64, 8, generator=torch.Generator().manual_seed(0))
@@ -339,9 +338,8 @@ def test_a_compiled_model_follows_its_buffer(change, monkeypatch):
         torch.testing.assert_close(compiled(q, k, v), after)
 
 
-def test_nothing_of_the_first_call_is_kept(monkeypatch):
+def test_nothing_of_the_first_call_is_kept(without_inductor):
     """The compiled code outlives a model until Dynamo is reset: what it holds on to is lost to a process of many."""
-    monkeypatch.setattr("lacompile._compat.cpu_compiler_error", lambda: "not needed for this")
     torch._dynamo.reset()
     model, inputs = Masked(), [torch.randn(1, 2, 64, 8) for _ in range(3)]
     torch.compile(model, backend="lightning")(*inputs)

@@ -11,8 +11,7 @@ from lacompile import _compat
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("lacompile._compat.cpu_compiler_error", lambda: "not needed for this")
+def anew(without_inductor):
     torch._dynamo.reset()
 
 

@@ -25,9 +25,8 @@ B, H, N, D, E = 2, 3, 24, 8, 6
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def anew(without_inductor):
     """The kernels of eager mode: what is attacked is the rewrite, not Inductor."""
-    monkeypatch.setattr("lacompile._compat.cpu_compiler_error", lambda: "not needed for this")
     torch._dynamo.reset()
 
 

@@ -81,8 +81,9 @@ class TestAgainstSeparateCalls:
     def test_lengths(self, lengths, per_token):
         check(lengths, per_token=per_token)
 
-    @pytest.mark.parametrize("states", ["", "initial", "final"], ids=lambda s: s or "none")
-    @DECAYS
+    @pytest.mark.parametrize(
+        ("states", "per_token"), [("", False), ("initial", True), ("final", False), ("final", True)]
+    )
     def test_states(self, states, per_token):
         check(per_token=per_token, states=states)
 

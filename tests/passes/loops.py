@@ -7,6 +7,9 @@ import torch.nn.functional as F
 
 from .forms import LOOPS, mask, register
 
+BY_TOKEN = ("token_loop", "token_loop_matmul", "token_gates_loop", "sigmoid_gates_loop")
+"""Traced token by token, and at any length alike: a few tokens show what many do."""
+
 
 @register(LOOPS)
 def token_loop(q, k, v, slope):

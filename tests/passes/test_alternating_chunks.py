@@ -70,8 +70,6 @@ def data(length=N, batch=B):
 
 KINDS = {
     "of projections alone": {"normed": False},
-    "normed": {},
-    "gated": {"gated": True},
     "with networks behind": {"mlp": True},
     "whose states are returned": {"returns_states": True},
     "three, with networks, gated": {"count": 3, "gated": True, "mlp": True},

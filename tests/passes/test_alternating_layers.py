@@ -59,14 +59,11 @@ def data(length=N, batch=B):
 
 KINDS = {
     "of projections alone": {"normed": False},
-    "normed": {},
     "with biases": {"bias": True},
-    "gated": {"gated": True},
     "with a network behind": {"mlp": True, "gated": True},
     "written into place": {"written": True},
     "whose states are returned": {"returns_states": True},
-    "three": {"count": 3},
-    "four, with networks": {"count": 4, "mlp": True},
+    "three, with networks": {"count": 3, "mlp": True},
 }
 
 
@@ -227,8 +224,6 @@ BARE = {
     "a function between them": {"between": F.gelu},
     "a norm between them": {"between": lambda h: F.layer_norm(h, (C,))},
     "residuals": {"residual": True},
-    "norms and residuals": {"residual": True, "normed": True},
-    "gates": {"gated": True},
     "gates, norms and residuals": {"gated": True, "normed": True, "residual": True},
     "states that are nothing at first": {"starts": "nothing"},
     "three": {"count": 3, "residual": True, "normed": True},

@@ -152,7 +152,7 @@ TWINS = {
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_twins(name):
+def test_twins(name, without_inductor):
     """What is rewritten of them is what they compute."""
     f, args = TWINS[name], arguments()
     torch._dynamo.reset()

@@ -93,8 +93,8 @@ def test_gates_in_a_loop_whose_last_state_is_a_result(name):
             out.append((q[:, :, t, :, None] * state).sum(-2))
         return torch.stack(out, 2), state
 
-    right(program, *inputs(), torch.zeros(B, H, D, E))
-    right(program, *inputs(), torch.randn(B, H, D, E))
+    right(program, *inputs(5), torch.zeros(B, H, D, E))
+    right(program, *inputs(5), torch.randn(B, H, D, E))
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -56,8 +56,11 @@ RATES = {
 }
 
 
-@pytest.mark.parametrize("rates", RATES)
-@pytest.mark.parametrize("read", READ)
+CASES = [(read, "two gates") for read in READ]
+CASES += [(read, rates) for read in ("their sum", "weights of heads") for rates in RATES if rates != "two gates"]
+
+
+@pytest.mark.parametrize(("read", "rates"), CASES)
 def test_they_are_an_attention_each(read, rates):
     report = assert_rewritten(loop(READ[read], *RATES[rates]), *data(), count=2, compiled=False)
     assert not report.near_misses

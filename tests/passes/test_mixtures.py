@@ -77,7 +77,7 @@ def test_what_is_no_mixture(form, name):
     assert_refused(form(mix), *arguments(mask))
 
 
-def test_the_mask_is_looked_at_in_every_call():
+def test_the_mask_is_looked_at_in_every_call(without_inductor):
     """Of numbers that mix nothing the rewritten graph says nothing: then the program's own runs."""
     run = over_tokens(MIXED["an input of numbers"][1])
     torch._dynamo.reset()

@@ -64,24 +64,20 @@ class Normed(Model):
             layer.mlp = Gated(norm()) if network else None
 
 
-@pytest.mark.parametrize("network", [False, True])
 @pytest.mark.parametrize("name", NORMS)
-def test_each_layer_is_found(name, network):
-    report = assert_rewritten(Normed(NORMS[name], network=network), data(), count=2, compiled=False, options=UNSEEN)
+def test_each_layer_is_found(name):
+    report = assert_rewritten(Normed(NORMS[name]), data(), count=2, compiled=False)
     assert not report.near_misses
 
 
 @pytest.mark.parametrize("name", ["nn.RMSNorm", "written out"])
-def test_validated(name):
-    assert_rewritten(Normed(NORMS[name]), data(), count=2, compiled=False)
+def test_without_networks(name):
+    report = assert_rewritten(Normed(NORMS[name], network=False), data(), count=2, compiled=False, options=UNSEEN)
+    assert not report.near_misses
 
 
 def test_three_layers():
     assert_rewritten(Normed(Rms, 3), data(), count=3, compiled=False, options=UNSEEN)
-
-
-def test_compiled():
-    assert_rewritten(Normed(Rms), data(), count=2)
 
 
 def test_a_batch_of_any_size():

@@ -92,7 +92,7 @@ def test_what_a_short_format_has_rounded():
     assert_refused(Layer(), *operands(n), distances(n, dtype=torch.bfloat16), options={"validate": "off"})
 
 
-def test_the_original_graph_serves_other_numbers():
+def test_the_original_graph_serves_other_numbers(without_inductor):
     torch._dynamo.reset()
     layer = Layer()
     run = torch.compile(layer, backend="lightning", dynamic=False)
@@ -101,7 +101,7 @@ def test_the_original_graph_serves_other_numbers():
         torch.testing.assert_close(run(*args), layer(*args))
 
 
-def test_one_graph_serves_all_lengths():
+def test_one_graph_serves_all_lengths(without_inductor):
     torch._dynamo.reset()
     layer = Layer()
     run = torch.compile(layer, backend="lightning", dynamic=True)

@@ -80,11 +80,18 @@ def inputs(batch, h):
     return [torch.randn(batch, N, c, requires_grad=True), *(torch.randn(c, c, requires_grad=True) for _ in range(3))]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("h", [1, 2])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", PROJECTIONS)
-def test_is_one_attention(name, form, h, batch):
+SIZES = [(1, 1), (2, 2), (1, 2), (2, 1)]
+"""Of batch and heads: one of each, or several, come by turns, so that every projection and every form has all four."""
+
+
+def by_turns(names, forms, sizes):
+    return [(a, b, sizes[(m + n) % len(sizes)]) for m, a in enumerate(names) for n, b in enumerate(forms)]
+
+
+@pytest.mark.parametrize(("name", "form", "sizes"), by_turns(PROJECTIONS, FORMS, SIZES))
+def test_is_one_attention(name, form, sizes):
+    batch, h = sizes
+
     def run(x, *w):
         return form(*(PROJECTIONS[name](x, m, h) for m in w))
 
@@ -192,9 +199,7 @@ OTHER_KEYS = {
 }
 
 
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", OTHER_KEYS)
+@pytest.mark.parametrize(("name", "form", "batch"), by_turns(OTHER_KEYS, FORMS, [1, 2]))
 def test_other_keys(name, form, batch):
     """Rewritten or not, they are what they are."""
 

@@ -143,12 +143,20 @@ def states(q, k, v):
     return torch.einsum("bhnd,bhnde->bhne", q, (k[..., None] * v[..., None, :] / n).cumsum(2))
 
 
-@pytest.mark.parametrize("name", FACTORS)
+OF_THE_LENGTH = [name for name in FACTORS if "length" in name]
+OF_THE_LENGTH += ["a_decay_of_as_many_steps_as_there_are", "of_keys_and_values", "states"]
+OF_THE_FEATURES = [
+    "power_of_the_features", "over_the_features", "several_numbers", "behind_the_mask", "of_a_function_of_queries",
+    "a_square",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THE_LENGTH)
 def test_at_a_second_length(name):
     assert_rewritten(FACTORS[name], *arguments(LONG), after=arguments(SHORT), compiled=False)
 
 
-@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("name", [*OF_THE_FEATURES, "times_the_length", "a_mask_over_the_length", "states"])
 def test_with_all_sizes_symbolic(name):
     assert_rewritten(FACTORS[name], *arguments(LONG), dynamic=True, compiled=False)
 

@@ -66,13 +66,17 @@ def chunks(slopes, h=H):
     return f
 
 
-@pytest.mark.parametrize("form", [square, powers, tokens, chunks])
-@pytest.mark.parametrize("name", SLOPES)
+FORMS = [square, powers, tokens, chunks]
+BY_TURNS = [(name, FORMS[(a + b) % 4]) for a, name in enumerate(SLOPES) for b in (0, 1)]
+"""Each formula in two of the forms, and each form with four formulas."""
+
+
+@pytest.mark.parametrize(("name", "form"), BY_TURNS)
 def test_slopes_by_a_formula(name, form):
     assert_rewritten(form(SLOPES[name]), *qkv(B, H, N, D, E), compiled=False)
 
 
-@pytest.mark.parametrize("form", [square, powers, tokens, chunks])
+@pytest.mark.parametrize("form", FORMS)
 def test_as_many_heads_as_tokens(form):
     def slopes():
         return (torch.arange(N) + 1) / N

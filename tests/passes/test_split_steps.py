@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,8 +55,11 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("form", [tokens, chunks])
-@pytest.mark.parametrize("name", STEPS)
+BY_TURNS = [*zip(STEPS, itertools.cycle([tokens, chunks])), ("chunk", chunks), ("glu", chunks)]
+"""How a step takes apart what it has does not depend on how many tokens it has."""
+
+
+@pytest.mark.parametrize(("name", "form"), BY_TURNS)
 def test_is_one_attention(name, form):
     report = assert_rewritten(layer(STEPS[name], form), *inputs(), compiled=False)
     assert not report.near_misses

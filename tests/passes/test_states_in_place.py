@@ -18,11 +18,6 @@ def anew():
     torch._dynamo.reset()
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr("lacompile._compat.cpu_compiler_error", lambda: "not needed for this")
-
-
 def tokens(n, *requiring):
     """q, k, v and a state; those that are named require a gradient."""
     generator = torch.Generator().manual_seed(0)
@@ -138,10 +133,14 @@ def check(f, args, count, calls=1):
     return report
 
 
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("n", [1, 6])
-@pytest.mark.parametrize("body", [updated, copied, assigned, copied_at_last])
-@pytest.mark.parametrize("mode", [decorated, in_a_block, switched_by_hand, behind_a_computation, switched_twice])
+BODIES = [updated, copied, assigned, copied_at_last]
+MODES = [decorated, in_a_block, switched_by_hand, behind_a_computation, switched_twice]
+BY_TURNS = [(body, mode, (1, 6)[(a + b) % 2]) for a, body in enumerate(BODIES) for b, mode in enumerate(MODES)]
+"""Of one token or of several: each body and each mode has both."""
+
+
+@pytest.mark.usefixtures("without_inductor")
+@pytest.mark.parametrize(("body", "mode", "n"), BY_TURNS)
 def test_all_of_a_body_without_gradients(body, mode, n):
     report = check(mode(body), tokens(n), 1, calls=3)
     assert report.rewrites[0].initial_state
@@ -253,7 +252,7 @@ def rounded_before(q, k, v, s):
     return q @ s
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("f", [rounded_apart, rounded_before])
 def test_another_mode_between_write_and_read(f):
     report = check(f, tokens(1), 0)
@@ -272,7 +271,7 @@ def drawn_before(q, k, v, s):
         return q @ s + noise
 
 
-@pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("without_inductor")
 @pytest.mark.parametrize("f", [drawn_between, drawn_before])
 def test_random_numbers_beside_it(f):
     check(f, tokens(1), 1)

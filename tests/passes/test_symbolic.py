@@ -124,7 +124,7 @@ def test_one_head():
 @pytest.mark.parametrize("name", [n for n in TWINS if n not in UNROLLED])
 def test_twin(name):
     made, reports = compiled(of_one_input(TWINS[name][0]), MANY)
-    made(*marked(arguments(40), MANY))
+    made(*marked(arguments(24), MANY))
     assert not any(r.rewrites for r in reports), "\n".join(map(str, reports))
 
 

@@ -62,7 +62,7 @@ def test_scores_of_each_pair_of_tokens():
     assert_rewritten(f, *qkv(B, H, N, D, E), slopes(), compiled=False)
 
 
-def test_another_length():
+def test_another_length(without_inductor):
     f = torch.compile(of_heads(square, heads=0), backend="lightning")
     for n in (N, 2 * N, 3 * N):
         q, k, v = (x.detach() for x in qkv(B, H, n, D, E))

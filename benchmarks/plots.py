@@ -215,8 +215,10 @@ def layers(tables: dict[str, tuple[dict[str, str], Table]]) -> Figure:
         ax.set_ylim(0.3, 300)
         name_ends(ax, ends)
     axes[0].set_ylabel("milliseconds")
+    abouts = [about for about, _ in tables.values()]
+    dates = sorted({about["date"] for about in abouts})
     footer(
-        figure, next(iter(tables.values()))[0],
+        figure, {**abouts[0], "date": " to ".join(dict.fromkeys((dates[0], dates[-1])))},
         "Solid: a training step; dashed: forward. One sequence, bf16. A line ends where the layer does not fit into "
         "the GPU, or where Inductor did not compile it in time;\non the Mamba-2 mixer Inductor alone fails.",
     )  # fmt: skip

@@ -36,8 +36,8 @@ def roll(op: Op) -> Val:
     rolled = engine.sum_of(shape, _around(engine, v, d, first))
     if len(rolled.terms) < 2:
         return rolled
-    if not all(map(engine.plain_term, (t.but(guards=()) for t in rolled.terms))):
-        raise GiveUp("a roll of what is no plain tensor")
+    if engine.index_only(v) or not all(engine.plain_term(t.but(guards=())) for t in rolled.terms):
+        raise GiveUp("a roll of positions, or of what is no plain tensor")
     made = engine.leaf(op.out, Opaque(None, "roll", tuple({a[0] for t in rolled.terms for a in t.accs})))
     engine.rolled[made.terms[0].accs[0]] = rolled
     return made

@@ -61,12 +61,14 @@ def written_at(engine: Engine, base: Val, src: Val, d: int, at: Aff) -> Val:
 
 def written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff) -> Val:
     """``base`` with ``[start, start + length)`` of dimension ``d`` replaced by ``src``."""
-    shape, base = base.shape, engine.before_roll(base) or base
+    shape = base.shape
     if start == ZERO and length == shape[d]:
         return src
     if (table := filled.replaced(engine, base, src, d, start, length)) is not None:
         return table
-    return filled.as_table(engine, _written(engine, base, src, d, start, length))
+    bases = [b for b in (engine.before_roll(base), base) if b is not None]  # apart if no more pieces are left of it
+    made = [_written(engine, b, src, d, start, length) for b in bases]
+    return filled.as_table(engine, min(made, key=lambda v: sum(len(c.terms) for c in v.cases)))
 
 
 def _written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Aff) -> Val:

@@ -31,6 +31,10 @@ class Symbols(Tables):
         """The reading of ``v`` a consumer of plain factors wants: its own leaf unless it is worth looking into."""
         return v if v.alt is None or self.structured(v) else self.whole(v)
 
+    def pick_piece(self, v: Val) -> Val:
+        """That of a piece of a tensor: a projection as its own leaf, another sum of products as it is."""
+        return self.pick(v) if not self.contracts(v) or self.projects(v) else v
+
     def whole(self, v: Val) -> Val:
         """What can be looked into, as the leaf that it is."""
         assert v.alt is not None

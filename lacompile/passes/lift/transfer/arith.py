@@ -126,10 +126,8 @@ def _at_two_places(op: Op, a: Val, b: Val) -> bool:
         other = (i for i, j in zip(idx, at, strict=True) if i != j)
         return not all(wide and any(v < 0 and v not in later for v, _ in i.terms) for i in other)
 
-    read: dict[int, list[Sequence[Aff]]] = {}
-    for leaf, at in x.accs:
-        read.setdefault(leaf, []).append(at)
-    apart = {leaf for leaf, idx in y.accs if leaf in read and all(elsewhere(idx, at) for at in read[leaf])}
+    divided = {leaf for leaf, _ in x.accs}
+    apart = {a for a, idx in y.accs if a in divided and all(elsewhere(idx, at) for b, at in x.accs if b == a)}
     found = [op.engine.leaves[leaf] for leaf in apart]
     return any(not isinstance(f.kind, Table) and f.interval[0] < SMALLEST for f in found)
 

@@ -69,7 +69,7 @@ def concatenate(op: Op, parts: Sequence[Val], d: int) -> Val:
                 if inside is not None:
                     cases.append(Case(inside, tuple(t.sub(engine.space, mapping) for t in c.terms)))
         else:
-            reading = engine.pick(p) if of_one or not engine.contracts(p) or engine.projects(p) else p
+            reading = engine.pick(p) if of_one else engine.pick_piece(p)
             moved_terms = [t.sub(engine.space, mapping) for t in reading.terms]
             pieces.append([t.but(guards=t.guards | guards) for t in moved_terms])
         start = end

@@ -78,7 +78,7 @@ def _written(engine: Engine, base: Val, src: Val, d: int, start: Aff, length: Af
     if not base.single or not src.single or any(math.isinf(t.coef) for v in (base, src) for t in v.terms):
         return _written_cases(engine, base, src, inside, mapping)
     new, old = [], []
-    for t in engine.pick(src).terms if not engine.contracts(src) or engine.projects(src) else src.terms:
+    for t in engine.pick_piece(src).terms:
         moved = t.sub(engine.space, mapping)
         new.append(moved.but(guards=moved.guards | inside))
     for t in base.terms:
